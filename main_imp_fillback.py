@@ -1,0 +1,994 @@
+#!/usr/bin/env python
+"""Prune a Vision Transformer iteratively: train, prune, rewind, retrain.
+
+    python main_imp_fillback.py --dataset digits --struct rsst --epochs 15 --pruning_times 4 --rate 0.3
+    python main_imp_fillback.py --dataset fashionmnist --data /usr/share/datasets/fashion-mnist --img_size 28 \\
+        --patch_size 7 --struct rsst --vit_structured --vit_prune_target both --rate 0.3 --mlp_prune_ratio 0.3
+    python main_imp_fillback.py --save_dir results/NAME --resume
+
+State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
+zero by a growing penalty while the state trains and cuts them when cutting costs nothing. `--dry_run` shows what a
+command would do. What a run leaves behind is described in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import rsst
+import utils
+from dataset import DATASETS, Batches, DataError, Splits, load_dataset, split_sizes
+from models import BUILDERS, build_model
+from models.vit import PretrainedError
+from utils import RunError, RunState
+from vit_pruning_utils import (
+    Masks,
+    count_kept,
+    density,
+    elementwise_step,
+    full_masks,
+    prunable_weights,
+    refill_rows,
+    sparsity_report,
+    structured_masks,
+)
+from vit_pruning_utils_head_mlp import KINDS, mark_removed, rank_units, target_ratios, units_report
+from vit_structured_pruning import (
+    CRITERIA,
+    SCORE_BATCHES,
+    count_vit_parameters,
+    evaluating,
+    plan_structured,
+    remove_units,
+    row_units,
+    scatter_tensors,
+    scheduled_ratio,
+    score_units,
+    slice_tensors,
+    unit_masks,
+    vit_cost,
+    vit_units,
+)
+
+log = utils.logging.getLogger("main")
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line on standard error and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def switch(group, name: str, text: str, *aliases: str) -> None:
+        group.add_argument(name, *aliases, action="store_true", default=False, help=text)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--save_dir", help="folder of the run; results/<run name> when not given")
+    run.add_argument("--exp_name", help="replaces the run name")
+    run.add_argument("--seed", type=int, default=42, help="of weights and batches; 0 is a seed")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    run.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
+    switch(run, "--resume", "go on from the latest checkpoint of --save_dir, with its flags")
+    run.add_argument("--checkpoint", help="go on from this checkpoint file")
+    run.add_argument("--print_freq", type=int, default=200, help="log every so many batches")
+    switch(run, "--verbose", "log more: names of tensors, ids of neurons")
+    switch(run, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
+    switch(run, "--overwrite", "replace the run that --save_dir holds")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(DATASETS)}")
+    data.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
+    data.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
+    data.add_argument("--batch_size", type=int, default=128, help="images per optimizer step")
+    data.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
+    data.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
+    data.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
+    data.add_argument("--aug", choices=["none", "basic", "strong"], default="basic", help="crop and flip; and more")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}")
+    model.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
+    model.add_argument(
+        "--pretrained",
+        "--vit_pretrained",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start from timm's public weights, or from a .safetensors or .pth FILE",
+    )
+    model.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
+
+    train = parser.add_argument_group("training (each state anew)")
+    train.add_argument("--epochs", type=int, default=120, help="per state")
+    train.add_argument("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer")
+    train.add_argument("--lr", type=float, default=0.01, help="learning rate after the warm-up")
+    train.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    train.add_argument("--weight_decay", type=float, default=1e-4, help="on weight matrices, not biases and norms")
+    train.add_argument("--warmup", type=int, help="epochs of linear warm-up, per step; epochs // 6 when not given")
+    train.add_argument("--sched", choices=["multistep", "cosine"], default="multistep", help="learning-rate schedule")
+    train.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
+    train.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
+    train.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
+    train.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast precision")
+
+    prune = parser.add_argument_group("pruning")
+    prune.add_argument(
+        "--struct",
+        choices=["rsst", "refill", "imp", "oneshot", "dense"],
+        default="rsst",
+        help="rsst: penalty first, cut later; refill: cut at once; imp: element-wise lottery ticket; oneshot: remove "
+        "all units after state 0; dense: no pruning, one schedule over all states",
+    )
+    prune.add_argument("--pruning_times", type=int, default=20, help="states S; there are S - 1 prunings between them")
+    prune.add_argument("--rate", type=float, default=0.2, help="of the weights left, per state; heads: of all heads")
+    prune.add_argument(
+        "--prune_type",
+        choices=["lt", "rewind_lt", "pt", "finetune"],
+        default="lt",
+        help="a state starts from: initial weights, weights after --rewind_epoch, pretrained ones, trained ones",
+    )
+    prune.add_argument("--rewind_epoch", type=int, help="epoch of state 0 that rewind_lt returns to; epochs // 5")
+    prune.add_argument("--criteria", help=f"score of a unit: {', '.join(CRITERIA)}; l1 when not given")
+    prune.add_argument("--score_batches", type=int, default=SCORE_BATCHES, help="training batches that scores see")
+    prune.add_argument("--fillback_rate", type=float, default=0.0, help="element-wise refill: share given back a layer")
+    switch(prune, "--prune_patch_embed", "the patch embedding is prunable too, element-wise", "--conv1")
+    switch(prune, "--fc", "the classifier rewinds too")
+    switch(prune, "--vit_structured", "prune whole heads and neurons")
+    prune.add_argument("--vit_prune_target", choices=list(KINDS), default="head", help="which units go")
+    prune.add_argument("--mlp_prune_ratio", type=float, help="share of all neurons that goes; --rate when not given")
+    prune.add_argument(
+        "--sorting_mode", choices=["layer-wise", "global"], default="layer-wise", help="rank in a layer or over all"
+    )
+    prune.add_argument(
+        "--ratio_schedule",
+        choices=["geometric", "linear", "constant"],
+        default="geometric",
+        help="how the shares of units grow over the states; the last pruning reaches them",
+    )
+    prune.add_argument(
+        "--rank_by",
+        choices=["score", "score_per_mac"],
+        default="score",
+        help="score_per_mac ranks heads and neurons together by cost; needs global sorting and target both",
+    )
+    prune.add_argument("--min_units", type=int, default=1, help="units a layer keeps at least; 0 may empty it")
+    prune.add_argument(
+        "--no-refill",
+        dest="refill",
+        action="store_false",
+        default=True,
+        help="surviving units keep the element-wise mask instead of being whole",
+    )
+    prune.add_argument(
+        "--compact_training",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the physically smaller network once units are cut (structured runs)",
+    )
+
+    penalty = parser.add_argument_group("rsst")
+    penalty.add_argument(
+        "--RST_schedule", choices=list(rsst.SHAPES), default="exp_custom_exponents", help="shape of lambda over time"
+    )
+    penalty.add_argument("--reg_granularity_prune", type=float, default=1.0, help="strength g: lambda ends at g")
+    penalty.add_argument("--exponents", type=float, default=4.0, help="p of exp_custom_exponents")
+    penalty.add_argument(
+        "--reg_form",
+        choices=["decay", "gradient"],
+        default="decay",
+        help="decay: shrink by exp(-20 g) in all, whatever the learning rate; gradient: add lambda * w to the gradient",
+    )
+    penalty.add_argument(
+        "--reg_clock", choices=["epoch", "state"], help="gradient form: the ramp restarts each epoch (default) or not"
+    )
+    penalty.add_argument("--reg_finish", type=float, help="share of the state before the cut; 0.25, gradient form 1")
+    switch(penalty, "--block_loss_grad", "doomed weights get no gradient from the loss")
+    return parser
+
+
+ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
+FREE_ON_RESUME = {"workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, with everything left to itself filled in; contradictions end here, before any work.
+
+    `notes` holds what should be said in the log about flags that have no effect.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    bare = build_parser()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(bare.parse_args(argv))
+
+    if args.resume or args.checkpoint:
+        args = _resumed_args(parser, args, given)
+        given = {}
+    try:
+        args.notes = _check_and_complete(args, given)
+    except RunError as error:
+        parser.error(str(error))
+    return args
+
+
+def _resumed_args(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
+    """The flags of the run that goes on, with those of today's that are free to change."""
+    if not (args.save_dir or args.checkpoint):
+        parser.error("--resume: needs --save_dir DIR or --checkpoint FILE")
+    args.save_dir = args.save_dir or str(Path(args.checkpoint).parent)
+    try:
+        if args.checkpoint:
+            content = utils.load_tensors(Path(args.checkpoint), "--checkpoint")
+        else:
+            content = utils.load_checkpoint(Path(args.save_dir))
+    except RunError as error:
+        parser.error(str(error))
+    stored = content.get("args")
+    if not isinstance(stored, dict) or "run" not in content:
+        parser.error(f"--checkpoint: {args.checkpoint or args.save_dir} is not a checkpoint of this program")
+    longer = given.get("pruning_times", 0) > stored["pruning_times"]
+    grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
+    free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
+    other = [f"--{name} {value}" for name, value in given.items() if name not in free and stored.get(name) != value]
+    if other:
+        parser.error(f"--resume: the run was started with other flags than {' '.join(other)}; leave them out")
+    resumed = argparse.Namespace(**{**vars(args), **stored, **{name: given[name] for name in free if name in given}})
+    resumed.save_dir, resumed.resume, resumed.resumed_from = args.save_dir, True, content
+    return resumed
+
+
+def _check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
+    """Fill in what is left to itself, refuse what cannot work; returns notes for the log."""
+
+    def require(fine: bool, flag: str, value, way_out: str) -> None:
+        if not fine:
+            raise RunError(f"{flag} {value}: {way_out}")
+
+    require(args.dataset in DATASETS, "--dataset", args.dataset, f"unknown; choose from {', '.join(DATASETS)}")
+    require(args.arch in BUILDERS, "--arch", args.arch, f"unknown; choose from {', '.join(BUILDERS)}")
+    for name in ("epochs", "batch_size", "pruning_times", "print_freq", "score_batches"):
+        require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "must be 1 or more")
+    for name in ("workers", "gpu", "min_units", "seed"):
+        require(getattr(args, name) >= 0, f"--{name}", getattr(args, name), "must be 0 or more")
+    for name in ("img_size", "patch_size", "train_limit"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
+    for name in ("rate", "mlp_prune_ratio", "label_smoothing", "momentum"):
+        value = getattr(args, name)
+        require(value is None or 0 <= value < 1, f"--{name}", value, "must lie in [0, 1)")
+    for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
+        value = getattr(args, name)
+        require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
+    require(0 <= args.weight_decay < math.inf, "--weight_decay", args.weight_decay, "must be 0 or more")
+    require(0 <= args.fillback_rate <= 1, "--fillback_rate", args.fillback_rate, "must lie in [0, 1]")
+    require(0 < args.val_fraction < 1, "--val_fraction", args.val_fraction, "must lie in (0, 1)")
+
+    if args.criteria is None:
+        args.criteria = "magnitude" if args.struct == "imp" and args.vit_structured else "l1"
+    require(args.criteria in CRITERIA, "--criteria", args.criteria, f"unknown; choose from {', '.join(CRITERIA)}")
+    args.warmup = args.epochs // 6 if args.warmup is None else args.warmup
+    require(args.warmup >= 0, "--warmup", args.warmup, "must be 0 or more")
+    args.rewind_epoch = args.epochs // 5 if args.rewind_epoch is None else args.rewind_epoch
+    require(args.rewind_epoch >= 0, "--rewind_epoch", args.rewind_epoch, "must be 0 or more")
+    if args.prune_type == "rewind_lt":
+        require(args.rewind_epoch < args.epochs, "--rewind_epoch", args.rewind_epoch, "must be below --epochs")
+    if args.prune_type == "pt" and not args.pretrained:
+        raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
+    milestones = _milestones(args)
+    if args.reg_finish is None:
+        args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
+    require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
+    if args.reg_form == "decay" and args.reg_clock:
+        raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    if args.struct == "oneshot" and not args.vit_structured:
+        raise RunError("--struct oneshot: removes whole units; add --vit_structured")
+    if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
+        raise RunError(
+            "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
+        )
+
+    late = [epoch for epoch in milestones if epoch >= args.epochs]
+    notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
+    if args.warmup > args.epochs:
+        notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
+    idle = [] if args.vit_structured else [name for name in ONLY_STRUCTURED if name in given]
+    if not args.vit_structured and not args.refill:
+        idle.append("no-refill")
+    notes += [f"--{name}: has no effect without --vit_structured" for name in idle]
+    if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
+        notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
+    if args.prune_patch_embed and args.vit_structured:
+        notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
+    if args.pruning_times == 1 or args.struct == "dense":
+        notes.append("nothing is pruned in this run: it trains dense")
+    return notes
+
+
+def _milestones(args: argparse.Namespace) -> list[int]:
+    if args.decreasing_lr is None:
+        found = sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})
+        args.decreasing_lr = ",".join(map(str, found))
+    try:
+        found = [int(epoch) for epoch in args.decreasing_lr.split(",") if args.decreasing_lr]
+    except ValueError:
+        found = [0]
+    if any(epoch < 1 for epoch in found) or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+        raise RunError(f"--decreasing_lr {args.decreasing_lr}: give increasing epochs such as 60,90")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+def make_model(args: argparse.Namespace) -> nn.Module:
+    facts = DATASETS[args.dataset]
+    overrides = {"patch_size": args.patch_size} if args.patch_size else {}
+    size = args.img_size or (None if args.arch.endswith("_imagenet") else facts.vit_image_size)
+    try:
+        return build_model(args.arch, facts.classes, size, args.pretrained, **overrides)
+    except (ValueError, PretrainedError) as error:
+        raise RunError(str(error)) from error
+
+
+def plan(args: argparse.Namespace) -> str:
+    """What the command would do, from flags alone: no data is read, nothing is written."""
+    with torch.device("meta"):
+        model = make_model(argparse.Namespace(**{**vars(args), "pretrained": False}))
+    check_units(args, model)
+    states, epochs, _ = run_length(args)
+    train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit)
+    steps = max(1, train_images // args.batch_size)
+    weights = prunable_weights(model, args.prune_patch_embed)
+    prunable = sum(weight.numel() for weight in weights.values())
+    if args.vit_structured and args.struct != "dense":
+        ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+        rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units)
+    else:
+        cost = vit_cost(model, {})
+        rows = []
+        for state in range(states):
+            left = round(prunable * (1 - args.rate) ** state)
+            if args.struct in ("refill", "rsst") and state:
+                left += round((prunable - left) * args.fillback_rate)
+            dead = prunable - left
+            rows.append({"state": state, **cost, "parameters": cost["parameters"] - dead, "density": left / prunable})
+    weight_bytes = 4 * count_vit_parameters(model)
+    optimizer = 1 if args.opt == "sgd" else 2
+    disk = weight_bytes * (2 * (1 + optimizer) + 2 + (args.prune_type == "rewind_lt")) + 2 * 3 * prunable / 8
+    table = utils.format_table(
+        rows,
+        {
+            "state": "state",
+            "density": lambda row: f"{100 * row['density']:.2f}%",
+            "heads": "heads",
+            "neurons": lambda row: f"{row['neurons']:,}",
+            "parameters": lambda row: f"{row['parameters']:,}",
+            "MACs": lambda row: f"{row['macs'] / 1e9:.4f} G",
+        },
+    )
+    merged = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    return (
+        f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x {steps} steps of "
+        f"{min(args.batch_size, train_images)} images ({train_images:,} train, {val_images:,} validate)\n"
+        f"{count_vit_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
+        f"{merged if args.rank_by == 'score_per_mac' else ''}\n"
+        f"About {disk / 1e6:,.0f} MB of disk."
+    )
+
+
+def run_length(args: argparse.Namespace) -> tuple[int, int, list[int]]:
+    """States, epochs per state and milestones; `dense` spends the same epochs in one schedule."""
+    if args.struct == "dense":
+        return 1, args.epochs * args.pruning_times, [epoch * args.pruning_times for epoch in _milestones(args)]
+    return args.pruning_times, args.epochs, _milestones(args)
+
+
+def check_units(args: argparse.Namespace, model: nn.Module) -> None:
+    if args.vit_structured:
+        smallest = min(group.count for group in vit_units(model, KINDS[args.vit_prune_target]).values())
+        if args.min_units > smallest:
+            raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+
+class PruneRetrain:
+    """One run: its models, data and files, and the loop over states.
+
+    `dense` has the original shapes and holds the weights between states. `model` is what trains: `dense` itself, or
+    the smaller network without the units that are cut already.
+    """
+
+    def __init__(self, args, device: torch.device, splits: Splits, dense: nn.Module, save_dir: Path):
+        self.args, self.device, self.save_dir, self.dense = args, device, save_dir, dense.to(device)
+        self.states, self.epochs, self.milestones = run_length(args)
+        self.train_data = Batches(splits.train, splits.facts, args.batch_size, device, args.seed, args.aug)
+        self.val_data = Batches(splits.val, splits.facts, 256, device)
+        self.test_data = Batches(splits.test, splits.facts, 256, device)
+        self.steps_per_epoch = self.train_data.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * self.epochs
+        self.precision = utils.pick_precision(args.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        self.units = vit_units(dense, KINDS[args.vit_prune_target]) if args.vit_structured else {}
+        self.model, self.model_kept = self.dense, {}
+        self.rewind_file = "init.pt"
+        self.rewind_weights: dict[str, Tensor] = {}
+        self.run = RunState()
+
+    # -- the run
+
+    def start(self) -> None:
+        """A fresh run: initial weights on disk, nothing pruned."""
+        self.rewind_weights = utils.weights_of(self.dense)
+        utils.save_tensors(self.save_dir / "init.pt", self.rewind_weights)
+        masks = full_masks(self.prunable())
+        everything = {key: list(range(group.count)) for key, group in self.units.items()}
+        self.run = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
+
+    def resume(self, content: dict) -> None:
+        """Go on where a checkpoint stands."""
+        self.run = RunState.unpack(content["run"], self.device)
+        self.rewind_file = content["rewind_file"]
+        path = self.save_dir / self.rewind_file
+        self.rewind_weights = utils.load_tensors(path, "--resume")
+        if _sha256(path) != content["rewind_sha256"]:
+            raise RunError(f"--resume: {path} is not the file that this run started from")
+        self.dense.load_state_dict(content["weights"])
+        if self.run.begun:
+            self.set_up_training()
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+        utils.write_metrics(self.save_dir, self.run.history)
+        log.info(f"resumed at state {self.run.state}, step {self.run.step} of {self.total_steps}")
+
+    def __call__(self) -> None:
+        while self.run.state < self.states:
+            if not self.run.begun:
+                self.begin_state()
+                self.set_up_training()
+            self.train_state()
+            self.end_state()
+        log.info("\n%s\n\n%s", sparsity_report(self.run.masks), states_table(self.run.states))
+
+    # -- between states: choose, cut or doom, rewind
+
+    def begin_state(self) -> None:
+        run, state = self.run, self.run.state
+        run.begun, run.step, run.seconds, run.start_norm, run.cut, run.best = True, 0, 0.0, None, {}, {}
+        if state == 0 or self.args.struct == "dense":
+            return
+        if not (self.args.struct == "oneshot" and state > 1):
+            run.target, run.target_kept = self.choose_target()
+        soft = self.args.struct == "rsst"
+        if not soft:
+            run.masks, run.kept = run.target, run.target_kept
+            # what cutting costs before any retraining: trained weights, new mask
+            self.enforce(self.dense, self.parameter_masks(run.masks, run.kept))
+            run.cut = {"before": run.history[-1]["val_accuracy"], "after": self.evaluate(self.dense, self.val_data)}
+        else:
+            # weights that refill returns come back now; the doomed ones stay until the cut
+            run.masks = {name: torch.maximum(mask, run.target[name]) for name, mask in run.masks.items()}
+        self.rewind()
+
+    def choose_target(self) -> tuple[Masks, dict[str, list[int]]]:
+        """Masks and kept units that the coming state ends with, from the trained weights that `dense` holds."""
+        args, run, state = self.args, self.run, self.run.state
+        weights = self.prunable()
+
+        def score(units: dict) -> dict[str, Tensor]:
+            data = self.train_data.sequential(args.score_batches)
+            return score_units(
+                self.dense,
+                units,
+                args.criteria,
+                mask=run.elementwise,
+                batches=data,
+                max_batches=args.score_batches,
+                seed=args.seed,
+            )
+
+        if not args.vit_structured:
+            run.elementwise = target = elementwise_step(weights, run.elementwise, args.rate, state)
+            if args.fillback_rate and args.struct in ("refill", "rsst"):
+                rows = row_units({name: self.dense.get_submodule(name) for name in weights})
+                target = refill_rows(target, score(rows), args.fillback_rate)
+            mask_density, trained_density = 100 * density(run.elementwise), 100 * density(target)
+            log.info(f"state {state} prunes to density {mask_density:.2f}%, trains {trained_density:.2f}%")
+            return target, {}
+
+        if args.criteria == "remain" or not args.refill:
+            alive = structured_masks(weights, self.units, run.kept)
+            run.elementwise = elementwise_step(weights, run.elementwise, args.rate, state, alive)
+        scores = mark_removed(score(self.units), run.kept)
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+        ratios = {
+            kind: scheduled_ratio(schedule, ratio, state, self.states)
+            for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
+        }
+        kept = rank_units(self.dense, self.units, scores, ratios, args.sorting_mode, args.min_units, args.rank_by)
+        target = structured_masks(weights, self.units, kept)
+        if not args.refill:
+            targeted = {name.rpartition(".")[0] for group in self.units.values() for name in group.parts}
+            target = {name: mask * run.elementwise[name] if name in targeted else mask for name, mask in target.items()}
+        log.info(f"state {state} prunes by {args.criteria}:")
+        log.info(units_report(self.dense, self.units, scores, run.kept, kept, run.masks, target))
+        return target, kept
+
+    def rewind(self) -> None:
+        """Put `dense` where the next state starts; see --prune_type."""
+        if self.args.prune_type == "finetune":
+            if self.args.struct == "refill" and not self.args.vit_structured:
+                # refilled weights start at zero
+                self.enforce(self.dense, {f"{name}.weight": mask for name, mask in self.run.elementwise.items()})
+            return
+        keep = () if self.args.fc else ("head.",)
+        start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(keep)}
+        self.dense.load_state_dict(start, strict=False)
+
+    # -- within a state
+
+    def set_up_training(self) -> None:
+        """Model, penalty and optimizer for the masks and units enforced now; `dense` holds the weights."""
+        args, run = self.args, self.run
+        hold = self.parameter_masks(run.masks, run.kept)
+        aim = self.parameter_masks(run.target, run.target_kept)
+        self.enforce(self.dense, hold)
+        doomed = {name: hold.get(name, 1) * (1 - mask) for name, mask in aim.items()}
+        removed = any(len(run.kept[key]) < group.count for key, group in self.units.items())
+        if removed and (args.compact_training or args.struct == "oneshot"):
+            self.model_kept = run.kept
+            self.model = remove_units(copy.deepcopy(self.dense), self.units, run.kept)
+            hold, doomed = (slice_tensors(masks, self.units, run.kept) for masks in (hold, doomed))
+        else:
+            self.model, self.model_kept = self.dense, {}
+        self.held = {name: mask for name, mask in hold.items() if not mask.all()}
+        self.optimizer = make_optimizer(args, self.model)
+        self.penalty = rsst.Penalty(dict(self.model.named_parameters()), doomed, run.start_norm)
+        if self.penalty:
+            run.start_norm = self.penalty.start_norm
+            self.cut_after = rsst.cut_step(self.total_steps, self.steps_per_epoch, args.reg_finish)
+            sawtooth = args.reg_form == "gradient" and args.reg_clock != "state"
+            period = self.steps_per_epoch if sawtooth else self.cut_after
+            strength = args.reg_granularity_prune
+            self.ramp = rsst.Ramp(args.RST_schedule, strength, self.cut_after, period, args.exponents)
+            self.doses = self.predict_dose()
+
+    def predict_dose(self) -> list[float]:
+        """Dose after each step of this state, logged before it trains; empty when it cannot be known."""
+        args, ramp = self.args, self.ramp
+        if args.reg_form == "decay":
+            doses = [ramp.dose(step) for step in range(ramp.steps + 1)]
+            log.info(f"rsst: doomed weights shrink by exp(-{doses[-1]:.3g}) in {ramp.steps} steps, then they are cut")
+            return doses
+        if args.opt == "adamw":
+            log.info("rsst: adamw normalises the penalty's gradient, so its dose is unknown; watch the residual")
+            return []
+        rates = [self.learning_rate(step) for step in range(ramp.steps)]
+        doses = rsst.predicted_dose(ramp, rates, args.momentum)
+        lethal = next((step for step, dose in enumerate(doses) if dose >= rsst.LETHAL_DOSE), None)
+        when = f"it passes {rsst.LETHAL_DOSE:g} at step {lethal} of {ramp.steps}" if lethal else "too little"
+        log.info(f"rsst: predicted dose {doses[-1]:.3g} over this state, {when}")
+        if lethal is None:
+            log.warning(
+                f"rsst: a dose below {rsst.LETHAL_DOSE:g} leaves much of the doomed weights; "
+                "raise --reg_granularity_prune, --lr or --epochs, or use --reg_form decay"
+            )
+        return doses
+
+    def train_state(self) -> None:
+        run = self.run
+        started, before = time.perf_counter(), run.seconds
+        while run.step < self.total_steps:
+            epoch, batch = divmod(run.step, self.steps_per_epoch)
+            if batch == 0:
+                self.start_epoch(epoch)
+            self.train_step(epoch, batch)
+            if self.penalty and run.step == self.cut_after:
+                self.cut()
+            if run.step % self.steps_per_epoch == 0:
+                run.seconds = before + time.perf_counter() - started
+                self.end_epoch(epoch)
+
+    def start_epoch(self, epoch: int) -> None:
+        self.model.train()
+        self.sums = torch.zeros(2, device=self.device, dtype=torch.float64 if self.device.type != "mps" else None)
+        self.broken = torch.full((), self.total_steps, device=self.device)  # first step whose loss is not finite
+        self.epoch_started = time.perf_counter()
+        title = f"state {self.run.state} epoch {epoch + 1}/{self.epochs}"
+        self.bar = tqdm(total=self.steps_per_epoch, desc=title, leave=False, disable=not sys.stdout.isatty())
+
+    def train_step(self, epoch: int, batch: int) -> None:
+        args, run, model, optimizer = self.args, self.run, self.model, self.optimizer
+        images, labels = self.train_data.batch(run.state, epoch, batch)
+        rate = self.learning_rate(run.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with utils.autocast(self.device, self.precision):
+            logits = model(images.to(self.dtype))
+            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        self.mask_gradients()  # before clipping: dead weights have no say in the norm
+        self.strength = self.ramp.value(run.step + 1) if self.penalty else 0.0  # lambda
+        if self.penalty and args.block_loss_grad:
+            self.penalty.block_gradients_()
+        if args.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        if self.penalty and args.reg_form == "gradient":
+            self.penalty.add_to_gradients_(self.strength)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.mask_weights()
+        if self.penalty and args.reg_form == "decay":
+            self.penalty.shrink_(self.ramp.exponent_at(run.step + 1))
+
+        with torch.no_grad():
+            self.sums += torch.stack((loss.detach(), (logits.argmax(1) == labels).to(loss.dtype).mean()))
+            self.broken = torch.where(loss.detach().isfinite(), self.broken, self.broken.clamp(max=run.step))
+        run.step += 1
+        self.bar.update()
+        if (batch + 1) % args.print_freq == 0:
+            self.check_finite()
+            mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
+            log.info(
+                f"state {run.state} epoch {epoch + 1}/{self.epochs} batch {batch + 1}/{self.steps_per_epoch}"
+                f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self.penalty_note()}"
+            )
+
+    def mask_gradients(self) -> None:
+        gradients = [(self.model.get_parameter(name).grad, mask) for name, mask in self.held.items()]
+        gradients = [(gradient, mask) for gradient, mask in gradients if gradient is not None]
+        if gradients:
+            torch._foreach_mul_([gradient for gradient, _ in gradients], [mask for _, mask in gradients])
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        if self.held:
+            torch._foreach_mul_([self.model.get_parameter(name) for name in self.held], list(self.held.values()))
+
+    def penalty_note(self) -> str:
+        """lambda, dose so far and residual norm of the doomed weights, for a line of the log."""
+        if not self.penalty:
+            return ""
+        step = self.run.step
+        dose = f"{self.doses[step]:.3g}" if self.doses else "unknown"
+        return f"  lambda {self.ramp.value(step):.4g}  dose {dose}  residual {self.penalty.residual():.4f}"
+
+    def check_finite(self) -> None:
+        step = int(self.broken)
+        if step < self.total_steps:
+            raise RunError(
+                f"the loss is not finite at step {step} of state {self.run.state}; the last checkpoint is good: "
+                "lower --lr, add --clip_grad 1 or use --amp off",
+                code=1,
+            )
+
+    def cut(self) -> None:
+        """RSST: the doomed weights become zero for good; optimizer state goes with them."""
+        run = self.run
+        before, residual = self.evaluate(self.model, self.val_data), self.penalty.residual()
+        self.sync_dense()
+        moments = self.dense_optimizer_state()
+        run.masks, run.kept = run.target, run.target_kept
+        self.set_up_training()
+        self.load_optimizer_state(moments)
+        after = self.evaluate(self.model, self.val_data)
+        run.cut = {"before": before, "after": after, "residual": residual}
+        log.info(
+            f"cut at step {run.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
+            f"residual {residual:.4f}"
+        )
+        if residual > 0.1:
+            log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")
+        self.model.train()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Validate, write the epoch's line, keep the best, checkpoint."""
+        args, run = self.args, self.run
+        self.bar.close()
+        self.check_finite()
+        seconds = time.perf_counter() - self.epoch_started
+        loss, train_accuracy = (self.sums / self.steps_per_epoch).tolist()
+        accuracy = self.evaluate(self.model, self.val_data)
+        row = {
+            "state": run.state,
+            "epoch": epoch,
+            "lr": self.learning_rate(run.step - 1),
+            "train_loss": loss,
+            "train_accuracy": train_accuracy,
+            "val_accuracy": accuracy,
+            "density": density(run.masks),
+            **vit_cost(self.dense, run.kept),
+            "lambda": self.strength,
+            "residual": self.penalty.residual(),
+            "seconds": seconds,
+            "images_per_second": self.steps_per_epoch * min(args.batch_size, len(self.train_data)) / seconds,
+        }
+        run.history.append(row)
+        log.info(
+            f"state {run.state} epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}"
+            f"  train {100 * train_accuracy:.2f}%  val {100 * accuracy:.2f}%  lr {row['lr']:.3g}{self.penalty_note()}"
+            f"  {seconds:.1f} s"
+        )
+        self.sync_dense()
+        # before the cut the model is not yet what the state ends with
+        if not self.penalty and accuracy > run.best.get("accuracy", -1.0):
+            run.best = {"epoch": epoch, "accuracy": accuracy}
+            best = {"weights": utils.weights_of(self.dense), "state": run.state, "kept": run.kept, **run.best}
+            utils.save_tensors(self.save_dir / "best.pt", best)
+        if args.prune_type == "rewind_lt" and run.state == 0 and epoch + 1 == args.rewind_epoch:
+            self.rewind_file, self.rewind_weights = "rewind.pt", utils.weights_of(self.dense)
+            utils.save_tensors(self.save_dir / "rewind.pt", self.rewind_weights)
+        utils.write_metrics(self.save_dir, run.history)
+        self.checkpoint()
+
+    def end_state(self) -> None:
+        """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
+        run = self.run
+        last = utils.weights_of(self.dense)
+        self.dense.load_state_dict(utils.load_tensors(self.save_dir / "best.pt", "best.pt")["weights"])
+        test_accuracy = self.evaluate(self.dense, self.test_data)
+        self.dense.load_state_dict(last)
+        row = {"state": run.state, "density": density(run.masks), **vit_cost(self.dense, run.kept)}
+        if not self.args.vit_structured:
+            row["parameters"] -= sum(mask.numel() for mask in run.masks.values()) - count_kept(run.masks)
+        row |= {
+            "accuracy_before_cut": run.cut.get("before", ""),
+            "accuracy_after_cut": run.cut.get("after", ""),
+            "residual": run.cut.get("residual", ""),
+            "accuracy_trained": run.history[-1]["val_accuracy"],
+            "best_epoch": run.best["epoch"],
+            "best_accuracy": run.best["accuracy"],
+            "test_accuracy": test_accuracy,
+            "seconds": run.seconds,
+        }
+        run.states.append(row)
+        utils.write_csv(self.save_dir / "states.csv", run.states)
+        log.info(
+            f"state {run.state} done: density {100 * row['density']:.2f}%, best val "
+            f"{100 * row['best_accuracy']:.2f}% (epoch {row['best_epoch'] + 1}), test {100 * test_accuracy:.2f}%, "
+            f"{run.seconds:.0f} s"
+        )
+        self.model, self.model_kept = self.dense, {}
+        run.state, run.step, run.begun = run.state + 1, 0, False
+        self.checkpoint()
+
+    # -- small things
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dense.pos_embed.dtype
+
+    def prunable(self) -> dict[str, Tensor]:
+        return prunable_weights(self.dense, self.args.prune_patch_embed)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up per step, then x0.1 at the milestones or half a cosine; a function of the state's step."""
+        args, warmup = self.args, self.args.warmup * self.steps_per_epoch
+        if step < warmup:
+            return args.lr * (step + 1) / warmup
+        if args.sched == "cosine":
+            return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+        return args.lr * 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
+
+    def parameter_masks(self, masks: Masks, kept: dict) -> dict[str, Tensor]:
+        """Masks by parameter name, in dense shapes, with the biases of removed units; whole ones are left out."""
+        biases = {name: p for name, p in self.dense.named_parameters() if name.endswith(".bias")}
+        found = {f"{name}.weight": mask for name, mask in masks.items()}
+        found |= unit_masks(self.units, kept, biases)
+        return {name: mask.detach() for name, mask in found.items() if not mask.all()}
+
+    @torch.no_grad()
+    def enforce(self, model: nn.Module, masks: dict[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+
+    def sync_dense(self) -> None:
+        """Carry the weights of the smaller network back into `dense`."""
+        if self.model is not self.dense:
+            self.dense.load_state_dict(scatter_tensors(self.model.state_dict(), self.units, self.model_kept))
+
+    def dense_optimizer_state(self) -> dict[str, dict]:
+        """Optimizer state by parameter name, in dense shapes."""
+        names = [name for name, _ in self.model.named_parameters()]
+        states = [self.optimizer.state[parameter] for parameter in self.model.parameters()]
+        found: dict[str, dict] = {name: {} for name in names}
+        for entry in {key for state in states for key in state}:
+            tensors = {name: state[entry] for name, state in zip(names, states, strict=True) if entry in state}
+            if any(tensor.ndim for tensor in tensors.values()) and self.model_kept:
+                tensors = scatter_tensors(tensors, self.units, self.model_kept)
+            for name, tensor in tensors.items():
+                found[name][entry] = tensor
+        return found
+
+    def load_optimizer_state(self, moments: dict[str, dict]) -> None:
+        """The inverse, for the model and masks of now: what is cut is gone here too."""
+        hold = self.parameter_masks(self.run.masks, self.run.kept)
+        for entry in {key for state in moments.values() for key in state}:
+            tensors = {name: state[entry] for name, state in moments.items() if entry in state}
+            if any(tensor.ndim for tensor in tensors.values()):
+                tensors = {name: tensor * hold.get(name, 1) for name, tensor in tensors.items()}
+                tensors = slice_tensors(tensors, self.units, self.model_kept)
+            for name, tensor in tensors.items():
+                self.optimizer.state[self.model.get_parameter(name)][entry] = tensor
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, data: Batches) -> float:
+        """Fraction of images classified right."""
+        correct = torch.zeros((), dtype=torch.long, device=self.device)
+        with evaluating(model), utils.autocast(self.device, self.precision):
+            for images, labels in data.sequential():
+                correct += (model(images.to(self.dtype)).argmax(1) == labels).sum()
+        return int(correct) / len(data)
+
+    def checkpoint(self) -> None:
+        skip = ("notes", "resumed_from")
+        content = {
+            "run": self.run.pack(),
+            "weights": self.dense.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rewind_file": self.rewind_file,
+            "rewind_sha256": _sha256(self.save_dir / self.rewind_file),
+            "args": {name: value for name, value in vars(self.args).items() if name not in skip},
+        }
+        utils.save_checkpoint(self.save_dir, content)
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW; weight decay acts on the weights of linear and convolution layers only."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    decayed = {id(module.weight) for module in layers}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
+
+
+def states_table(rows: list[dict]) -> str:
+    """The table that a run ends with."""
+
+    def percent(key: str):
+        return lambda row: f"{100 * row[key]:.2f}%" if row[key] != "" else "-"
+
+    return utils.format_table(
+        rows,
+        {
+            "state": "state",
+            "density": percent("density"),
+            "heads": "heads",
+            "neurons": lambda row: f"{row['neurons']:,}",
+            "parameters": lambda row: f"{row['parameters']:,}",
+            "MACs": lambda row: f"{row['macs'] / 1e9:.4f} G",
+            "before cut": percent("accuracy_before_cut"),
+            "after cut": percent("accuracy_after_cut"),
+            "trained": percent("accuracy_trained"),
+            "best": percent("best_accuracy"),
+            "test": percent("test_accuracy"),
+            "seconds": lambda row: f"{row['seconds']:.0f}",
+        },
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+RUN_FILES = (
+    "args.yaml", "environment.json", "run.log", "metrics.jsonl", "metrics.csv", "states.csv",
+    "init.pt", "rewind.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
+)  # fmt: skip
+
+
+def make_save_dir(args: argparse.Namespace) -> Path:
+    """The run's folder, checked before any work and made."""
+    if args.save_dir is None:
+        args.save_dir = str(utils.free_dir(Path("results") / (args.exp_name or utils.run_name(args))))
+    save_dir = Path(args.save_dir)
+    if any((save_dir / name).exists() for name in RUN_FILES) and not args.resume:
+        if not args.overwrite:
+            raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
+        for name in RUN_FILES:
+            (save_dir / name).unlink(missing_ok=True)
+        for name in ("plots", "model"):
+            shutil.rmtree(save_dir / name, ignore_errors=True)
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        utils.write_atomic(save_dir / "run.log", lambda _: None) if not (save_dir / "run.log").exists() else None
+    except OSError as error:
+        raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
+    return save_dir
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    utils.start_logging(verbose=args.verbose)
+    try:
+        if args.dry_run:
+            print(plan(args))
+            return 0
+        # whatever can be wrong with device, model or data shows before the run's folder is made
+        device = utils.pick_device(args.device, args.gpu)
+        utils.seed_everything(args.seed)
+        model = make_model(args)
+        check_units(args, model)
+        if args.init:
+            load_initial_weights(model, Path(args.init))
+        pixels = model.patch_embed.img_size[0]
+        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+        save_dir = make_save_dir(args)
+        utils.start_logging(save_dir / "run.log", args.verbose)
+        content = vars(args).pop("resumed_from", None)
+        announce(args, device, model, splits)
+        job = PruneRetrain(args, device, splits, model, save_dir)
+        if content:
+            job.resume(content)
+        else:
+            utils.write_run_facts(save_dir, args, device)
+            job.start()
+        job()
+    except (RunError, DataError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume --save_dir", args.save_dir, file=sys.stderr)
+        return 130
+    return 0
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(utils.load_state_file(path, "--init"))
+    except RuntimeError as error:
+        raise RunError(f"--init {path}: does not fit this model ({str(error).splitlines()[-1].strip()})") from error
+
+
+def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, splits: Splits) -> None:
+    """The log's first lines: what is run on what."""
+    parameters, pixels = count_vit_parameters(model), model.patch_embed.img_size[0]
+    log.info(f"{args.struct} on {args.arch}: {parameters:,} parameters, {pixels} pixels, {device}, seed {args.seed}")
+    train, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
+    log.info(f"{args.dataset}: {train:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
+    states, epochs, _ = run_length(args)
+    log.info(f"states 0 to {states - 1} of {epochs} epochs each; files in {args.save_dir}")
+    for note in args.notes:
+        log.warning("note: %s", note)
+    if args.vit_structured and args.struct == "rsst" and args.prune_type == "lt" and args.ratio_schedule == "constant":
+        what = "are the same as Refill's, bit for bit" if args.fc else "differ from Refill's only by the classifier"
+        log.warning("note: with lt and a constant ratio, states from 2 on %s; a growing ratio lets RSST act", what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The RSST penalty: how large it is now (pure functions) and what it does to the weights (in place).
+
+Doomed weights are driven to zero while the next state trains and cut once they are small. Two forms:
+
+decay (the default), after each optimizer step k = 1..K:
+    lambda_k = g * shape(k / K)
+    w <- w * exp(-20 * lambda_k / sum_j shape(j / K))
+so the penalty's factor over a state is exp(-20 g), whatever the learning rate, momentum or precision.
+
+gradient, the form of older descriptions: lambda_k * w is added to the gradient. What that achieves depends on the
+learning rate; `predicted_dose` says how much before a state starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+DOSE_PER_STRENGTH = 20.0  # total exponent of the decay form per unit of --reg_granularity_prune
+LETHAL_DOSE = 5.0  # exp(-5) < 0.7%: below this a gradient-form penalty leaves too much behind
+
+SHAPES: dict[str, Callable[[float, float], float]] = {
+    "x": lambda u, p: u,
+    "x^2": lambda u, p: u**2,
+    "x^3": lambda u, p: u**3,
+    "exp": lambda u, p: math.expm1(u) / math.expm1(1),
+    "exp_custom": lambda u, p: math.expm1(u) / math.expm1(1),
+    "exp_custom_exponents": lambda u, p: math.expm1(u**p) / math.expm1(1),
+}
+
+
+def cut_step(total_steps: int, steps_per_epoch: int, finish: float) -> int:
+    """Step K of a state after which its doomed weights are cut: max(1, round(finish * total_steps)).
+
+    K moves to the nearest epoch border, ties to the later one and never 0, when that moves it by less than a tenth
+    of the state.
+    """
+    step = max(1, round(finish * total_steps))
+    border = max(1, math.floor(step / steps_per_epoch + 0.5)) * steps_per_epoch
+    if border <= total_steps and abs(border - step) < total_steps / 10:
+        return border
+    return step
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Strength of the penalty over the steps 1..`steps` of a state (`--RST_schedule`).
+
+    `period` is the number of steps after which the ramp restarts: `steps` for one ramp over the state, the steps of
+    an epoch for the older clock (gradient form only).
+    """
+
+    schedule: str
+    strength: float  # g, --reg_granularity_prune
+    steps: int
+    period: int
+    exponent: float = 4.0
+
+    def shape(self, step: int) -> float:
+        """shape(u) in [0, 1] with u = position of `step` (1-based) in its period."""
+        return SHAPES[self.schedule](((step - 1) % self.period + 1) / self.period, self.exponent)
+
+    def value(self, step: int) -> float:
+        """lambda at `step`, 0 before the first step and after the last."""
+        return self.strength * self.shape(step) if 1 <= step <= self.steps else 0.0
+
+    @cached_property
+    def cumulative(self) -> list[float]:
+        """sum_{j <= k} shape(j / K) for k = 0..steps."""
+        sums = [0.0]
+        for step in range(1, self.steps + 1):
+            sums.append(sums[-1] + self.shape(step))
+        return sums
+
+    def exponent_at(self, step: int) -> float:
+        """Decay form: -log of the factor applied after `step`."""
+        return DOSE_PER_STRENGTH * self.value(step) / self.cumulative[-1]
+
+    def dose(self, step: int) -> float:
+        """Decay form: -log of the factor that has been applied up to and including `step`."""
+        done = self.cumulative[max(0, min(step, self.steps))]
+        return DOSE_PER_STRENGTH * self.strength * done / self.cumulative[-1]
+
+
+def predicted_dose(ramp: Ramp, learning_rates: Sequence[float], momentum: float) -> list[float]:
+    """Gradient form with SGD: the dose sum_{j <= k} lr_j lambda_j / (1 - momentum) for k = 0..steps."""
+    doses = [0.0]
+    for step in range(1, ramp.steps + 1):
+        doses.append(doses[-1] + learning_rates[step - 1] * ramp.value(step) / (1 - momentum))
+    return doses
+
+
+class Penalty:
+    """The doomed weights of one state and what is done to them.
+
+    Args:
+        parameters: by name, those that hold doomed weights; they change in place.
+        doomed: by the same names, tensors of their shape that are 1 on doomed weights and 0 elsewhere.
+        start_norm: norm of the doomed weights when the state started, for a state that goes on; measured when None.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], doomed: Mapping[str, Tensor], start_norm: float | None = None):
+        self.names = [name for name, mask in doomed.items() if mask.any()]
+        self.parameters = [parameters[name] for name in self.names]
+        self.doomed = [doomed[name].to(parameters[name]) for name in self.names]
+        self.start_norm = self.norm() if start_norm is None else start_norm
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @torch.no_grad()
+    def shrink_(self, exponent: float) -> None:
+        """w <- w * exp(-exponent) on doomed weights; all others keep their bits."""
+        if self.names:
+            # w + (factor - 1) * w * doomed in one pass
+            torch._foreach_addcmul_(self.parameters, self.parameters, self.doomed, value=math.expm1(-exponent))
+
+    @torch.no_grad()
+    def block_gradients_(self) -> None:
+        """Take the loss's gradient away from doomed weights."""
+        for parameter, mask in zip(self.parameters, self.doomed, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(parameter.grad, mask, value=-1.0)
+
+    @torch.no_grad()
+    def add_to_gradients_(self, strength: float) -> None:
+        """grad <- grad + strength * w on doomed weights (the gradient of strength / 2 * |w|^2)."""
+        for parameter, mask in zip(self.parameters, self.doomed, strict=True):
+            parameter.grad.addcmul_(parameter.detach(), mask, value=strength)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """L2 norm of all doomed weights."""
+        squares = (
+            (parameter.double() if parameter.device.type != "mps" else parameter).mul(mask).square().sum()
+            for parameter, mask in zip(self.parameters, self.doomed, strict=True)
+        )
+        return math.sqrt(sum(float(square) for square in squares))
+
+    def residual(self) -> float:
+        """Norm of the doomed weights over their norm when the state started; 0 when there are none."""
+        return self.norm() / self.start_norm if self.start_norm else 0.0
