@@ -153,15 +153,11 @@ def _count_split(images: int, val_fraction: float, train_limit: int | None) -> t
     if not 0 < val_fraction < 1:
         raise DataError(f"--val_fraction {val_fraction}: must lie between 0 and 1, such as 0.1")
     if train_limit is not None and train_limit < 1:
-        raise DataError(
-            f"--train_limit {train_limit}: must be at least 1; leave it out to train on all images"
-        )
+        raise DataError(f"--train_limit {train_limit}: must be at least 1; leave it out to train on all images")
     val = max(1, round(images * val_fraction))
     available = images - val
     if available < 1:
-        raise DataError(
-            f"--val_fraction {val_fraction}: leaves nothing to train on of {images} images; lower it"
-        )
+        raise DataError(f"--val_fraction {val_fraction}: leaves nothing to train on of {images} images; lower it")
     return (available if train_limit is None else min(available, train_limit)), val
 
 
@@ -241,9 +237,7 @@ def _read_digits(name: str, root: Path) -> tuple[Split, Split]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            f"--dataset {name}: needs scikit-learn ({error}); pip install scikit-learn"
-        ) from error
+        raise DataError(f"--dataset {name}: needs scikit-learn ({error}); pip install scikit-learn") from error
     digits = load_digits()
     facts = DATASETS[name]
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
@@ -272,9 +266,7 @@ def _read_cifar(name: str, root: Path) -> tuple[Split, Split]:
         train, test = open_parts()
     except (RuntimeError, OSError):
         # torchvision raises RuntimeError for files that are missing as for files with another md5.
-        archive_intact = os.access(archive, os.R_OK) and datasets.utils.check_integrity(
-            archive, source.tgz_md5
-        )
+        archive_intact = os.access(archive, os.R_OK) and datasets.utils.check_integrity(archive, source.tgz_md5)
         suspects = [folder] if archive_intact else [folder, archive]
         damaged = " and ".join(path.name for path in suspects if path.exists())
         found = f"{damaged} under '{root}' damaged or incomplete" if damaged else f"not found under '{root}'"
@@ -351,9 +343,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     header = struct.Struct(f">i{dimensions}I")
     magic = 0x0800 + dimensions
     if len(content) < header.size or (found := header.unpack_from(content))[0] != magic:
-        raise DataError(
-            f"{path}: not an IDX file of {dimensions} dimensions (magic number {magic}); {way_out}"
-        )
+        raise DataError(f"{path}: not an IDX file of {dimensions} dimensions (magic number {magic}); {way_out}")
     shape = found[1:]
     if len(content) != header.size + math.prod(shape):
         raise DataError(
@@ -505,9 +495,7 @@ class Batches:
         else:
             self._store = split.images.contiguous().to(device)
 
-        mean, std = (
-            torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (facts.mean, facts.std)
-        )
+        mean, std = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (facts.mean, facts.std))
         self._scale = (1 / (255 * std)).float().to(device)
         self._bias = (-mean / std).float().to(device)
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import export
 import rsst
 import utils
 from dataset import DATASETS, Batches, DataError, Splits, load_dataset, split_sizes
@@ -49,7 +50,6 @@ from vit_structured_pruning import (
     CRITERIA,
     SCORE_BATCHES,
     count_vit_parameters,
-    evaluating,
     plan_structured,
     remove_units,
     row_units,
@@ -67,19 +67,8 @@ log = utils.logging.getLogger("main")
 # ---------------------------------------------------------------------------------------------------------------- flags
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line on standard error and exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+def build_parser() -> utils.OneLineParser:
+    parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
 
     def switch(group, name: str, text: str, *aliases: str) -> None:
         group.add_argument(name, *aliases, action="store_true", default=False, help=text)
@@ -96,6 +85,9 @@ def build_parser() -> Parser:
     switch(run, "--verbose", "log more: names of tensors, ids of neurons")
     switch(run, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
     switch(run, "--overwrite", "replace the run that --save_dir holds")
+    run.add_argument(
+        "--no-export", dest="export", action="store_false", default=True, help="do not write the small model to model/"
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(DATASETS)}")
@@ -235,7 +227,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _resumed_args(parser: Parser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
+def _resumed_args(parser: utils.OneLineParser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """The flags of the run that goes on, with those of today's that are free to change."""
     if not (args.save_dir or args.checkpoint):
         parser.error("--resume: needs --save_dir DIR or --checkpoint FILE")
@@ -428,6 +420,7 @@ class PruneRetrain:
     def __init__(self, args, device: torch.device, splits: Splits, dense: nn.Module, save_dir: Path):
         self.args, self.device, self.save_dir, self.dense = args, device, save_dir, dense.to(device)
         self.states, self.epochs, self.milestones = run_length(args)
+        self.facts = splits.facts
         self.train_data = Batches(splits.train, splits.facts, args.batch_size, device, args.seed, args.aug)
         self.val_data = Batches(splits.val, splits.facts, 256, device)
         self.test_data = Batches(splits.test, splits.facts, 256, device)
@@ -474,7 +467,8 @@ class PruneRetrain:
                 self.set_up_training()
             self.train_state()
             self.end_state()
-        log.info("\n%s\n\n%s", sparsity_report(self.run.masks), states_table(self.run.states))
+        log.info("\n%s\n\n%s\n", sparsity_report(self.run.masks), states_table(self.run.states))
+        self.hand_over()
 
     # -- between states: choose, cut or doom, rewind
 
@@ -780,6 +774,20 @@ class PruneRetrain:
         run.state, run.step, run.begun = run.state + 1, 0, False
         self.checkpoint()
 
+    def hand_over(self) -> None:
+        """The last state's selected model, physically small, with its proof; see export.py."""
+        args, last = self.args, self.run.states[-1]
+        best = utils.load_tensors(self.save_dir / "best.pt", "best.pt")
+        self.dense.load_state_dict(best["weights"])
+        kept = best["kept"] if args.vit_structured else None
+        if not args.export:
+            log.info(export.size_table(self.dense, export.compact(self.dense, kept)[0]))
+            return
+        metrics = {"val_accuracy": last["best_accuracy"], "test_accuracy": last["test_accuracy"]}
+        folder, facts, provenance = self.save_dir / "model", self.facts, export.run_provenance(args)
+        small = export.write(folder, self.dense, kept, self.val_data.sequential(), facts, provenance, metrics)
+        log.info(f"{export.size_table(self.dense, small)}\n\n{export.proof_line(folder)}")
+
     # -- small things
 
     @property
@@ -839,14 +847,8 @@ class PruneRetrain:
             for name, tensor in tensors.items():
                 self.optimizer.state[self.model.get_parameter(name)][entry] = tensor
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, data: Batches) -> float:
-        """Fraction of images classified right."""
-        correct = torch.zeros((), dtype=torch.long, device=self.device)
-        with evaluating(model), utils.autocast(self.device, self.precision):
-            for images, labels in data.sequential():
-                correct += (model(images.to(self.dtype)).argmax(1) == labels).sum()
-        return int(correct) / len(data)
+        return export.accuracy(model, data, self.precision)
 
     def checkpoint(self) -> None:
         skip = ("notes", "resumed_from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
@@ -36,6 +37,16 @@ class RunError(Exception):
     def __init__(self, message: str, code: int = 2):
         super().__init__(" ".join(message.split()))
         self.code = code
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are one line on standard error and exit code 2; flags are not abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 # ------------------------------------------------------------------------------- seeds, device, precision
@@ -100,7 +111,7 @@ def start_logging(run_log: Path | None = None, verbose: bool = False) -> None:
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
-    for noisy in ("matplotlib", "PIL", "urllib3", "filelock", "fsspec", "timm"):
+    for noisy in ("matplotlib", "PIL", "urllib3", "filelock", "fsspec", "timm", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     screen = _TqdmHandler()
     screen.setFormatter(logging.Formatter("%(message)s"))

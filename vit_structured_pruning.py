@@ -588,6 +588,48 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
     return model
 
 
+@torch.no_grad()
+def find_dead_units(model: nn.Module) -> dict[str, list[int]]:
+    """Which heads and neurons still work, for a model whose weights were pruned one by one: {units key: ids}.
+
+    A head is dead when its `attn.proj` columns are zero or its v rows are, a neuron when its `mlp.fc2` column or its
+    `mlp.fc1` row is. `fold_dead_units_` has to come before they are removed.
+    """
+    alive = {}
+    for key, group in vit_units(model).items():
+        (rows_name, rows), *_, (columns_name, columns) = group.parts.items()
+        incoming = rows.per_unit(model.get_parameter(rows_name))
+        if group.kind == "head":
+            incoming = incoming.unflatten(1, (3, -1))[:, 2]  # q and k only choose where v is read
+        works = incoming.any(1)
+        branch = model.get_submodule(key)
+        if (branch.proj if group.kind == "head" else branch.fc2).bias is None:
+            works[:] = True  # nothing to fold a constant into
+        works &= columns.per_unit(model.get_parameter(columns_name)).any(1)
+        alive[key] = works.nonzero().flatten().tolist()
+    return alive
+
+
+@torch.no_grad()
+def fold_dead_units_(model: nn.Module, alive: Kept) -> None:
+    """Add what dead units still emit, the constant of their biases, to the output bias of their branch, in place.
+
+    A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
+    """
+    for key, group in vit_units(model).items():
+        dead = [unit for unit in range(group.count) if unit not in set(alive.get(key, range(group.count)))]
+        branch = model.get_submodule(key)
+        source, output = (branch.qkv, branch.proj) if group.kind == "head" else (branch.fc1, branch.fc2)
+        if not dead or source.bias is None or output.bias is None:
+            continue
+        rows, columns = group.parts[f"{key}.{'qkv' if group.kind == 'head' else 'fc1'}.bias"], group.contribution.layout
+        constant = rows.split(source.bias)[-1]  # [count, width]; of q, k and v the last
+        if group.kind == "neuron":
+            constant = branch.act(constant)
+        weight = columns.split(output.weight)[:, 0]  # [D, count, width]
+        output.bias += torch.einsum("duw,uw->d", weight[:, dead], constant[dead])
+
+
 def prune_attention_heads_hard(attn_module: nn.Module, heads_to_prune: Iterable[int]) -> None:
     """Physically remove heads, by id, from an attention module with `qkv`, `proj`, `num_heads`, `head_dim`."""
     _remove_by_id(attn_module, _heads_of(attn_module, "", 0), heads_to_prune)

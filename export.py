@@ -1,0 +1,532 @@
+#!/usr/bin/env python
+"""The small model that a run ends with: on disk and back, with the proof that nothing changed.
+
+    python export.py results/NAME                              writes results/NAME/model/
+    python export.py results/NAME --onnx --latency             and model.onnx, and a table of speeds
+    python export.py results/NAME --evaluate                   accuracy on the run's test images
+    python export.py --from_checkpoint model.pth.tar --arch vit_small --out model
+
+`model/` holds model.safetensors, config.json, parity.json and a model card. `export.load("model")` gives the model
+back; the card shows how plain timm does. No file holds pickled code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import utils
+from dataset import DATASETS, Batches, DataError, DatasetFacts, load_dataset
+from models import BUILDERS, build_model
+from models.vit import Attention, Mlp, VisionTransformer
+from utils import RunError
+from vit_structured_pruning import (
+    Kept,
+    count_vit_parameters,
+    evaluating,
+    find_dead_units,
+    fold_dead_units_,
+    plain_weights,
+    remove_units,
+    vit_macs,
+    vit_units,
+)
+
+log = logging.getLogger("export")
+
+FLOAT32_BOUND = 1e-5  # times max(1, largest logit)
+ONNX_BOUND = 1e-4
+
+
+# ------------------------------------------------------------------------------------------ remove and prove
+
+
+def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict[str, list[int]]]:
+    """The physically smaller copy of a masked model, and the ids of the units that it keeps.
+
+    Args:
+        kept: units that stay; None finds the dead ones among weights that were pruned one by one and folds what
+            their biases emit into the branch's output bias first.
+    """
+    small = copy.deepcopy(model)
+    units = vit_units(small)
+    if kept is None:
+        kept = find_dead_units(small)
+        fold_dead_units_(small, kept)
+    kept = {key: list(kept[key]) if key in kept else list(range(group.count)) for key, group in units.items()}
+    return remove_units(small, units, kept), kept
+
+
+@torch.no_grad()
+def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    """How far the small model's logits are from the masked one's, over all images given.
+
+    float64 is measured on the first batch, on a CPU copy of both.
+
+    Returns:
+        largest absolute differences, the largest logit, the bound that float32 has to meet, and top-1 agreement.
+    """
+    device = next(masked.parameters()).device
+    images_seen = agreed = 0
+    difference = largest = 0.0
+    exact: float | None = None
+    with evaluating(masked), evaluating(small):
+        for images, _ in batches:
+            if exact is None:
+                models = [copy.deepcopy(model).cpu().double() for model in (masked, small)]
+                first = images[:64].cpu().double()
+                exact = float((models[0](first) - models[1](first)).abs().max())
+            expected, found = masked(images.to(device)), small(images.to(device))
+            difference = max(difference, float((expected - found).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+            agreed += int((expected.argmax(1) == found.argmax(1)).sum())
+            images_seen += len(images)
+    return {
+        "images": images_seen,
+        "max_difference_float32": difference,
+        "max_difference_float64": exact,
+        "largest_logit": largest,
+        "bound_float32": FLOAT32_BOUND * max(1.0, largest),
+        "top1_agreement": agreed / images_seen,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Batches, precision: torch.dtype | None = None) -> float:
+    """Fraction of images classified right; `precision` is the autocast type, None the model's own."""
+    parameter = next(model.parameters())
+    correct = torch.zeros((), dtype=torch.long, device=parameter.device)
+    with evaluating(model), utils.autocast(parameter.device, precision):
+        for images, labels in data.sequential():
+            correct += (model(images.to(parameter.dtype)).argmax(1) == labels).sum()
+    return int(correct) / len(data)
+
+
+# ------------------------------------------------------------------------------------------- on disk and back
+
+
+def write(
+    folder: Path,
+    masked: nn.Module,
+    kept: Kept | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    facts: DatasetFacts,
+    provenance: Mapping,
+    metrics: Mapping,
+) -> nn.Module:
+    """Write `model/` and return the small model; nothing is written when it computes something else.
+
+    Args:
+        masked: the dense-shaped model with pruned weights at zero.
+        kept: as in `compact`.
+        batches: validation images for the proof.
+        provenance, metrics: plain values for config.json and the card.
+
+    Raises:
+        RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float32.
+    """
+    small, kept = compact(masked, kept)
+    proof = parity(masked, small, batches)
+    if not proof["max_difference_float32"] <= proof["bound_float32"]:
+        raise RunError(
+            f"the removed model differs from the masked one by {proof['max_difference_float32']:.2g} "
+            f"(allowed: {proof['bound_float32']:.2g}); not exported",
+            code=1,
+        )
+    config = describe(small, kept, facts)
+    config["parameters"] = {"dense": count_vit_parameters(masked), "removed": count_vit_parameters(small)}
+    config["macs"] = {"dense": vit_macs(masked), "removed": vit_macs(small)}
+    config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
+    # each file vouches for the other: the weights carry the config's digest, the config theirs
+    blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
+    config["sha256"] = hashlib.sha256(blob).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
+    utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
+    utils.write_text(folder / "README.md", model_card(config, proof))
+    return small
+
+
+def describe(small: nn.Module, kept: Kept, facts: DatasetFacts) -> dict:
+    """The architecture of a removed model as plain values; `vit` holds the arguments of VisionTransformer, here and in
+    timm."""
+    blocks = list(small.blocks)
+    per_channel = 3 // facts.channels  # grey images become three channels
+    return {
+        "vit": {
+            "img_size": small.patch_embed.img_size[0],
+            "patch_size": small.patch_embed.patch_size[0],
+            "num_classes": small.head.out_features,
+            "embed_dim": small.pos_embed.shape[-1],
+            "depth": len(blocks),
+            "num_heads": small.pos_embed.shape[-1] // blocks[0].attn.head_dim,
+        },
+        "head_dim": blocks[0].attn.head_dim,
+        "heads": [block.attn.num_heads for block in blocks],
+        "neurons": [block.mlp.fc1.out_features for block in blocks],
+        "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
+        "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
+        "mean": list(facts.mean * per_channel),
+        "std": list(facts.std * per_channel),
+    }
+
+
+def _digest(config: Mapping) -> str:
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load(folder: str | Path) -> VisionTransformer:
+    """The exported model, in eval mode on the CPU; images are normalised by `mean` and `std` of config.json.
+
+    Raises:
+        RunError: a file is missing, truncated or not the one that was written.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = VisionTransformer(**config["vit"])
+    dim, head_dim = config["vit"]["embed_dim"], config["head_dim"]
+    for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"], strict=True):
+        block.attn = Attention(dim, heads, head_dim)
+        block.mlp = Mlp(dim, neurons)
+    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """config.json, checked against model.safetensors in both directions."""
+    weights = folder / "model.safetensors"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        blob_digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        with safe_open(str(weights), framework="pt") as file:
+            config_digest = (file.metadata() or {}).get("config_sha256")
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror}; is {folder} an exported model/ folder?"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder / 'config.json'} is damaged ({error}); export again") from error
+    except SafetensorError as error:
+        raise RunError(f"{weights} is damaged ({error}); export again") from error
+    if not isinstance(config, dict) or config.get("sha256") != blob_digest or config_digest != _digest(config):
+        raise RunError(f"{folder}: model.safetensors and config.json do not belong together; one was changed")
+    return config
+
+
+def proof_line(folder: Path) -> str:
+    """What parity.json says, in a sentence."""
+    proof = json.loads((folder / "parity.json").read_text())
+    return (
+        f"{folder}: the removed model differs from the masked one by {proof['max_difference_float32']:.2g} in float32, "
+        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images"
+    )
+
+
+LOADING_SNIPPET = """\
+import json
+from safetensors.torch import load_file
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+config = json.load(open("config.json"))
+model = VisionTransformer(**config["vit"])
+dim = config["vit"]["embed_dim"]
+for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
+    block.attn = Attention(dim, num_heads=heads, attn_head_dim=config["head_dim"], qkv_bias=True)
+    block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
+model.load_state_dict(load_file("model.safetensors"))
+model.eval()
+"""
+
+
+def model_card(config: Mapping, proof: Mapping) -> str:
+    """README.md of an exported model."""
+    provenance, metrics = config["provenance"], config["metrics"]
+    rows = [("", "dense", "removed")]
+    parameters, macs = config["parameters"], config["macs"]
+    rows.append(("parameters", f"{parameters['dense']:,}", f"{parameters['removed']:,}"))
+    rows.append(("MACs an image", f"{macs['dense'] / 1e9:.4f} G", f"{macs['removed'] / 1e9:.4f} G"))
+    rows.append(
+        ("weights file", f"{4 * parameters['dense'] / 1e6:.2f} MB", f"{4 * parameters['removed'] / 1e6:.2f} MB")
+    )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---", "---:", "---:"), *rows[1:]))
+    facts = "\n".join(f"- {name}: {value}" for name, value in {**provenance, **metrics}.items())
+    return (
+        f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n"
+        f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}\n\n"
+        f"The removed model computes what the masked one does: largest difference "
+        f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
+        f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
+        f"{facts}\n\nImages are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}.\n\n"
+        f"## Loading it with timm alone\n\n```python\n{LOADING_SNIPPET}```\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- ONNX and speed
+
+
+def to_onnx(model: nn.Module, path: Path) -> float:
+    """Write ONNX with a dynamic batch and return the largest difference to `model` under ONNX Runtime, batch 1 and 3.
+
+    Raises:
+        RunError: onnx, onnxscript or onnxruntime is missing, or the difference is above 1e-4 (the file is removed).
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it and says so less clearly)
+    except ImportError as error:
+        raise RunError(f"--onnx: {error.name} is missing; pip install onnx onnxscript onnxruntime") from error
+    size = model.patch_embed.img_size[0]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {batch: torch.randn(batch, 3, size, size, generator=generator) for batch in (2, 1, 3)}
+    with evaluating(model):
+        torch.onnx.export(
+            model,
+            (inputs[2],),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for batch in (1, 3):
+            (found,) = session.run(None, {"images": inputs[batch].numpy()})
+            expected = model(inputs[batch]).detach()
+            worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()))
+    if not worst <= ONNX_BOUND:
+        path.unlink()
+        raise RunError(f"--onnx: ONNX Runtime differs by {worst:.2g} (allowed: {ONNX_BOUND:g}); not written", code=1)
+    return worst
+
+
+@torch.no_grad()
+def throughput(
+    models: Mapping[str, nn.Module], batch_size: int, repeats: int = 5, seconds: float = 5.0
+) -> dict[str, float]:
+    """Images per second of each model, from interleaved medians on the models' own device.
+
+    Repeats stop early once `seconds` have passed, but each model runs at least once after its warm-up.
+    """
+    model = next(iter(models.values()))
+    parameter = next(model.parameters())
+    size = model.patch_embed.img_size[0]
+    images = torch.randn(batch_size, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+
+    def timed(model: nn.Module) -> float:
+        _synchronise(parameter.device)
+        started = time.perf_counter()
+        model(images)
+        _synchronise(parameter.device)
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval()
+        timed(model)
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        for name, model in models.items():
+            times[name].append(timed(model))
+        if time.perf_counter() - begun > seconds:
+            break
+    return {name: batch_size / statistics.median(spent) for name, spent in times.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def latency_table(dense: nn.Module, small: nn.Module, batch_sizes: Iterable[int] = (1, 8, 64)) -> str:
+    """Speed of the removed model over the dense one, beside the limit that the MACs set."""
+    limit = vit_macs(dense) / max(1, vit_macs(small))
+    rows = []
+    for batch_size in batch_sizes:
+        speed = throughput({"dense": dense, "removed": small}, batch_size, repeats=15)
+        gain = speed["removed"] / speed["dense"]
+        rows.append(
+            {
+                "batch": batch_size,
+                "dense ms": f"{1000 * batch_size / speed['dense']:.2f}",
+                "removed ms": f"{1000 * batch_size / speed['removed']:.2f}",
+                "faster": f"{gain:.2f}x",
+                "MACs limit": f"{limit:.2f}x",
+                "of limit": f"{100 * gain / limit:.0f}%",
+            }
+        )
+    device = next(dense.parameters()).device
+    head = f"float32 on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, interleaved medians"
+    return f"{head}\n{utils.format_table(rows, {title: title for title in rows[0]})}"
+
+
+@torch.no_grad()
+def size_table(masked: nn.Module, small: nn.Module) -> str:
+    """Dense, masked and removed side by side: parameters in use, MACs, file size and images/s on this device."""
+    in_use = sum(int(parameter.count_nonzero()) for parameter in masked.parameters())
+    dense = copy.deepcopy(masked)
+    for parameter in dense.parameters():
+        parameter.masked_fill_(parameter == 0, 0.02)  # whether zeros are faster than other numbers is the question
+    models = {"dense": dense, "masked": masked, "removed": small}
+    speed = throughput(models, batch_size=64)
+    parameters = {
+        "dense": count_vit_parameters(masked),
+        "masked": in_use,
+        "removed": count_vit_parameters(small),
+    }
+    rows = [
+        {
+            "model": name,
+            "parameters": f"{parameters[name]:,}",
+            "MACs": f"{vit_macs(model) / 1e9:.4f} G",
+            "file": f"{sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6:.2f} MB",
+            "images/s": f"{speed[name]:,.0f}",
+        }
+        for name, model in models.items()
+    ]
+    return utils.format_table(rows, {title: title for title in rows[0]})
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
+    parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
+    parser.add_argument("--latency", action="store_true", help="time dense against removed")
+    parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
+    parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
+    parser.add_argument("--data", help="folder of the data; the run's own when not given")
+    parser.add_argument("--from_checkpoint", metavar="FILE", help="a state dict with weight_orig and weight_mask pairs")
+    parser.add_argument("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
+    return parser
+
+
+def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | None, argparse.Namespace, dict]:
+    """The selected model of a run, its kept units (None for element-wise runs), its flags and its last state's row."""
+    try:
+        args = argparse.Namespace(**yaml.safe_load((run_dir / "args.yaml").read_text()))
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, yaml.YAMLError, json.JSONDecodeError, TypeError) as error:
+        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__})") from error
+    best = utils.load_tensors(run_dir / "best.pt", "best.pt")
+    last = rows[-1]["state"] if rows else -1
+    if best["state"] != last or last != (0 if args.struct == "dense" else args.pruning_times - 1):
+        raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
+    model = _model_like(args.arch, best["weights"])
+    row = {"val_accuracy": best["accuracy"], "epoch": best["epoch"], "state": best["state"]}
+    return model, (best["kept"] if args.vit_structured else None), args, row
+
+
+def _model_like(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The architecture with classes, pixels and patch size as the weights have them."""
+    try:
+        patch = weights["patch_embed.proj.weight"].shape[-1]
+        grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+        model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RunError(f"--arch {arch}: the weights do not fit ({str(error).splitlines()[-1].strip()})") from error
+    return model.eval()
+
+
+def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
+    """A model from a state dict of `torch.nn.utils.prune`, with its masks applied."""
+    weights = plain_weights(utils.load_state_file(path, "--from_checkpoint"))
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return _model_like(arch, tensors)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.run_dir) == bool(args.from_checkpoint):
+        parser.error("give the folder of a finished run, or --from_checkpoint FILE")
+    if args.from_checkpoint and not (args.arch and args.out):
+        parser.error("--from_checkpoint: needs --arch ARCH and --out DIR")
+    utils.start_logging()
+    try:
+        _export(args)
+    except (RunError, DataError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+        masked, kept, run, metrics = masked_from_run(run_dir)
+        dataset, data = args.dataset or run.dataset, args.data or run.data
+        val_fraction, folder = run.val_fraction, Path(args.out or run_dir / "model")
+        provenance = run_provenance(run)
+    else:
+        masked, kept, metrics = masked_from_checkpoint(Path(args.from_checkpoint), args.arch), None, {}
+        dataset, data = args.dataset or "cifar100", args.data or "data"
+        val_fraction, folder = 0.1, Path(args.out)
+        provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
+    device = utils.pick_device(args.device)
+    masked, size = masked.to(device), masked.patch_embed.img_size[0]
+    if args.run_dir or args.dataset:
+        splits = load_dataset(dataset, data, size, val_fraction)
+        facts, batches = splits.facts, Batches(splits.val, splits.facts, 256, device).sequential()
+        if facts.classes != masked.head.out_features:
+            raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.head.out_features}")
+    else:
+        # without the data, random images prove the same function
+        facts = DATASETS[dataset]
+        noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+        batches = [(noise, torch.zeros(64, dtype=torch.long))]
+    if args.evaluate:
+        test = Batches(splits.test, facts, 256, device)
+        metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
+        log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
+    small = write(folder, masked, kept, batches, facts, provenance, metrics)
+    log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
+    if args.onnx:
+        worst = to_onnx(load(folder), folder / "model.onnx")
+        log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
+    if args.latency:
+        table = latency_table(masked, small)
+        log.info(table)
+        utils.write_text(folder / "latency.txt", table + "\n")
+
+
+def run_provenance(run: argparse.Namespace) -> dict:
+    """What made a model, for its config.json and card."""
+    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed")
+    found = {name: getattr(run, name) for name in names}
+    if run.vit_structured:
+        found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

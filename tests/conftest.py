@@ -1,0 +1,59 @@
+"""One thread, and the small models and batches that several test files share."""
+
+import pytest
+import torch
+
+from models.vit import VisionTransformer
+
+torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
+
+
+def add_noise(model, seed=0, scale=0.2):
+    """Move every parameter off its initial value in place, so that no zero bias and no unit gain hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter) * scale)
+    return model
+
+
+@pytest.fixture
+def make_micro_vit():
+    """Builder of a ViT small enough for plain loops: 8 px, patch 4, dim 12, 2 blocks of 3 heads and 24 neurons."""
+
+    def make(seed=0, dtype=torch.float32, **overrides):
+        geometry = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
+        model = VisionTransformer(**{**geometry, "num_classes": 5, **overrides})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)  # what the builder drew does not matter
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+        return add_noise(model, seed, scale=0.4).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def micro_vit(make_micro_vit):
+    return make_micro_vit()
+
+
+@pytest.fixture
+def make_batch():
+    """Random (images, labels) for the micro model, or of another size."""
+
+    def make(images=6, seed=0, img_size=8, classes=5, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        pixels = torch.randn(images, 3, img_size, img_size, generator=generator, dtype=torch.float64)
+        return pixels.to(dtype), torch.randint(0, classes, (images,), generator=generator)
+
+    return make
+
+
+@pytest.fixture
+def one_batch(make_batch):
+    """A train_loader: a list of one random batch for the micro model."""
+    return [make_batch()]
