@@ -561,9 +561,11 @@ class PruneRetrain:
             hold, doomed = (slice_tensors(masks, self.units, run.kept) for masks in (hold, doomed))
         else:
             self.model, self.model_kept = self.dense, {}
-        self.held = {name: mask for name, mask in hold.items() if not mask.all()}
+        parameters = dict(self.model.named_parameters())
+        held = {name: mask for name, mask in hold.items() if not mask.all()}
+        self.held, self.held_masks = [parameters[name] for name in held], list(held.values())
         self.optimizer = make_optimizer(args, self.model)
-        self.penalty = rsst.Penalty(dict(self.model.named_parameters()), doomed, run.start_norm)
+        self.penalty = rsst.Penalty(parameters, doomed, run.start_norm)
         if self.penalty:
             run.start_norm = self.penalty.start_norm
             self.cut_after = rsst.cut_step(self.total_steps, self.steps_per_epoch, args.reg_finish)
@@ -657,15 +659,14 @@ class PruneRetrain:
             )
 
     def mask_gradients(self) -> None:
-        gradients = [(self.model.get_parameter(name).grad, mask) for name, mask in self.held.items()]
-        gradients = [(gradient, mask) for gradient, mask in gradients if gradient is not None]
+        gradients = [parameter.grad for parameter in self.held]
         if gradients:
-            torch._foreach_mul_([gradient for gradient, _ in gradients], [mask for _, mask in gradients])
+            torch._foreach_mul_(gradients, self.held_masks)
 
     @torch.no_grad()
     def mask_weights(self) -> None:
         if self.held:
-            torch._foreach_mul_([self.model.get_parameter(name) for name in self.held], list(self.held.values()))
+            torch._foreach_mul_(self.held, self.held_masks)
 
     def penalty_note(self) -> str:
         """lambda, dose so far and residual norm of the doomed weights, for a line of the log."""
@@ -673,7 +674,7 @@ class PruneRetrain:
             return ""
         step = self.run.step
         dose = f"{self.doses[step]:.3g}" if self.doses else "unknown"
-        return f"  lambda {self.ramp.value(step):.4g}  dose {dose}  residual {self.penalty.residual():.4f}"
+        return f"  lambda {self.ramp.value(step):.4g}  dose {dose}  residual {self.penalty.residual():.2g}"
 
     def check_finite(self) -> None:
         step = int(self.broken)
@@ -697,7 +698,7 @@ class PruneRetrain:
         run.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {run.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
-            f"residual {residual:.4f}"
+            f"residual {residual:.2g}"
         )
         if residual > 0.1:
             log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")
@@ -928,7 +929,7 @@ def make_save_dir(args: argparse.Namespace) -> Path:
             shutil.rmtree(save_dir / name, ignore_errors=True)
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
-        utils.write_atomic(save_dir / "run.log", lambda _: None) if not (save_dir / "run.log").exists() else None
+        (save_dir / "run.log").touch()
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return save_dir

@@ -116,9 +116,10 @@ class Penalty:
     @torch.no_grad()
     def shrink_(self, exponent: float) -> None:
         """w <- w * exp(-exponent) on doomed weights; all others keep their bits."""
-        if self.names:
-            # w + (factor - 1) * w * doomed in one pass
-            torch._foreach_addcmul_(self.parameters, self.parameters, self.doomed, value=math.expm1(-exponent))
+        # w + (factor - 1) * w * doomed in one pass; in parts, since a small factor would lose its digits in factor - 1
+        parts = max(1, math.ceil(exponent))
+        for _ in range(parts if self.names else 0):
+            torch._foreach_addcmul_(self.parameters, self.parameters, self.doomed, value=math.expm1(-exponent / parts))
 
     @torch.no_grad()
     def block_gradients_(self) -> None:

@@ -108,13 +108,14 @@ def magnitude_step(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], k
     del flat
     result = {}
     for name, mask in masks.items():
-        magnitude = weights[name].detach().abs().float()
-        alive_here = mask.bool()
+        # flatten, not view: convolutions may be stored channels last
+        magnitude = weights[name].detach().abs().float().flatten()
+        alive_here = mask.bool().flatten()
         kept = alive_here & (magnitude > threshold)
-        ties = (alive_here & (magnitude == threshold)).flatten().nonzero().flatten()[:ties_kept]
+        ties = (alive_here & (magnitude == threshold)).nonzero().flatten()[:ties_kept]
         ties_kept -= len(ties)
-        kept.view(-1)[ties] = True
-        result[name] = kept.to(mask)
+        kept[ties] = True
+        result[name] = kept.reshape(mask.shape).to(mask)
     return result
 
 
@@ -149,13 +150,15 @@ def refill_rows(masks: Mapping[str, Tensor], row_scores: Mapping[str, Tensor], f
     """
     result = {}
     for name, mask in masks.items():
-        pruned = mask.flatten(1) == 0
+        rows = mask.flatten(1)
+        pruned = rows == 0
         budget = int(int(pruned.sum()) * fillback_rate + 1e-9)
         order = torch.sort(row_scores[name], descending=True, stable=True).indices.to(mask.device)
         candidates = pruned[order]  # rows best first
         filled = candidates & (candidates.flatten().cumsum(0).view_as(candidates) <= budget)
-        result[name] = mask.clone()
-        result[name].flatten(1)[order] += filled.to(mask)
+        refilled = rows.clone()
+        refilled[order] += filled.to(mask)
+        result[name] = refilled.reshape(mask.shape)
     return result
 
 

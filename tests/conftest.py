@@ -8,7 +8,7 @@ from models.vit import VisionTransformer
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
 
 
-def add_noise(model, seed=0, scale=0.2):
+def _add_noise(model, seed=0, scale=0.2):
     """Move every parameter off its initial value in place, so that no zero bias and no unit gain hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -16,6 +16,11 @@ def add_noise(model, seed=0, scale=0.2):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(noise.to(parameter) * scale)
     return model
+
+
+@pytest.fixture
+def add_noise():
+    return _add_noise
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def make_micro_vit():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
-        return add_noise(model, seed, scale=0.4).to(dtype)
+        return _add_noise(model, seed, scale=0.4).to(dtype)
 
     return make
 

@@ -46,7 +46,7 @@ def tiny(seed=0):
     )
 
 
-def one_batch(images=6):
+def fixed_batch(images=6):
     generator = torch.Generator().manual_seed(3)
     return [(torch.randn(images, 3, 8, 8, generator=generator), torch.arange(images) % 5)]
 
@@ -451,7 +451,7 @@ def elementwise_masks(model, seed=4):
     ],
 )
 def test_fillback_equals_an_independent_ranking(criteria, with_data, fillback_rate):
-    model, loader = tiny(0), one_batch() if with_data else None
+    model, loader = tiny(0), fixed_batch() if with_data else None
     trained, init = tiny(1).state_dict(), tiny(2).state_dict()
     masks = elementwise_masks(model)
     inputs = copy.deepcopy((model.state_dict(), masks, trained, init))
@@ -510,9 +510,9 @@ def test_fillback_scores_what_was_trained_under_masks():
     assert "blocks.0.mlp.fc1.weight_orig" in pairs
     remove_prune_vit(trained)
     spelled = {f"{name}.weight_mask": mask for name, mask in masks.items()}
-    arguments = (one_batch(), pairs, model.state_dict(), "l1", 0.5, True)
+    arguments = (fixed_batch(), pairs, model.state_dict(), "l1", 0.5, True)
     result = prune_model_custom_fillback_vit(model, spelled, *arguments)
-    scores = row_scores(model, masks, trained.state_dict(), one_batch(), "l1")
+    scores = row_scores(model, masks, trained.state_dict(), fixed_batch(), "l1")
     scores["blocks.0.mlp.fc1"][7] = -math.inf
     assert_same(result, {name: refill_reference(masks[name], scores[name], 0.5) for name in masks})
 

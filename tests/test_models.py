@@ -22,7 +22,6 @@ from models.vit import (
     vit_large_imagenet,
     vit_tiny,
 )
-from tests.conftest import add_noise
 from vit_pruning_utils import prunable_weights
 from vit_structured_pruning import count_vit_parameters, prune_attention_heads_hard, prune_mlp_neurons_hard, vit_macs
 
@@ -127,7 +126,7 @@ def test_initial_values():
 
 @pytest.mark.parametrize("direction", ["from timm", "to timm"])
 @pytest.mark.parametrize("geometry", ["vit_tiny", "micro"])
-def test_state_dict_goes_strictly_both_ways_and_logits_agree(direction, geometry):
+def test_state_dict_goes_strictly_both_ways_and_logits_agree(direction, geometry, add_noise):
     size = {"embed_dim": 192, "depth": 9, "num_heads": 3} if geometry == "vit_tiny" else {}
     img = 32 if geometry == "vit_tiny" else 16
     ours = build_ours(**{**size, "img_size": img}).eval()
@@ -163,6 +162,7 @@ def test_branch_without_units_is_its_output_bias(make_micro_vit):
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_built_empty_is_its_output_bias():
     tokens = torch.randn(2, 5, 12)
     attention, mlp = Attention(12, num_heads=0, head_dim=4), Mlp(12, 0)
@@ -214,7 +214,7 @@ FILES = ["w.safetensors", "w.pth", "nested.pth"]
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_file_of_the_same_geometry_gives_timms_logits(tmp_path, file):
+def test_file_of_the_same_geometry_gives_timms_logits(tmp_path, file, add_noise):
     theirs = add_noise(build_timm(), scale=0.1).eval()
     ours = build_ours().eval()
     report = load_pretrained_weights(ours, write(tmp_path / file, theirs.state_dict()))
@@ -226,7 +226,7 @@ def test_file_of_the_same_geometry_gives_timms_logits(tmp_path, file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_file_of_another_geometry_is_resampled_as_timm_does(tmp_path, file, caplog):
+def test_file_of_another_geometry_is_resampled_as_timm_does(tmp_path, file, caplog, add_noise):
     theirs = add_noise(build_timm(), scale=0.1).state_dict()
     theirs["fc_norm.weight"] = torch.ones(24)  # has no place here
     path = write(tmp_path / file, theirs)
@@ -257,7 +257,7 @@ def test_file_of_another_geometry_is_resampled_as_timm_does(tmp_path, file, capl
     assert torch.isfinite(ours(torch.randn(2, 3, 18, 18))).all()
 
 
-def test_only_the_grid_differs(tmp_path):
+def test_only_the_grid_differs(tmp_path, add_noise):
     theirs = add_noise(build_timm(), scale=0.1).state_dict()
     ours = build_ours(img_size=24)
     report = load_pretrained_weights(ours, write(tmp_path / "w.pth", theirs))
@@ -270,7 +270,7 @@ def test_only_the_grid_differs(tmp_path):
     assert torch.equal(ours.head.weight, theirs["head.weight"])
 
 
-def test_builders_take_a_file(tmp_path):
+def test_builders_take_a_file(tmp_path, add_noise):
     theirs = add_noise(build_timm(), scale=0.1).state_dict()
     path = write(tmp_path / "w.safetensors", theirs)
     ours = build_model("vit_tiny", 5, img_size=16, pretrained=str(path), embed_dim=24, depth=2)
@@ -291,7 +291,7 @@ def test_a_file_that_carries_code_is_refused_and_not_run(tmp_path, kind):
     if kind in ("torch", "nested"):
         torch.save(Payload(marker) if kind == "torch" else {"state_dict": {"norm.weight": Payload(marker)}}, path)
     else:
-        path.write_bytes(pickle.dumps(Payload(marker)))
+        path.write_bytes(pickle.dumps(Payload(marker), protocol=2))
     ours = build_ours()
     before = copy.deepcopy(ours.state_dict())
     with pytest.raises(PretrainedError) as caught:
