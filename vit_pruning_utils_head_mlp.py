@@ -64,23 +64,25 @@ def rank_units(
 
 
 def _rank_by_cost(model, units, pools, ratios, min_units) -> dict[str, list[int]]:
-    macs = {key: unit_macs(model, units[key]) for pool in pools.values() for key in pool}
     quota, entries, kept = 0, [], {}
     for kind, pool in pools.items():
         count = sum(map(len, pool.values()))
         gone = count - keep_count(count, ratios[kind], len(pool) * min_units)
-        quota += gone * macs[next(iter(pool))]  # a kind costs the same in every layer
-        for key, scores in pool.items():
+        quota += gone * unit_macs(model, units[next(iter(pool))])  # a kind costs the same in every layer
+    for key, group in units.items():
+        if group.kind in pools:
+            scores, cost = pools[group.kind][key], unit_macs(model, group)
             order = best_first(scores).tolist()
-            quota -= (len(scores) - len(order)) * macs[key]  # units of earlier states have paid already
+            quota -= (len(scores) - len(order)) * cost  # units of earlier states have paid already
             kept[key] = set(order)
-            entries += [(float(scores[unit]) / macs[key], key, unit) for unit in sorted(order[min_units:])]
+            if ratios[group.kind] > 0:  # 0 leaves a kind alone
+                entries += [(float(scores[unit]) / cost, cost, key, unit) for unit in sorted(order[min_units:])]
     # of equal values the first one stays, hence the later one goes first
-    for _, (_, key, unit) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0])):
+    for _, (_, cost, key, unit) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0])):
         if quota <= 0:
             break
         kept[key].remove(unit)
-        quota -= macs[key]
+        quota -= cost
     return {key: sorted(ids) for key, ids in kept.items()}
 
 

@@ -11,6 +11,7 @@ scores alike. A unit of another kind (a convolutional filter, a single output ro
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,10 @@ SCORE_BATCHES = 10
 PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 Kept = Mapping[str, Sequence[int]]  # units key -> ids that stay, ascending
+
+
+# Where a plain ViT's Attention and Mlp come from; others compute something else with the same layers.
+PLAIN_MODULES = ("models.vit", "timm.layers.attention", "timm.layers.mlp", "timm.models.vision_transformer")
 
 
 class LayoutError(ValueError):
@@ -188,12 +193,14 @@ def layout_problem(model: nn.Module) -> str | None:
             return f"{where}.attn is gated; gated attention is not supported"
         if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
             return f"{where}.attn has a norm after attention (sub-LayerNorm), which mixes heads"
-        if hasattr(attn, "window_size") or hasattr(attn, "relative_position_bias_table"):
-            return f"{where}.attn has windows or relative positions per head; not a plain ViT"
         if mlp.fc1.out_features != mlp.fc2.in_features:
             return f"{where}.mlp gates its hidden layer (SwiGLU, GLU): fc1 and fc2 widths differ"
         if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
             return f"{where}.mlp has a norm inside (sub-LayerNorm), which mixes neurons"
+        for place, part, known in (("attn", attn, "Attention"), ("mlp", mlp, "Mlp")):
+            if type(part).__name__ != known or type(part).__module__ not in PLAIN_MODULES:
+                found = f"{type(part).__module__}.{type(part).__name__}"
+                return f"{where}.{place} is a {found}, not a plain ViT's {known}"
     return None
 
 
@@ -294,8 +301,10 @@ def score_units(
         scores = {key: finish(mean) for key, mean in means.items()}
     elif needs == "seed":
         scores = {}
-        for index, (key, group) in enumerate(units.items()):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+        for key, group in units.items():
+            # by name, so that a unit's score does not depend on what else is scored
+            digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             scores[key] = score(group.count, generator).double()
     else:
         weights = plain_weights(trained_weight if trained_weight is not None else model.state_dict())
@@ -327,7 +336,7 @@ def _score_activations(model, units, needs, score, batches, loss, max_batches) -
     with evaluating(model), captured(model, taps) as activations, torch.set_grad_enabled(needs == "gradient"):
         for images, labels in islice(batches, max_batches):
             activations.clear()
-            images = images.to(device).requires_grad_(needs == "gradient")
+            images = images.detach().to(device).requires_grad_(needs == "gradient")
             logits = model(images)
             present = [key for key in units if key in activations]  # an emptied branch shows no activation
             if needs == "gradient":
@@ -569,7 +578,12 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
 
     The function stays the same wherever the removed units' columns in `attn.proj` and `mlp.fc2` are zero:
     head_dim, the scale head_dim ** -0.5, the output biases, the norms and the residual width are untouched.
+
+    Raises:
+        ValueError: the model is under `torch.nn.utils.prune`; make that permanent first (`remove_prune_vit`).
     """
+    if prune.is_pruned(model):
+        raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit(model) first")
     for key, group in units.items():
         if key in kept:
             for name, layout in group.parts.items():
@@ -731,7 +745,13 @@ def unit_parameters(model: nn.Module, group: Units) -> int:
 
 
 def _elements(model: nn.Module, group: Units, names: list[str]) -> int:
-    return sum(model.get_parameter(name).numel() for name in names) // max(1, group.count)
+    return sum(_tensor(model, name).numel() for name in names) // max(1, group.count)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    # under torch.nn.utils.prune a weight is no parameter but an attribute
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 def unit_macs(model: nn.Module, group: Units) -> int:
