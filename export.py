@@ -13,10 +13,14 @@ back; the card shows how plain timm does. No file holds pickled code.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import csv
 import hashlib
+import importlib
 import json
 import logging
+import os
 import statistics
 import sys
 import time
@@ -71,6 +75,11 @@ def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict
     return remove_units(small, units, kept), kept
 
 
+def _largest(so_far: float, value: Tensor) -> float:
+    """max() that lets no NaN pass: Python's max(0.0, nan) is 0.0."""
+    return float(torch.maximum(torch.tensor(so_far, dtype=torch.float64), value.detach().double().cpu()))
+
+
 @torch.no_grad()
 def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
     """How far the small model's logits are from the masked one's, over all images given.
@@ -91,7 +100,7 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
                 first = images[:64].cpu().double()
                 exact = float((models[0](first) - models[1](first)).abs().max())
             expected, found = masked(images.to(device)), small(images.to(device))
-            difference = max(difference, float((expected - found).abs().max()))
+            difference = _largest(difference, (expected - found).abs().max())
             largest = max(largest, float(expected.abs().max()))
             agreed += int((expected.argmax(1) == found.argmax(1)).sum())
             images_seen += len(images)
@@ -124,7 +133,7 @@ def write(
     masked: nn.Module,
     kept: Kept | None,
     batches: Iterable[tuple[Tensor, Tensor]],
-    facts: DatasetFacts,
+    facts: DatasetFacts | None,
     provenance: Mapping,
     metrics: Mapping,
 ) -> nn.Module:
@@ -156,6 +165,8 @@ def write(
     blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
     config["sha256"] = hashlib.sha256(blob).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.onnx", "latency.txt"):
+        (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
     utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
@@ -163,11 +174,18 @@ def write(
     return small
 
 
-def describe(small: nn.Module, kept: Kept, facts: DatasetFacts) -> dict:
+def check_folder(folder: Path) -> None:
+    """Raise early when `folder` could not be made or written."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"--out {folder}: {there} is not a folder that can be written; choose another")
+
+
+def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
     """The architecture of a removed model as plain values; `vit` holds the arguments of VisionTransformer, here and in
     timm."""
     blocks = list(small.blocks)
-    per_channel = 3 // facts.channels  # grey images become three channels
+    mean, std = ([], []) if facts is None else (facts.mean, facts.std)
     return {
         "vit": {
             "img_size": small.patch_embed.img_size[0],
@@ -182,8 +200,9 @@ def describe(small: nn.Module, kept: Kept, facts: DatasetFacts) -> dict:
         "neurons": [block.mlp.fc1.out_features for block in blocks],
         "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
         "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
-        "mean": list(facts.mean * per_channel),
-        "std": list(facts.std * per_channel),
+        # per channel; grey images become three equal ones
+        "mean": list(mean) * (3 // len(mean)) if mean else None,
+        "std": list(std) * (3 // len(std)) if std else None,
     }
 
 
@@ -269,13 +288,16 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     )
     table = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---", "---:", "---:"), *rows[1:]))
     facts = "\n".join(f"- {name}: {value}" for name, value in {**provenance, **metrics}.items())
+    normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
+    if config["mean"] is None:
+        normalisation = "How its images are normalised is not known: the weights came without their data set."
     return (
         f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n"
         f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}\n\n"
         f"The removed model computes what the masked one does: largest difference "
         f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
         f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
-        f"{facts}\n\nImages are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}.\n\n"
+        f"{facts}\n\n{normalisation}\n\n"
         f"## Loading it with timm alone\n\n```python\n{LOADING_SNIPPET}```\n"
     )
 
@@ -283,41 +305,59 @@ def model_card(config: Mapping, proof: Mapping) -> str:
 # ---------------------------------------------------------------------------------------------- ONNX and speed
 
 
+def check_onnx() -> None:
+    """Raise a RunError that says what to install when something that ONNX export needs is missing."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _importable(name)]
+    if missing:
+        raise RunError(f"--onnx: {', '.join(missing)} missing; pip install onnx onnxscript onnxruntime")
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
 def to_onnx(model: nn.Module, path: Path) -> float:
     """Write ONNX with a dynamic batch and return the largest difference to `model` under ONNX Runtime, batch 1 and 3.
 
     Raises:
-        RunError: onnx, onnxscript or onnxruntime is missing, or the difference is above 1e-4 (the file is removed).
+        RunError: onnx, onnxscript or onnxruntime is missing, or the difference is above 1e-4 (no file is left).
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it and says so less clearly)
-    except ImportError as error:
-        raise RunError(f"--onnx: {error.name} is missing; pip install onnx onnxscript onnxruntime") from error
+    check_onnx()
+    import onnxruntime
+
     size = model.patch_embed.img_size[0]
     generator = torch.Generator().manual_seed(0)
     inputs = {batch: torch.randn(batch, 3, size, size, generator=generator) for batch in (2, 1, 3)}
-    with evaluating(model):
-        torch.onnx.export(
-            model,
-            (inputs[2],),
-            str(path),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        worst = 0.0
-        for batch in (1, 3):
-            (found,) = session.run(None, {"images": inputs[batch].numpy()})
-            expected = model(inputs[batch]).detach()
-            worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()))
-    if not worst <= ONNX_BOUND:
-        path.unlink()
-        raise RunError(f"--onnx: ONNX Runtime differs by {worst:.2g} (allowed: {ONNX_BOUND:g}); not written", code=1)
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        with evaluating(model):
+            torch.onnx.export(
+                model,
+                (inputs[2],),
+                str(draft),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+            session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
+            worst = 0.0
+            for batch in (1, 3):
+                (found,) = session.run(None, {"images": inputs[batch].numpy()})
+                worst = _largest(worst, (torch.from_numpy(found) - model(inputs[batch])).abs().max())
+        if not worst <= ONNX_BOUND:
+            raise RunError(
+                f"--onnx: ONNX Runtime differs by {worst:.2g} (allowed: {ONNX_BOUND:g}); not written", code=1
+            )
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     return worst
 
 
@@ -342,15 +382,16 @@ def throughput(
         return time.perf_counter() - started
 
     times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        model.eval()
-        timed(model)
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        for name, model in models.items():
-            times[name].append(timed(model))
-        if time.perf_counter() - begun > seconds:
-            break
+    with contextlib.ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+            timed(model)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            for name, model in models.items():
+                times[name].append(timed(model))
+            if time.perf_counter() - begun > seconds:
+                break
     return {name: batch_size / statistics.median(spent) for name, spent in times.items()}
 
 
@@ -429,19 +470,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | None, argparse.Namespace, dict]:
-    """The selected model of a run, its kept units (None for element-wise runs), its flags and its last state's row."""
+    """The selected model of a run, its kept units (None for element-wise runs), its flags and its metrics."""
+    damaged = (OSError, yaml.YAMLError, AttributeError, IndexError, KeyError, TypeError, ValueError)
     try:
         args = argparse.Namespace(**yaml.safe_load((run_dir / "args.yaml").read_text()))
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, yaml.YAMLError, json.JSONDecodeError, TypeError) as error:
-        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__})") from error
-    best = utils.load_tensors(run_dir / "best.pt", "best.pt")
-    last = rows[-1]["state"] if rows else -1
-    if best["state"] != last or last != (0 if args.struct == "dense" else args.pruning_times - 1):
-        raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
-    model = _model_like(args.arch, best["weights"])
-    row = {"val_accuracy": best["accuracy"], "epoch": best["epoch"], "state": best["state"]}
-    return model, (best["kept"] if args.vit_structured else None), args, row
+        best = utils.load_tensors(run_dir / "best.pt", "best.pt")
+        if len(rows) != args.pruning_times * args.epochs or best["state"] != rows[-1]["state"]:
+            raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
+        with open(run_dir / "states.csv", newline="", encoding="utf-8") as file:
+            last = list(csv.DictReader(file))[-1]
+        metrics = {"val_accuracy": best["accuracy"], "test_accuracy": float(last["test_accuracy"])}
+        return _model_like(args.arch, best["weights"]), (best["kept"] if args.vit_structured else None), args, metrics
+    except damaged as error:
+        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
 
 
 def _model_like(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -451,17 +493,21 @@ def _model_like(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
         grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
         model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise RunError(f"--arch {arch}: the weights do not fit ({str(error).splitlines()[-1].strip()})") from error
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise RunError(f"--arch {arch}: the weights do not fit ({reason})") from error
     return model.eval()
 
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
     """A model from a state dict of `torch.nn.utils.prune`, with its masks applied."""
-    weights = plain_weights(utils.load_state_file(path, "--from_checkpoint"))
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    return _model_like(arch, tensors)
+    content = utils.load_state_file(path, "--from_checkpoint")
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    try:
+        weights = plain_weights(tensors)
+    except RuntimeError as error:
+        raise RunError(f"--from_checkpoint {path}: a mask does not fit its weight ({error})") from error
+    return _model_like(arch, {name.removeprefix("module."): value for name, value in weights.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -471,6 +517,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give the folder of a finished run, or --from_checkpoint FILE")
     if args.from_checkpoint and not (args.arch and args.out):
         parser.error("--from_checkpoint: needs --arch ARCH and --out DIR")
+    if args.run_dir and args.arch:
+        parser.error(f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own")
+    if args.from_checkpoint and not args.dataset and (args.evaluate or args.data):
+        parser.error("--evaluate and --data: need --dataset NAME with --from_checkpoint")
     utils.start_logging()
     try:
         _export(args)
@@ -481,6 +531,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.onnx:
+        check_onnx()
+    if args.out:
+        check_folder(Path(args.out))
     if args.run_dir:
         run_dir = Path(args.run_dir)
         masked, kept, run, metrics = masked_from_run(run_dir)
@@ -489,8 +543,7 @@ def _export(args: argparse.Namespace) -> None:
         provenance = run_provenance(run)
     else:
         masked, kept, metrics = masked_from_checkpoint(Path(args.from_checkpoint), args.arch), None, {}
-        dataset, data = args.dataset or "cifar100", args.data or "data"
-        val_fraction, folder = 0.1, Path(args.out)
+        dataset, data, val_fraction, folder = args.dataset, args.data or "data", 0.1, Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), masked.patch_embed.img_size[0]
@@ -501,7 +554,7 @@ def _export(args: argparse.Namespace) -> None:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.head.out_features}")
     else:
         # without the data, random images prove the same function
-        facts = DATASETS[dataset]
+        facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
         batches = [(noise, torch.zeros(64, dtype=torch.long))]
     if args.evaluate:

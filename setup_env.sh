@@ -9,7 +9,6 @@
 # and filled once. A stamp inside tells which requirement files it has; when they change, pip runs again.
 
 _setup_env() ( # prints the folder of the environment; a subshell, so the caller's folder and options stay
-    set +euC +o pipefail
     fail() { echo "setup_env.sh: $*" >&2; exit 1; }
     has() { # has PYTHON: are the requirements met? Reads metadata only; what it cannot read counts as missing.
         "$1" - "${files[@]}" <<'PY' 2>/dev/null
@@ -44,13 +43,13 @@ PY
     if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or the Python that it was made with is gone
         command -v "$python" >/dev/null || fail "no $python found: install Python 3.10 or newer, or set PYTHON to one"
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-            fail "$python is not Python 3.10 or newer: set PYTHON to one that is, as in PYTHON=python3.11"
+            fail "$python does not start or is older than 3.10: set PYTHON to a newer one, as in PYTHON=python3.11"
         "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python has no venv module: apt install python3-venv"
         [ ! -e "$venv/pyvenv.cfg" ] || clear=--clear
         "$python" -m venv $clear "$venv" >&2 || fail "cannot make $venv (see above): set VENV to another folder"
     fi
     # Ready when each file's line is in the stamp: that of SETUP_DEV=1 serves a plain call too.
-    if [ ! -f "$stamp" ] || cksum "${files[@]}" | grep -qvxFf "$stamp"; then
+    if [ ! -f "$stamp" ] || cksum "${files[@]}" | grep -vxFf "$stamp" >/dev/null; then
         if ! has "$venv/bin/python"; then
             echo "setup_env.sh: installing ${files[*]} into $venv (downloads several GB the first time)" >&2
             rm -f "$stamp"
@@ -58,7 +57,7 @@ PY
             "$venv/bin/python" -m pip install --quiet --no-input --disable-pip-version-check "${files[@]/#/-r}" >&2 ||
                 fail "pip failed (see above): check the network and the free disk space, then run this again"
         fi
-        cksum "${files[@]}" >"$stamp"
+        cksum "${files[@]}" >|"$stamp"
     fi
     printf '%s' "$venv"
 )

@@ -172,13 +172,13 @@ CONFIGS = {
 def _build(name: str, num_classes: int | None, img_size: int | None, pretrained: bool | str, overrides: dict):
     config = CONFIGS[name]
     geometry = {
-        "img_size": img_size or config.img_size,
+        "img_size": config.img_size if img_size is None else img_size,
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
         "mlp_ratio": config.mlp_ratio,
-        "num_classes": num_classes or config.num_classes,
+        "num_classes": config.num_classes if num_classes is None else num_classes,
     }
     model = VisionTransformer(**{**geometry, **overrides})
     if pretrained is True and config.timm_name is None:

@@ -739,6 +739,22 @@ def test_what_fillback_returns(method, prune_type, run, starts, noisy_init):
                 assert torch.equal(weight[kept], now.trained[f"{name}.weight"][kept])
 
 
+@pytest.mark.parametrize("method", ["refill", "rsst"])
+def test_refilled_weights_do_not_return_to_the_elementwise_mask(method, run, starts, watch):
+    """However large they grow: here they end state 1 as the largest of all."""
+
+    def grow(job):
+        if job.run.state == 2:  # state 1 is done
+            for name, mask in job.run.elementwise.items():
+                job.dense.get_parameter(f"{name}.weight").detach()[(mask == 0) & (job.run.masks[name] == 1)] = 9.0
+
+    watch.after("end_state", grow)
+    run("--struct", method, "--fillback_rate", "0.4")
+    for name, mask in starts[2].elementwise.items():
+        assert not (mask > starts[1].elementwise[name]).any()
+        assert (starts[2].trained[f"{name}.weight"] == 9.0).any() == (starts[1].elementwise[name] == 0).any()
+
+
 # ------------------------------------------------------------------------------------------------ bits and seeds
 
 
@@ -779,6 +795,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(seed, structured
     other = outcome(run("--seed", seed + 1, *structured, name="other"))
     assert largest_difference(other.weights, first.weights) > 1e-3
     assert other.metrics != first.metrics
+
+
+def test_the_seed_orders_the_batches_too(run, noisy_init):
+    ends = [
+        outcome(run("--seed", seed, "--init", noisy_init[0], "--pruning_times", "1", name=f"seed{seed}"))
+        for seed in (0, 1)
+    ]
+    assert largest_difference(ends[0].weights, ends[1].weights) > 1e-4
 
 
 def test_seed_0_is_a_seed_of_its_own(run):
@@ -981,6 +1005,47 @@ def test_compact_and_masked_training_start_alike_in_float32(method, run, watch):
         assert largest_difference(compact[1, step], masked_[1, step]) < 1e-5, step
 
 
+@pytest.mark.parametrize("compact", ["--compact_training", "--no-compact_training"])
+@pytest.mark.parametrize("optimizer", [("sgd",), ("adamw", "--lr", "0.002")], ids=label)
+def test_optimizer_state_goes_through_the_cut(optimizer, compact, run, monkeypatch):
+    """Survivors keep their moments, what is cut loses them."""
+    original = entry.PruneRetrain.cut
+    compared = []
+
+    def state_of(job):
+        return {
+            name: {key: torch.as_tensor(value).clone() for key, value in job.optimizer.state[parameter].items()}
+            for name, parameter in job.model.named_parameters()
+        }
+
+    def cut(job):
+        before = state_of(job)
+        original(job)
+        after = state_of(job)
+        assert before.keys() == after.keys()
+        for name, entries in before.items():
+            layer, _, rest = name.rpartition(".")[0].rpartition(".")
+            kept = job.run.kept.get(layer)
+            for key, dense in entries.items():
+                expected = dense.clone()
+                if kept is not None and dense.ndim and not (rest in ("proj", "fc2") and name.endswith("bias")):
+                    dim = 1 if rest in ("proj", "fc2") else 0
+                    dead = [row for row in dead_rows(layer, kept) if row < dense.shape[dim]]
+                    if compact == "--compact_training":
+                        alive = [row for row in range(dense.shape[dim]) if row not in dead]
+                        expected = dense.index_select(dim, torch.tensor(alive))
+                    else:
+                        expected.index_fill_(dim, torch.tensor(dead), 0)
+                    assert dense.index_select(dim, torch.tensor(dead)).any()
+                assert torch.equal(after[name][key], expected), (name, key)
+                compared.append(key)
+
+    monkeypatch.setattr(entry.PruneRetrain, "cut", cut)
+    run("--struct", "rsst", *BOTH, compact, "--opt", *optimizer, "--pruning_times", "2", "--rate", "0.5")
+    moments = {"momentum_buffer"} if optimizer == ("sgd",) else {"exp_avg", "exp_avg_sq", "step"}
+    assert set(compared) == moments
+
+
 def test_oneshot_removes_the_units_whatever_compact_training_says(run, watch):
     _, width, _ = trace(run, watch, "--struct", "oneshot", *BOTH, "--no-compact_training", name="run")
     assert width[0, 1] == 14_818
@@ -1154,6 +1219,20 @@ def test_other_criteria_run(criteria, run):
     done = run("--struct", "rsst", *BOTH, "--criteria", criteria, "--epochs", "1")
     assert f"prunes by {criteria}" in log_of(done.dir)
     assert int(rows_of(done.dir / "states.csv")[2]["heads"]) == DEPTH * kept_of(HEADS, 0.3)
+
+
+@pytest.mark.parametrize("method", ["rsst", "refill"])
+@pytest.mark.parametrize("sorting", ["layer-wise", "global"])
+def test_a_removed_unit_stays_removed_under_a_criterion_of_ones_own(sorting, method, run, starts, monkeypatch):
+    """The smallest units are the best ones here, and nothing is smaller than a removed one."""
+    monkeypatch.setitem(entry.CRITERIA, "smallest", lambda weights: -weights.abs().sum(1))
+    flags = ("--criteria", "smallest", "--sorting_mode", sorting, "--rate", "0.6", "--pruning_times", "4")
+    done = run("--struct", method, *BOTH, *flags)
+    kept = [starts[state].kept for state in range(4)] + [load(done.dir / "best.pt")["kept"]]
+    for before, after in itertools.pairwise(kept):
+        assert all(set(after[layer]) <= set(before[layer]) for layer in before)
+    ids = [(layer, unit) for layer, units in kept[-1].items() for unit in units]
+    assert len(ids) == (DEPTH * (1 + 19) if sorting == "layer-wise" else 3 + 38)
 
 
 @pytest.mark.parametrize("method", ["rsst", "refill"])

@@ -244,7 +244,7 @@ def venv(project, tmp_path):
 def python_after(project, **environ):
     """Sources setup_env.sh and returns the status, the prefix of `python` and standard error."""
     script = f'source "{project.root}/setup_env.sh" && python -c "import sys; print(sys.prefix, end=str())"'
-    return project.bash("-c", script, **environ)
+    return project.bash("-c", script, cwd="/", **environ)
 
 
 def fill_by_hand(venv, *packages):
@@ -281,6 +281,7 @@ def test_setup_installs_once_and_again_when_requirements_change(project, venv):
         assert len(project.pip_calls()) == calls
         assert project.pip_calls()[-1].endswith("-version-check " + " ".join(f"-r{file}" for file in files))
     assert python_after(project) == (0, str(venv), "")  # what the tests need includes what a run needs
+    assert python_after(project, VENV="")[:2] == (0, str(project.root / ".venv"))
 
 
 @pytest.mark.parametrize(
@@ -305,8 +306,7 @@ def test_setup_only_stamps_an_environment_that_was_filled_by_hand(project, venv,
 
 def test_setup_that_fails_or_is_killed_or_loses_its_python_runs_again(project, venv):
     stamp = venv / ".setup_env_stamp"
-    project.bash("setup_env.sh")
-    assert stamp.exists()
+    assert (project.bash("setup_env.sh")[0], stamp.exists()) == (0, True)
     project.requirements.write_text("not-there-at-all>=2\n")
     status, _, said = python_after(project, PIP_MODE="fail")
     assert (status, stamp.exists()) == (1, False)
@@ -334,7 +334,7 @@ def test_sourcing_changes_only_the_environment(project, venv, tmp_path, strict):
     ("code", "said"),
     [
         ("", "no .*/strange-python found: install Python 3.10 or newer, or set PYTHON to one\n"),
-        ("sys.version_info = (3, 9)", ".*/strange-python is not Python 3.10 or newer: set PYTHON.*\n"),
+        ("sys.version_info = (3, 9)", ".*/strange-python does not start or is older than 3.10: set PYTHON.*\n"),
         ("sys.modules['ensurepip'] = None", ".*/strange-python has no venv module: apt install python3-venv\n"),
         ("pass", "no\nsetup_env.sh: cannot make .*: set VENV to another folder\n"),
     ],
