@@ -89,7 +89,7 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
     Returns:
         largest absolute differences, the largest logit, the bound that float32 has to meet, and top-1 agreement.
     """
-    device = next(masked.parameters()).device
+    parameter = next(masked.parameters())
     images_seen = agreed = 0
     difference = largest = 0.0
     exact: float | None = None
@@ -99,7 +99,8 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
                 models = [copy.deepcopy(model).cpu().double() for model in (masked, small)]
                 first = images[:64].cpu().double()
                 exact = float((models[0](first) - models[1](first)).abs().max())
-            expected, found = masked(images.to(device)), small(images.to(device))
+            images = images.to(parameter.device, parameter.dtype)
+            expected, found = masked(images), small(images)
             difference = _largest(difference, (expected - found).abs().max())
             largest = max(largest, float(expected.abs().max()))
             agreed += int((expected.argmax(1) == found.argmax(1)).sum())

@@ -266,6 +266,7 @@ def _check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "must be 1 or more")
     for name in ("workers", "gpu", "min_units", "seed"):
         require(getattr(args, name) >= 0, f"--{name}", getattr(args, name), "must be 0 or more")
+    require(args.seed < 2**63, "--seed", args.seed, "must be below 2^63")
     for name in ("img_size", "patch_size", "train_limit"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
@@ -496,16 +497,12 @@ class PruneRetrain:
         weights = self.prunable()
 
         def score(units: dict) -> dict[str, Tensor]:
-            data = self.train_data.sequential(args.score_batches)
-            return score_units(
-                self.dense,
-                units,
-                args.criteria,
-                mask=run.elementwise,
-                batches=data,
-                max_batches=args.score_batches,
-                seed=args.seed,
-            )
+            images = self.train_data.sequential(args.score_batches)
+            options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
+            try:
+                return score_units(self.dense, units, args.criteria, mask=run.elementwise, **options)
+            except ValueError as error:  # activations that overflow
+                raise RunError(f"state {state}: {error}; lower --lr or add --clip_grad 1", code=1) from error
 
         if not args.vit_structured:
             run.elementwise = target = elementwise_step(weights, run.elementwise, args.rate, state)
@@ -685,6 +682,15 @@ class PruneRetrain:
                 code=1,
             )
 
+    def check_weights(self) -> None:
+        """The last step of a state may break weights without a loss that shows it."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.dense.parameters()):
+            raise RunError(
+                f"weights are not finite after step {self.run.step} of state {self.run.state}; the last checkpoint is "
+                "good: lower --lr, add --clip_grad 1 or use --amp off",
+                code=1,
+            )
+
     def cut(self) -> None:
         """RSST: the doomed weights become zero for good; optimizer state goes with them."""
         run = self.run
@@ -733,6 +739,7 @@ class PruneRetrain:
             f"  {seconds:.1f} s"
         )
         self.sync_dense()
+        self.check_weights()
         # before the cut the model is not yet what the state ends with
         if not self.penalty and accuracy > run.best.get("accuracy", -1.0):
             run.best = {"epoch": epoch, "accuracy": accuracy}
@@ -748,7 +755,11 @@ class PruneRetrain:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
         run = self.run
         last = utils.weights_of(self.dense)
-        self.dense.load_state_dict(utils.load_tensors(self.save_dir / "best.pt", "best.pt")["weights"])
+        best = utils.load_tensors(self.save_dir / "best.pt", "best.pt")
+        if best["state"] == run.state:
+            self.dense.load_state_dict(best["weights"])
+        else:
+            log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
         test_accuracy = self.evaluate(self.dense, self.test_data)
         self.dense.load_state_dict(last)
         row = {"state": run.state, "density": density(run.masks), **vit_cost(self.dense, run.kept)}
@@ -852,7 +863,6 @@ class PruneRetrain:
         return export.accuracy(model, data, self.precision)
 
     def checkpoint(self) -> None:
-        skip = ("notes", "resumed_from")
         content = {
             "run": self.run.pack(),
             "weights": self.dense.state_dict(),
@@ -860,7 +870,7 @@ class PruneRetrain:
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": _sha256(self.save_dir / self.rewind_file),
-            "args": {name: value for name, value in vars(self.args).items() if name not in skip},
+            "args": utils.plain_args(self.args),
         }
         utils.save_checkpoint(self.save_dir, content)
 
@@ -944,6 +954,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         # whatever can be wrong with device, model or data shows before the run's folder is made
         device = utils.pick_device(args.device, args.gpu)
+        utils.pick_precision(args.amp, device)
         utils.seed_everything(args.seed)
         model = make_model(args)
         check_units(args, model)

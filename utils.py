@@ -276,13 +276,17 @@ def save_checkpoint(save_dir: Path, content: dict) -> None:
 
 def load_checkpoint(save_dir: Path) -> dict:
     """The latest checkpoint of a run, or the one before when that is damaged."""
-    names = ("checkpoint.pt", "checkpoint.prev.pt")
-    for name in names:
+    damaged = []
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
         if (save_dir / name).is_file():
             try:
-                return load_tensors(save_dir / name, "--resume")
+                content = load_tensors(save_dir / name, "--resume")
             except RunError as error:
-                log.warning("%s; trying the checkpoint before it", error)
+                damaged.append(str(error))
+                continue
+            for error in damaged:
+                log.warning("%s; going on from the checkpoint before it", error)
+            return content
     raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start without --resume")
 
 
@@ -328,9 +332,14 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def plain_args(args) -> dict:
+    """The flags, without what only this process knows."""
+    return {name: value for name, value in vars(args).items() if name not in ("notes", "resumed_from")}
+
+
 def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
     """args.yaml and environment.json."""
-    write_text(save_dir / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
+    write_text(save_dir / "args.yaml", yaml.safe_dump(plain_args(args), sort_keys=False))
     write_text(save_dir / "environment.json", json.dumps(environment(device), indent=2) + "\n")
 
 

@@ -82,6 +82,12 @@ def count_kept(masks: Mapping[str, Tensor]) -> int:
     return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
+def _magnitude(weight: Tensor) -> Tensor:
+    # NumPy knows no bfloat16; float64 keeps its digits
+    magnitude = weight.detach().abs()
+    return magnitude if magnitude.dtype == torch.float64 else magnitude.float()
+
+
 def magnitude_step(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> Masks:
     """The `keep` largest absolute values among all weights that survive in `masks` (one global threshold).
 
@@ -94,7 +100,7 @@ def magnitude_step(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], k
     Returns:
         New masks, each contained in the old one.
     """
-    alive = [weights[name].detach().abs()[mask.bool()].cpu().float().numpy() for name, mask in masks.items()]
+    alive = [_magnitude(weights[name])[mask.bool()].cpu().numpy() for name, mask in masks.items()]
     flat = np.concatenate(alive)
     del alive
     if keep >= len(flat):
@@ -109,7 +115,7 @@ def magnitude_step(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], k
     result = {}
     for name, mask in masks.items():
         # flatten, not view: convolutions may be stored channels last
-        magnitude = weights[name].detach().abs().float().flatten()
+        magnitude = _magnitude(weights[name]).flatten()
         alive_here = mask.bool().flatten()
         kept = alive_here & (magnitude > threshold)
         ties = (alive_here & (magnitude == threshold)).nonzero().flatten()[:ties_kept]

@@ -329,14 +329,15 @@ def score_units(
 
 
 def _score_activations(model, units, needs, score, batches, loss, max_batches) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
     taps = {key: group.output if needs == "output" else group.contribution for key, group in units.items()}
     totals = {key: torch.zeros(group.count, dtype=torch.float64) for key, group in units.items()}
     images_seen = 0
     with evaluating(model), captured(model, taps) as activations, torch.set_grad_enabled(needs == "gradient"):
         for images, labels in islice(batches, max_batches):
             activations.clear()
-            images = images.detach().to(device).requires_grad_(needs == "gradient")
+            images = images.detach().to(device, dtype).requires_grad_(needs == "gradient")
             logits = model(images)
             present = [key for key in units if key in activations]  # an emptied branch shows no activation
             if needs == "gradient":

@@ -72,9 +72,7 @@ def write_cifar(name, root, count=20):
 
 
 def snapshot(root):
-    return {
-        str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")
-    }
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 @pytest.fixture
@@ -96,9 +94,7 @@ def seven_second_timeout():
 
 @pytest.fixture
 def unchecked_md5(monkeypatch):
-    monkeypatch.setattr(
-        "torchvision.datasets.cifar.check_integrity", lambda path, md5=None: os.path.isfile(path)
-    )
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
 def refused(*args, **kwargs):
@@ -267,10 +263,7 @@ def test_resize_equals_pillow_bilinear_within_one_level(size):
     assert resized.shape == (len(native), 1, size, size)
     assert resized.dtype == torch.uint8
     expected = np.stack(
-        [
-            Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BILINEAR)
-            for image in native
-        ]
+        [Image.fromarray(image[0].numpy()).resize((size, size), Image.Resampling.BILINEAR) for image in native]
     )
     difference = np.abs(expected.astype(int) - resized[:, 0].numpy().astype(int))
     assert difference.max() <= 1
@@ -440,9 +433,7 @@ def test_no_data_and_no_network_is_one_line_at_once_and_leaves_no_trace(tmp_path
     start = time.monotonic()
     message = refused(name, tmp_path / folder)
     assert time.monotonic() - start < 10
-    assert message.startswith(
-        f"--dataset {name}: not found under '{tmp_path / folder}' and the download failed ("
-    )
+    assert message.startswith(f"--dataset {name}: not found under '{tmp_path / folder}' and the download failed (")
     assert "network is unreachable" in message
     assert "--dataset digits" in message
     assert snapshot(tmp_path) == before
@@ -469,9 +460,7 @@ def answer_downloads(monkeypatch, write):
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", write)
 
 
-def test_an_archive_put_there_by_hand_is_unpacked_without_network(
-    tmp_path, monkeypatch, no_network, unchecked_md5
-):
+def test_an_archive_put_there_by_hand_is_unpacked_without_network(tmp_path, monkeypatch, no_network, unchecked_md5):
     content = pack_cifar100(tmp_path, monkeypatch)
     data = tmp_path / "data"
     data.mkdir()
@@ -522,9 +511,7 @@ def test_downloaded_fashion_mnist_is_found_again(tmp_path, monkeypatch, no_netwo
 
 
 @pytest.mark.parametrize("error", [OSError("connection\nreset"), RuntimeError("odd"), KeyboardInterrupt()])
-def test_a_broken_download_touches_nothing_that_stood_there(
-    tmp_path, monkeypatch, error, seven_second_timeout
-):
+def test_a_broken_download_touches_nothing_that_stood_there(tmp_path, monkeypatch, error, seven_second_timeout):
     def write(url, filename):
         Path(filename).write_bytes(b"half")
         raise error
@@ -613,9 +600,7 @@ def test_without_augmentation_a_batch_shows_the_images_as_they_are():
 
 def test_augmentation_does_not_change_which_images_come_when():
     split = numbered(30)
-    orders = [
-        Batches(split, CIFAR10, 30, seed=9, aug=aug).batch(2, 3, 0)[1] for aug in ("none", "basic", "strong")
-    ]
+    orders = [Batches(split, CIFAR10, 30, seed=9, aug=aug).batch(2, 3, 0)[1] for aug in ("none", "basic", "strong")]
     assert torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0], orders[2])
 
@@ -730,8 +715,6 @@ def test_bad_batch_arguments_raise():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_makes_the_same_bits():
     split = numbered(50)
-    here, there = (
-        Batches(split, CIFAR10, 20, device=device, seed=2, aug="basic") for device in ("cpu", "cuda")
-    )
+    here, there = (Batches(split, CIFAR10, 20, device=device, seed=2, aug="basic") for device in ("cpu", "cuda"))
     for got, expected in zip(there.batch(1, 2, 1), here.batch(1, 2, 1), strict=True):
         assert torch.equal(got.cpu(), expected)

@@ -743,16 +743,20 @@ def test_what_fillback_returns(method, prune_type, run, starts, noisy_init):
 def test_refilled_weights_do_not_return_to_the_elementwise_mask(method, run, starts, watch):
     """However large they grow: here they end state 1 as the largest of all."""
 
+    grown = []
+
     def grow(job):
         if job.run.state == 2:  # state 1 is done
             for name, mask in job.run.elementwise.items():
-                job.dense.get_parameter(f"{name}.weight").detach()[(mask == 0) & (job.run.masks[name] == 1)] = 9.0
+                back = (mask == 0) & (job.run.masks[name] == 1)
+                job.dense.get_parameter(f"{name}.weight").detach()[back] = 9.0
+                grown.append(int(back.sum()))
 
     watch.after("end_state", grow)
     run("--struct", method, "--fillback_rate", "0.4")
     for name, mask in starts[2].elementwise.items():
         assert not (mask > starts[1].elementwise[name]).any()
-        assert (starts[2].trained[f"{name}.weight"] == 9.0).any() == (starts[1].elementwise[name] == 0).any()
+    assert min(grown) > 0
 
 
 # ------------------------------------------------------------------------------------------------ bits and seeds
@@ -1369,7 +1373,7 @@ def files(tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    (folder / "code.pt").write_bytes(pickle.dumps({"run": Explosive()}))
+    (folder / "code.pt").write_bytes(pickle.dumps({"run": Explosive()}, protocol=2))
     torch.save({"head.weight": torch.ones(1)}, folder / "other.pt")
     torch.save([torch.ones(1)], folder / "list.pt")
     weights = vit_micro(num_classes=10).state_dict()
