@@ -502,7 +502,8 @@ class PruneRetrain:
             try:
                 return score_units(self.dense, units, args.criteria, mask=run.elementwise, **options)
             except ValueError as error:  # activations that overflow
-                raise RunError(f"state {state}: {error}; lower --lr or add --clip_grad 1", code=1) from error
+                reason = f"state {state}: the trained network is not finite ({error}); lower --lr or add --clip_grad 1"
+                raise RunError(reason, code=1) from error
 
         if not args.vit_structured:
             run.elementwise = target = elementwise_step(weights, run.elementwise, args.rate, state)
