@@ -49,18 +49,14 @@ def rank_units(
 
     Heads and neurons are two pools, each pruned to its own ratio of all its units. With `rank_by` "score_per_mac"
     and global sorting they merge: units go in ascending order of score / MACs until the MACs of both quotas are gone.
+    Layer by layer it changes nothing: there all units of a kind cost the same.
 
     Args:
         model: the dense model, for what a unit costs.
         scores: float64 [count] per key; -inf marks units that are gone.
-
-    Raises:
-        ValueError: "score_per_mac" without global sorting; units of one kind cost the same within a layer.
     """
     pools = {kind: {key: scores[key] for key in units if units[key].kind == kind} for kind in ratios}
-    if rank_by == "score_per_mac":
-        if sorting_mode != "global":
-            raise ValueError("rank_by score_per_mac needs sorting_mode global")
+    if rank_by == "score_per_mac" and sorting_mode == "global":
         return _rank_by_cost(model, units, pools, ratios, min_units)
     kept = {}
     for kind, pool in pools.items():
