@@ -271,6 +271,7 @@ model = VisionTransformer(**config["vit"])
 dim = config["vit"]["embed_dim"]
 for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
     block.attn = Attention(dim, num_heads=heads, attn_head_dim=config["head_dim"], qkv_bias=True)
+    block.attn.fused_attn = heads > 0
     block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()

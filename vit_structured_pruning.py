@@ -600,6 +600,8 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
                 attn = model.get_submodule(key)
                 attn.num_heads = len(kept[key])
                 attn.attn_dim = attn.num_heads * attn.head_dim
+                if attn.num_heads == 0 and hasattr(attn, "fused_attn"):
+                    attn.fused_attn = False  # timm's fused path dies on no heads at all under torch 2.9
     return model
 
 
