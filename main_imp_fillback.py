@@ -497,7 +497,7 @@ class PruneRetrain:
         weights = self.prunable()
 
         def score(units: dict) -> dict[str, Tensor]:
-            images = self.train_data.sequential(args.score_batches)
+            images = self.train_data.sequential()
             options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
             try:
                 return score_units(self.dense, units, args.criteria, mask=run.elementwise, **options)

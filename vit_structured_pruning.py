@@ -634,7 +634,8 @@ def fold_dead_units_(model: nn.Module, alive: Kept) -> None:
     A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
     """
     for key, group in vit_units(model).items():
-        dead = [unit for unit in range(group.count) if unit not in set(alive.get(key, range(group.count)))]
+        working = set(alive.get(key, range(group.count)))
+        dead = [unit for unit in range(group.count) if unit not in working]
         branch = model.get_submodule(key)
         source, output = (branch.qkv, branch.proj) if group.kind == "head" else (branch.fc1, branch.fc2)
         if not dead or source.bias is None or output.bias is None:
