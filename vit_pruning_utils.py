@@ -7,6 +7,7 @@ the functions of the second half, which scripts call with a model in hand; train
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -82,46 +83,122 @@ def count_kept(masks: Mapping[str, Tensor]) -> int:
     return sum(int(mask.count_nonzero()) for mask in masks.values())
 
 
-def _magnitude(weight: Tensor) -> Tensor:
-    # NumPy knows no bfloat16; float64 keeps its digits
-    magnitude = weight.detach().abs()
-    return magnitude if magnitude.dtype == torch.float64 else magnitude.float()
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of the float
+_SAMPLE = 2**14
+_BIN_BITS = 13
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+class _Keys:
+    """One layer as integers that order like the absolute values of its survivors; what the mask removed is -1.
+
+    Without their sign the bits of floats order like integers, every NaN above infinity. Keys are made piece by piece
+    whenever they are asked for: NumPy arrays on the host, where torch would wake its threads for each small piece and
+    searches slowly, tensors elsewhere.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, dtype: torch.dtype):
+        integer = _INTEGERS[dtype.itemsize]
+        self.magnitude = torch.iinfo(integer).max
+        # flatten, not view: convolutions may be stored channels last
+        self.bits = weight.detach().to(dtype).flatten().view(integer)
+        removed = (~mask.flatten().to(weight.device).bool()).to(torch.int8).neg_()
+        self.library, self.piece = torch, 2**24
+        if _on_host(weight):
+            self.library, self.piece = np, 2**17  # a piece and what is made of it stay in a core's cache
+            self.bits, removed = self.bits.numpy(), removed.numpy()
+        self.surviving = len(removed) - int(self.library.count_nonzero(removed))
+        self.removed = None if self.surviving == len(removed) else removed
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def part(self, where: slice):
+        keys = self.bits[where] & self.magnitude
+        return keys if self.removed is None else keys | self.removed[where]
+
+    def pieces(self):
+        """(slice, keys) from the first to the last."""
+        for start in range(0, len(self), self.piece):
+            where = slice(start, start + self.piece)
+            yield where, self.part(where)
+
+    def sample(self, stride: int) -> np.ndarray:
+        return np.asarray(torch.as_tensor(self.part(slice(stride // 2, None, stride))).cpu(), np.int64)
+
+
+def _bracket(layers: list[_Keys], rank: int) -> tuple[int, int]:
+    """Where the key of that rank most likely lies, both ends included: four standard errors of a sample around it."""
+    total = sum(map(len, layers))
+    sample = np.sort(np.concatenate([layer.sample(max(1, total // _SAMPLE)) for layer in layers]))[::-1]
+    centre, margin = rank / total * len(sample), 2 * len(sample) ** 0.5
+    first, last = int(centre - margin), int(centre + margin)
+    high = int(sample[first]) if first >= 0 else layers[0].magnitude
+    return max(0, int(sample[last]) if last < len(sample) else 0), max(0, high)
+
+
+def _select(layers: list[_Keys], rank: int) -> tuple[int, int]:
+    """The key that is number `rank` (from 1) in descending order, and how many of its equals are within that rank.
+
+    Radix selection that starts from a sampled bracket: a pass counts what lies above the bracket and, in equal bins,
+    what lies inside; the bin of that rank is the next bracket. A sample that misled costs a pass, never the result.
+    """
+    low, high = _bracket(layers, rank)
+    while True:
+        shift = max(0, (high - low).bit_length() - _BIN_BITS)
+        above, bins = 0, np.zeros(2**_BIN_BITS, np.int64)
+        for layer in layers:
+            for _, keys in layer.pieces():
+                above += int(layer.library.count_nonzero(keys > high))
+                inside = keys[(keys >= low) & (keys <= high)] - low
+                bins += np.asarray(torch.as_tensor(layer.library.bincount(inside >> shift, minlength=len(bins))).cpu())
+        at_least = above + bins[::-1].cumsum()  # keys in the highest bin or above, in the two highest, ...
+        if rank <= above:
+            low, high = high + 1, layers[0].magnitude
+        elif rank > at_least[-1]:
+            low, high = 0, low - 1
+        else:
+            position = int(np.searchsorted(at_least, rank))
+            found = len(bins) - 1 - position
+            low += found << shift
+            if shift == 0:
+                return low, rank - int(at_least[position] - bins[found])
+            high = min(high, low + (1 << shift) - 1)
 
 
 def magnitude_step(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> Masks:
     """The `keep` largest absolute values among all weights that survive in `masks` (one global threshold).
 
     Of equal values the one that comes first in (layer, index) order is kept, so exactly min(keep, surviving) weights
-    stay. The selection is a partition, not a sort, of one copy of the surviving values.
+    stay; NaN counts as larger than infinity. The threshold is found on the device that holds the weights, without
+    a copy of them: besides the result this takes a byte for each weight of a layer that is already pruned.
 
     Args:
-        weights: by layer name; `masks` has the same names, shapes and order.
+        weights: floating point, by layer name; `masks` has the same names, shapes and order.
 
     Returns:
         New masks, each contained in the old one.
     """
-    alive = [_magnitude(weights[name])[mask.bool()].cpu().numpy() for name, mask in masks.items()]
-    flat = np.concatenate(alive)
-    del alive
-    if keep >= len(flat):
-        return {name: mask.clone() for name, mask in masks.items()}
-    if keep <= 0:
+    if not masks or keep <= 0:
         return {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    cut = len(flat) - keep
-    flat.partition(cut)
-    threshold = float(flat[cut])
-    ties_kept = keep - int((flat[cut:] > threshold).sum())
-    del flat
+    dtype = functools.reduce(torch.promote_types, {weights[name].dtype for name in masks})
+    layers = [_Keys(weights[name], mask, dtype) for name, mask in masks.items()]
+    if keep >= sum(layer.surviving for layer in layers):
+        return {name: mask.clone() for name, mask in masks.items()}
+    threshold, ties_kept = _select(layers, keep)
     result = {}
-    for name, mask in masks.items():
-        # flatten, not view: convolutions may be stored channels last
-        magnitude = _magnitude(weights[name]).flatten()
-        alive_here = mask.bool().flatten()
-        kept = alive_here & (magnitude > threshold)
-        ties = (alive_here & (magnitude == threshold)).nonzero().flatten()[:ties_kept]
-        ties_kept -= len(ties)
-        kept[ties] = True
-        result[name] = kept.reshape(mask.shape).to(mask)
+    for layer, (name, mask) in zip(layers, masks.items(), strict=True):
+        kept = layer.library.empty_like(layer.bits, dtype=bool)
+        for where, keys in layer.pieces():
+            kept[where] = keys > threshold
+            if ties_kept:
+                ties = layer.library.where(keys == threshold)[0][:ties_kept]
+                kept[where][ties] = True
+                ties_kept -= len(ties)
+        result[name] = torch.as_tensor(kept).reshape(mask.shape).to(mask)
     return result
 
 
@@ -177,9 +254,9 @@ def structured_masks(weights: Mapping[str, Tensor], units: Mapping[str, Units], 
     return masks
 
 
-def sparsity_report(masks: Mapping[str, Tensor]) -> str:
+def sparsity_report(masks: Mapping[str, Tensor], family: str = "ViT") -> str:
     """The [ViT Sparsity Report]: one line a layer, then overall sparsity and what remains."""
-    lines = ["[ViT Sparsity Report]"]
+    lines = [f"[{family} Sparsity Report]"]
     for name, mask in masks.items():
         zero = 100 * (1 - density({name: mask}))
         lines.append(f"{name + '.weight_mask':<38} | Sparsity: {zero:.2f}%")
@@ -191,19 +268,38 @@ def sparsity_report(masks: Mapping[str, Tensor]) -> str:
 # ------------------------------------------------------------------- models under torch.nn.utils.prune
 
 
-def _current_masks(model: nn.Module, prune_patch_embed: bool) -> Masks:
-    return {
-        name: getattr(module, "weight_mask", torch.ones_like(module.weight)).detach().clone()
-        for name, module in prunable_layers(model, prune_patch_embed).items()
-    }
-
-
-def _apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put masks on the model's layers by `torch.nn.utils.prune`, in place of those that are there."""
     for name, mask in masks.items():
         module = model.get_submodule(name)
-        if prune.is_pruned(module) and hasattr(module, "weight_mask"):
-            prune.remove(module, "weight")
+        make_permanent({name: module})
         prune.custom_from_mask(module, "weight", mask.to(module.weight))
+
+
+def make_permanent(layers: Mapping[str, nn.Module]) -> None:
+    """Pruned weights become plain zeros, in place, and the masks of `torch.nn.utils.prune` go."""
+    for module in layers.values():
+        if hasattr(module, "weight_mask"):
+            prune.remove(module, "weight")
+
+
+def prune_globally(model: nn.Module, layers: Mapping[str, nn.Module], px: float) -> None:
+    """Prune the fraction `px` of what is left in `layers` by one threshold; see `pruning_model_vit`."""
+    if not 0 <= px < 1:
+        raise ValueError(f"px must lie in [0, 1), got {px}")
+    weights = {name: module.weight.detach() for name, module in layers.items()}
+    masks = {
+        name: getattr(module, "weight_mask", torch.ones_like(module.weight)).detach().clone()
+        for name, module in layers.items()
+    }
+    apply_masks(model, magnitude_step(weights, masks, round(count_kept(masks) * (1 - px))))
+
+
+def print_sparsity(layers: Mapping[str, nn.Module], family: str) -> float:
+    """Print the sparsity report and return the percentage that remains; see `check_sparsity_vit`."""
+    masks = {name: getattr(module, "weight_mask", module.weight).detach() != 0 for name, module in layers.items()}
+    print(sparsity_report(masks, family))
+    return 100 * density(masks)
 
 
 def pruning_model_vit(model: nn.Module, px: float, prune_patch_embed: bool = False) -> None:
@@ -214,11 +310,7 @@ def pruning_model_vit(model: nn.Module, px: float, prune_patch_embed: bool = Fal
     Raises:
         ValueError: `px` outside [0, 1).
     """
-    if not 0 <= px < 1:
-        raise ValueError(f"px must lie in [0, 1), got {px}")
-    masks = _current_masks(model, prune_patch_embed)
-    weights = prunable_weights(model, prune_patch_embed)
-    _apply_masks(model, magnitude_step(weights, masks, round(count_kept(masks) * (1 - px))))
+    prune_globally(model, prunable_layers(model, prune_patch_embed), px)
 
 
 def check_sparsity_vit(model: nn.Module, prune_patch_embed: bool = False) -> float:
@@ -226,12 +318,7 @@ def check_sparsity_vit(model: nn.Module, prune_patch_embed: bool = False) -> flo
 
     Layers under `torch.nn.utils.prune` are judged by their mask, others by which of their weights are zero.
     """
-    masks = {
-        name: getattr(module, "weight_mask", module.weight).detach() != 0
-        for name, module in prunable_layers(model, prune_patch_embed).items()
-    }
-    print(sparsity_report(masks))
-    return 100 * density(masks)
+    return print_sparsity(prunable_layers(model, prune_patch_embed), "ViT")
 
 
 def extract_mask_vit(state_dict: Mapping[str, Tensor]) -> Masks:
@@ -241,21 +328,19 @@ def extract_mask_vit(state_dict: Mapping[str, Tensor]) -> Masks:
 
 def prune_model_custom_vit(model: nn.Module, mask_dict: Mapping[str, Tensor], prune_patch_embed: bool = False) -> None:
     """Apply masks (`X` or `X.weight_mask`) to the model in place by `torch.nn.utils.prune`."""
-    _apply_masks(model, check_masks(mask_dict, prunable_weights(model, prune_patch_embed)))
+    apply_masks(model, check_masks(mask_dict, prunable_weights(model, prune_patch_embed)))
 
 
 def remove_prune_vit(model: nn.Module, prune_patch_embed: bool = False) -> None:
     """Make pruning permanent, in place: pruned weights become plain zeros and the masks go."""
-    for module in prunable_layers(model, prune_patch_embed).values():
-        if hasattr(module, "weight_mask"):
-            prune.remove(module, "weight")
+    make_permanent(prunable_layers(model, prune_patch_embed))
 
 
 def load_and_mask(model: nn.Module, init_weight: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> nn.Module:
     """The model with weights copied from `init_weight` and `masks` applied by `torch.nn.utils.prune`."""
-    remove_prune_vit(model, prune_patch_embed=True)
+    make_permanent(dict(model.named_modules()))
     model.load_state_dict(plain_weights(init_weight))
-    _apply_masks(model, masks)
+    apply_masks(model, masks)
     return model
 
 

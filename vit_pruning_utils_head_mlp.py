@@ -98,20 +98,19 @@ def mark_removed(scores: Mapping[str, Tensor], kept: Mapping[str, Iterable[int]]
     return marked
 
 
-def units_report(
-    model: nn.Module,
+def unit_lines(
     units: Mapping[str, Units],
     scores: Mapping[str, Tensor],
     kept_before: Mapping[str, list[int]],
     kept_after: Mapping[str, list[int]],
     masks_before: Masks,
     masks_after: Masks,
-) -> str:
-    """What a structured step does, as text: a line per layer, then totals; `model` is the dense one."""
+) -> list[str]:
+    """What a step does to each layer's units, a line a layer; ids and scores are spelled out for heads."""
     lines = []
     for key, group in units.items():
         before, after = kept_before[key], kept_after[key]
-        layers = {name.rpartition(".")[0] for name in group.parts}
+        layers = {name.rpartition(".")[0] for name in group.parts} & masks_after.keys()
         sparsity = [
             100 * (1 - density({name: masks[name] for name in layers})) for masks in (masks_before, masks_after)
         ]
@@ -127,16 +126,34 @@ def units_report(
             f"  {key:<15} {group.kind + 's':>7} {len(before):>4} -> {len(after):<4} "
             f"sparsity {sparsity[0]:6.2f}% -> {sparsity[1]:6.2f}%  {detail}"
         )
+    return lines
+
+
+def weights_line(title: str, masks_before: Masks, masks_after: Masks, layers: Iterable[str]) -> str:
+    counts = [count_kept({name: masks[name] for name in layers}) for masks in (masks_before, masks_after)]
+    return f"  {title} weights {counts[0]:,} -> {counts[1]:,}"
+
+
+def units_report(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    scores: Mapping[str, Tensor],
+    kept_before: Mapping[str, list[int]],
+    kept_after: Mapping[str, list[int]],
+    masks_before: Masks,
+    masks_after: Masks,
+) -> str:
+    """What a structured step does, as text: a line per layer, then totals; `model` is the dense one."""
     old, new = vit_cost(model, kept_before), vit_cost(model, kept_after)
     attention = [name for name in masks_after if ".attn." in name]
-    lines.append(
+    lines = unit_lines(units, scores, kept_before, kept_after, masks_before, masks_after)
+    lines += [
         f"  {len(masks_after)} masks: {len(attention)} attention, {len(masks_after) - len(attention)} MLP; "
-        f"heads {old['heads']} -> {new['heads']}; neurons {old['neurons']:,} -> {new['neurons']:,}"
-    )
-    for title, layers in (("attention", attention), ("prunable", list(masks_after))):
-        counts = [count_kept({name: masks[name] for name in layers}) for masks in (masks_before, masks_after)]
-        lines.append(f"  {title} weights {counts[0]:,} -> {counts[1]:,}")
-    lines.append(f"  parameters {old['parameters']:,} -> {new['parameters']:,}")
+        f"heads {old['heads']} -> {new['heads']}; neurons {old['neurons']:,} -> {new['neurons']:,}",
+        weights_line("attention", masks_before, masks_after, attention),
+        weights_line("prunable", masks_before, masks_after, masks_after),
+        f"  parameters {old['parameters']:,} -> {new['parameters']:,}",
+    ]
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -103,18 +103,30 @@ class Units:
 
     `parts` maps parameter names to the layout of the units in them. The first one is the weight that weight
     criteria score. `output` is where l1 and l2 look, `contribution` where saliency looks.
+
+    `followers` are tensors that do not belong to a unit but go with it when it is physically cut out: what reads it,
+    and statistics of it. `place` names a buffer that says where the outputs of the kept units go in a wider tensor.
+    Units that are not `removable` stay in the smaller network, at zero.
     """
 
-    kind: str  # "head", "neuron", "row"
+    kind: str  # "head", "neuron", "filter", "row"
     layer: int
     count: int
     parts: Mapping[str, Layout]
     output: Tap
     contribution: Tap
+    followers: Mapping[str, Layout] = field(default_factory=dict)
+    place: str | None = None
+    removable: bool = True
 
     @property
     def scored(self) -> tuple[str, Layout]:
         return next(iter(self.parts.items()))
+
+    @property
+    def cut_out(self) -> Iterator[tuple[str, Layout]]:
+        """All tensors that get shorter when units are physically removed."""
+        return chain(self.parts.items(), self.followers.items()) if self.removable else iter(())
 
 
 def vit_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> dict[str, Units]:
@@ -177,6 +189,9 @@ def layout_problem(model: nn.Module) -> str | None:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
         return f"{kind} has no transformer blocks at .blocks; only plain ViTs are supported"
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or not hasattr(embed, "num_patches"):
+        return f"{kind}'s patch embedding is not one convolution (hybrid, NaFlex); not a plain ViT"
     for index, block in enumerate(blocks):
         attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         where = f"{kind}.blocks.{index}"
@@ -552,7 +567,7 @@ def slice_tensors(tensors: Mapping[str, Tensor], units: Mapping[str, Units], kep
     small = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for key, group in units.items():
         if key in kept:
-            for name, layout in group.parts.items():
+            for name, layout in group.cut_out:
                 if name in small:
                     index = torch.as_tensor(kept[key], dtype=torch.long, device=small[name].device)
                     small[name] = layout.select(small[name], index)
@@ -564,7 +579,7 @@ def scatter_tensors(small: Mapping[str, Tensor], units: Mapping[str, Units], kep
     dense = {name: tensor.detach().clone() for name, tensor in small.items()}
     for key, group in units.items():
         if key in kept:
-            for name, layout in group.parts.items():
+            for name, layout in group.cut_out:
                 if name in dense:
                     share = dense[name]
                     index = torch.as_tensor(kept[key], dtype=torch.long, device=share.device)
@@ -586,27 +601,44 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
     if prune.is_pruned(model):
         raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit(model) first")
     for key, group in units.items():
-        if key in kept:
-            for name, layout in group.parts.items():
-                path, _, leaf = name.rpartition(".")
-                module = model.get_submodule(path)
-                parameter = getattr(module, leaf)
-                index = torch.as_tensor(kept[key], dtype=torch.long, device=parameter.device)
-                small = layout.select(parameter.detach(), index)
-                setattr(module, leaf, nn.Parameter(small, requires_grad=parameter.requires_grad))
-                if leaf == "weight":
-                    module.out_features, module.in_features = small.shape
-            if group.kind == "head":
-                attn = model.get_submodule(key)
-                attn.num_heads = len(kept[key])
-                attn.attn_dim = attn.num_heads * attn.head_dim
-                if attn.num_heads == 0 and hasattr(attn, "fused_attn"):
-                    attn.fused_attn = False  # timm's fused path dies on no heads at all under torch 2.9
+        if key not in kept:
+            continue
+        for name, layout in group.cut_out:
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            tensor = getattr(module, leaf)
+            index = torch.as_tensor(kept[key], dtype=torch.long, device=tensor.device)
+            small = layout.select(tensor.detach(), index)
+            if isinstance(tensor, nn.Parameter):
+                small = nn.Parameter(small, requires_grad=tensor.requires_grad)
+            setattr(module, leaf, small)
+            if leaf == "weight":
+                _tell_size(module)
+        if group.kind == "head":
+            attn = model.get_submodule(key)
+            attn.num_heads = len(kept[key])
+            attn.attn_dim = attn.num_heads * attn.head_dim
+            if attn.num_heads == 0 and hasattr(attn, "fused_attn"):
+                attn.fused_attn = False  # timm's fused path dies on no heads at all under torch 2.9
+        if group.place and len(kept[key]) < group.count:
+            path, _, leaf = group.place.rpartition(".")
+            setattr(model.get_submodule(path), leaf, torch.as_tensor(kept[key], device=index.device))
     return model
 
 
+def _tell_size(module: nn.Module) -> None:
+    """Bring a layer's own record of its size in line with its weight."""
+    shape = module.weight.shape
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = shape[:2]
+    elif isinstance(module, nn.BatchNorm2d):
+        (module.num_features,) = shape
+    else:
+        module.out_features, module.in_features = shape
+
+
 @torch.no_grad()
-def find_dead_units(model: nn.Module) -> dict[str, list[int]]:
+def find_working_units(model: nn.Module) -> dict[str, list[int]]:
     """Which heads and neurons still work, for a model whose weights were pruned one by one: {units key: ids}.
 
     A head is dead when its `attn.proj` columns are zero or its v rows are, a neuron when its `mlp.fc2` column or its
