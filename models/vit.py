@@ -12,8 +12,13 @@ any number of MLP neurons, or none of either: an empty branch is exactly its out
 from __future__ import annotations
 
 import logging
+import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +27,16 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".npz")
+PATCH_EMBED = ("resample", "reinit")
+
+
 class PretrainedError(RuntimeError):
     """Pretrained weights that cannot be had; one line that says what to do."""
+
+
+class MisfitError(PretrainedError):
+    """Pretrained weights that were read and belong to another architecture."""
 
 
 class PatchEmbed(nn.Module):
@@ -169,7 +182,8 @@ CONFIGS = {
 }
 
 
-def _build(name: str, num_classes: int | None, img_size: int | None, pretrained: bool | str, overrides: dict):
+def build(name: str, num_classes: int | None = None, img_size: int | None = None, **overrides) -> VisionTransformer:
+    """A model of `CONFIGS` with random weights; `overrides` are arguments of `VisionTransformer`."""
     config = CONFIGS[name]
     geometry = {
         "img_size": config.img_size if img_size is None else img_size,
@@ -180,13 +194,12 @@ def _build(name: str, num_classes: int | None, img_size: int | None, pretrained:
         "mlp_ratio": config.mlp_ratio,
         "num_classes": config.num_classes if num_classes is None else num_classes,
     }
-    model = VisionTransformer(**{**geometry, **overrides})
-    if pretrained is True and config.timm_name is None:
-        log.warning("%s has no public pretrained weights; it starts from scratch", name)
-    elif pretrained:
-        load_pretrained_weights(model, config.timm_name if pretrained is True else pretrained)
-    elif name == "vit_large_imagenet":
-        log.warning("vit_large_imagenet from scratch needs far more data and epochs than ImageNet-1k usually gets")
+    return VisionTransformer(**{**geometry, **overrides})
+
+
+def _build(name: str, num_classes: int | None, img_size: int | None, pretrained: bool | str | Path, overrides: dict):
+    model = build(name, num_classes, img_size, **overrides)
+    initialise(model, name, pretrained, CONFIGS[name].timm_name if pretrained is True else pretrained)
     return model
 
 
@@ -228,6 +241,7 @@ class TransferReport:
     resampled: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)  # the model's tensors that kept their random values
     skipped: list[str] = field(default_factory=list)  # the file's tensors that have no place in the model
+    failure: str = ""  # why all weights are random although pretrained ones were asked for, one line
 
     def summary(self) -> str:
         return (
@@ -236,41 +250,95 @@ class TransferReport:
         )
 
 
-def load_pretrained_weights(model: nn.Module, source: str | Path) -> TransferReport:
-    """Copy pretrained weights into `model` in place.
-
-    Blocks, norms and class token are copied where the shapes agree, the classification head only when the number
-    of classes does too. Position and patch embedding are resampled to the model's geometry with timm's
-    `resample_abs_pos_embed` (bicubic) and `resample_patch_embed` (pseudo-inverse of bilinear resizing, Beyer et
-    al., "FlexiViT", CVPR 2023).
+def initialise(
+    model: nn.Module,
+    arch: str,
+    pretrained: bool | str | Path,
+    source: str | Path | None,
+    patch_embed: str = "resample",
+    fallback: bool = False,
+) -> None:
+    """Give a model the weights that it starts from, and `model.pretrained_report`: None when these are random.
 
     Args:
-        source: a `.safetensors`, `.pth` or `.pt` file, or the name of a timm model whose weights timm downloads.
+        arch: the name that warnings show.
+        pretrained: whether pretrained weights are asked for.
+        source, patch_embed: as in `load_pretrained_weights`; source None when there are no public weights.
+        fallback: weights that cannot be had are a warning and random ones instead. Weights of another
+            architecture are an error all the same.
 
     Raises:
-        PretrainedError: the file is missing, damaged or fits nothing; timm is not installed; no network.
+        PretrainedError, ValueError: as `load_pretrained_weights`.
     """
+    model.pretrained_report = None
+    if not pretrained:
+        if arch == "vit_large_imagenet":
+            log.warning("vit_large_imagenet from scratch needs far more data and epochs than ImageNet-1k usually gets")
+        return
+    try:
+        if source is not None:
+            model.pretrained_report = load_pretrained_weights(model, source, patch_embed=patch_embed)
+            return
+        failure = f"{arch} has no public pretrained weights; it starts from scratch"
+    except MisfitError:
+        raise
+    except PretrainedError as error:
+        if not fallback:
+            raise
+        failure = f"{error}; --pretrained_fallback: {arch} starts from random weights"
+    log.warning("%s", failure)
+    model.pretrained_report = TransferReport(reinitialised=list(model.state_dict()), failure=failure)
+
+
+def load_pretrained_weights(model: nn.Module, source: str | Path, *, patch_embed: str = "resample") -> TransferReport:
+    """Copy pretrained weights into `model`, ours or one of timm's, in place; all of them or, on an error, none.
+
+    Blocks, norms and prefix tokens are copied by name, the classification heads only when the number of classes is
+    the same. Position and patch embedding are resampled to the model's geometry with timm's
+    `resample_abs_pos_embed` (bicubic; the positions of prefix tokens stay) and `resample_patch_embed`
+    (pseudo-inverse of bicubic resizing, Beyer et al., "FlexiViT", CVPR 2023).
+
+    Args:
+        source: a `.safetensors`, `.pth`, `.pt` or `.tar` file of tensors, an `.npz` file in the layout of Google's
+            vision_transformer or big_vision, or the name of a timm model whose weights timm downloads.
+        patch_embed: "resample", or "reinit" to keep the model's random patch embedding.
+
+    Raises:
+        PretrainedError: the file is missing or damaged; timm is not installed; no network.
+        MisfitError: the weights are of another architecture.
+        ValueError: source is neither a file nor a timm model with public weights, or `patch_embed` is unknown.
+    """
+    if patch_embed not in PATCH_EMBED:
+        raise ValueError(f"--patch_embed {patch_embed}: choose from {', '.join(PATCH_EMBED)}")
     weights = _read_pretrained(source)
     own = model.state_dict()
+    heads = _head_prefixes(model)
     report = TransferReport(skipped=sorted(weights.keys() - own.keys()))
     loaded = {}
     for name, current in own.items():
         value = weights.get(name)
-        if value is None or (name.startswith("head.") and value.shape != current.shape):
+        if (
+            value is None
+            or (patch_embed == "reinit" and name.startswith("patch_embed."))
+            or (name.startswith(heads) and value.shape != current.shape)
+        ):
             report.reinitialised.append(name)
         elif value.shape == current.shape:
             report.transferred.append(name)
             loaded[name] = value
-        elif name in ("pos_embed", "patch_embed.proj.weight"):
-            report.resampled.append(name)
-            loaded[name] = _resample(name, value, model)
         else:
-            raise PretrainedError(
-                f"pretrained weights {source}: {name} is {tuple(value.shape)} there and "
-                f"{tuple(current.shape)} in the model; give weights of the same architecture"
-            )
+            resampled = _resample(name, value, current, model)
+            if resampled is None:
+                raise MisfitError(
+                    f"--pretrained {source}: {name} is {tuple(value.shape)} there and "
+                    f"{tuple(current.shape)} in the model; give weights of the same architecture"
+                )
+            report.resampled.append(name)
+            loaded[name] = resampled
     if not report.transferred:
-        raise PretrainedError(f"pretrained weights {source}: no tensor has a name of this model's")
+        raise MisfitError(
+            f"--pretrained {source}: no tensor has a name of this model's; give weights of the same architecture"
+        )
     model.load_state_dict(loaded, strict=False)
     log.info("pretrained weights from %s: %s", source, report.summary())
     for kind in ("transferred", "resampled", "reinitialised", "skipped"):
@@ -278,43 +346,148 @@ def load_pretrained_weights(model: nn.Module, source: str | Path) -> TransferRep
     return report
 
 
-def _read_pretrained(source: str | Path) -> dict[str, Tensor]:
-    path = Path(source)
-    if path.suffix in (".safetensors", ".pth", ".pt", ".tar"):
-        try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the classifier's tensors begin with; distilled models have two heads."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return tuple(f"{name}." for name in ("head", "head_dist", *names))
 
-                weights = load_file(str(path))
-            else:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # every reader raises its own types on a damaged file
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise PretrainedError(f"pretrained weights {source}: cannot be read ({reason[0]})") from error
-        for key in ("state_dict", "model"):
-            if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-                weights = weights[key]
-        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise PretrainedError(f"pretrained weights {source}: not a dictionary of tensors")
-        return weights
+
+def _resample(name: str, value: Tensor, current: Tensor, model: nn.Module) -> Tensor | None:
+    """`value` in the model's geometry; None when more than the grid or the patch size differs."""
+    if value.ndim != current.ndim:
+        return None
+    if name == "pos_embed" and value.ndim == 3 and value.shape[::2] == current.shape[::2]:
+        prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+        patches = value.shape[1] - prefix
+        if patches < 1 or math.isqrt(patches) ** 2 != patches:
+            return None  # other prefix tokens than the model's: timm would tear the grid
+        grid = list(model.patch_embed.grid_size)
+        return import_timm("--pretrained").layers.resample_abs_pos_embed(value.float(), grid, num_prefix_tokens=prefix)
+    if name == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[:2] == current.shape[:2]:
+        return import_timm("--pretrained").layers.resample_patch_embed(value.float(), list(current.shape[2:]))
+    return None
+
+
+def import_timm(who: str) -> ModuleType:
+    """timm, or a PretrainedError that names who needs it."""
     try:
         import timm
-    except ImportError as error:
-        raise PretrainedError("pretrained weights come from timm: pip install timm") from error
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch is a RuntimeError
+        raise PretrainedError(
+            f"{who}: needs timm, which cannot be imported ({reason(error)}); pip install timm"
+        ) from error
+    return timm
+
+
+def reason(error: Exception) -> str:
+    """Why something failed, in a few words."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own line recommends unsafe loading
+        return "damaged, or holds more than tensors"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _read_pretrained(source: str | Path) -> dict[str, Tensor]:
+    path = Path(source)
+    if path.suffix not in FILE_SUFFIXES:
+        if path.exists():
+            raise ValueError(f"--pretrained {source}: not a weights file; known are {', '.join(FILE_SUFFIXES)}")
+        return _fetch(str(source))
+    timm = import_timm(f"--pretrained {source}") if path.suffix == ".npz" else None
     try:
-        return timm.create_model(str(source), pretrained=True).state_dict()
+        if path.suffix == ".npz":
+            weights = _read_npz(path, timm)
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(str(path))
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader raises its own types on a damaged file
+        raise PretrainedError(
+            f"--pretrained {source}: cannot be read ({reason(error)}); give a file of weights"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise PretrainedError(f"--pretrained {source}: not a dictionary of tensors; give a file of weights")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _fetch(name: str) -> dict[str, Tensor]:
+    timm = import_timm(f"--pretrained {name}")
+    if not timm.models.is_model_pretrained(name):
+        raise ValueError(
+            f"--pretrained {name}: neither a weights file ({', '.join(FILE_SUFFIXES)}) nor a timm model with weights"
+        )
+    try:
+        with _quiet_hub():
+            return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # hub and network errors have no common base class
         raise PretrainedError(
-            f"pretrained weights {source}: timm could not fetch them; check the network, "
+            f"--pretrained: timm could not fetch {name} ({reason(error)}); check the network, "
             "or give a file with --pretrained PATH"
         ) from error
 
 
-def _resample(name: str, value: Tensor, model: nn.Module) -> Tensor:
-    from timm.layers import resample_abs_pos_embed, resample_patch_embed
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the hub warns of two dozen retries; the error after them says it once."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
-    if name == "pos_embed":
-        return resample_abs_pos_embed(
-            value, list(model.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
-        )
-    return resample_patch_embed(value, list(model.patch_embed.patch_size))
+
+def _read_npz(path: Path, timm: ModuleType) -> dict[str, Tensor]:
+    """A ViT in Google's layout, by timm's own reader into a timm model of the file's geometry."""
+    import numpy as np
+
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        names = set(file.files)
+        prefixes = ("", "opt/target/", "params/", "params/img/")
+        prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in names), None)
+        if prefix is None or f"{prefix}conv_root/kernel" in names:
+            raise ValueError("not a plain ViT in Google's layout")
+
+        def shape(start: str, end: str) -> tuple[int, ...]:
+            found = next((name for name in names if name.startswith(prefix + start) and name.endswith(end)), None)
+            if found is None:
+                raise ValueError(f"not a plain ViT in Google's layout: no {prefix}{start}...{end}")
+            return file[found].shape
+
+        trunk = f"{prefix}Transformer/"
+        blocks = {name.removeprefix(trunk).split("/")[0] for name in names if name.startswith(f"{trunk}encoderblock")}
+        stacked = blocks == {"encoderblock"}  # one tensor for all blocks
+        first = f"Transformer/encoderblock{'' if stacked else '_0'}/"
+        patch, _, channels, dim = file[f"{prefix}embedding/kernel"].shape
+        positions = shape("", "pos_embedding")[-2]
+        class_token = f"{prefix}cls" in names
+        embedded = class_token and math.isqrt(positions) ** 2 != positions  # the class token has a position, too
+        grid = math.isqrt(positions - embedded)
+        if grid**2 != positions - embedded:
+            raise ValueError(f"{positions} positions are not a square grid")
+        pooled = "token" if class_token else "avg"
+        geometry = {
+            "img_size": grid * patch,
+            "patch_size": patch,
+            "in_chans": channels,
+            "embed_dim": dim,
+            "depth": shape(first, "LayerNorm_0/scale")[0] if stacked else len(blocks),
+            "num_heads": shape(first, "query/kernel")[-2],
+            "mlp_ratio": (shape(first, "Dense_0/kernel")[-1] + 0.5) / dim,  # timm rounds the product down
+            "num_classes": shape("head/", "bias")[-1] if f"{prefix}head/bias" in names else 0,
+            "class_token": class_token,
+            "no_embed_class": not embedded,
+            "global_pool": "map" if any(f"{prefix}MAPHead_0/" in name for name in names) else pooled,
+            "fc_norm": False,
+        }
+    model = timm.models.VisionTransformer(**geometry)
+    model.load_pretrained(str(path))
+    return model.state_dict()

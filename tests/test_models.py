@@ -91,7 +91,7 @@ def test_builders_default_to_the_classes_of_the_table_and_take_others():
     with torch.device("meta"):
         assert count_vit_parameters(vit_tiny(num_classes=100)) == 2_714_980
         assert vit_tiny(num_classes=10, img_size=28, patch_size=7).patch_embed.num_patches == 16
-    assert set(BUILDERS) == set(TABLE)
+    assert set(vit.CONFIGS) == set(TABLE)
 
 
 def test_macs_of_given_counts(make_micro_vit):
