@@ -34,21 +34,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import utils
-from dataset import DATASETS, Batches, DataError, DatasetFacts, load_dataset
-from models import BUILDERS, build_model
-from models.vit import Attention, Mlp, VisionTransformer
+from dataset import DATASETS, Batches, DataError, DatasetFacts, FolderBatches, dataset_facts, load_dataset, make_batches
+from models import BUILDERS, build_model, from_flags
+from models.resnet import BUILDERS as RESNETS
+from models.resnet import ResNet
+from models.vit import VisionTransformer
+from pruning_utils import cost_of, image_size, is_cnn, units_of, working_units_
 from utils import RunError
-from vit_structured_pruning import (
-    Kept,
-    count_vit_parameters,
-    evaluating,
-    find_dead_units,
-    fold_dead_units_,
-    plain_weights,
-    remove_units,
-    vit_macs,
-    vit_units,
-)
+from vit_structured_pruning import Kept, count_vit_parameters, evaluating, plain_weights, remove_units
 
 log = logging.getLogger("export")
 
@@ -63,14 +56,13 @@ def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict
     """The physically smaller copy of a masked model, and the ids of the units that it keeps.
 
     Args:
-        kept: units that stay; None finds the dead ones among weights that were pruned one by one and folds what
-            their biases emit into the branch's output bias first.
+        kept: units that stay; None finds the dead ones among weights that were pruned one by one and first folds what
+            biases of dead heads and neurons emit into their branch's output bias.
     """
     small = copy.deepcopy(model)
-    units = vit_units(small)
+    units = units_of(small)
     if kept is None:
-        kept = find_dead_units(small)
-        fold_dead_units_(small, kept)
+        kept = working_units_(small)
     kept = {key: list(kept[key]) if key in kept else list(range(group.count)) for key, group in units.items()}
     return remove_units(small, units, kept), kept
 
@@ -116,7 +108,7 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Batches, precision: torch.dtype | None = None) -> float:
+def accuracy(model: nn.Module, data: Batches | FolderBatches, precision: torch.dtype | None = None) -> float:
     """Fraction of images classified right; `precision` is the autocast type, None the model's own."""
     parameter = next(model.parameters())
     correct = torch.zeros((), dtype=torch.long, device=parameter.device)
@@ -159,7 +151,7 @@ def write(
         )
     config = describe(small, kept, facts)
     config["parameters"] = {"dense": count_vit_parameters(masked), "removed": count_vit_parameters(small)}
-    config["macs"] = {"dense": vit_macs(masked), "removed": vit_macs(small)}
+    config["macs"] = {"dense": macs(masked), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
     # each file vouches for the other: the weights carry the config's digest, the config theirs
@@ -175,6 +167,11 @@ def write(
     return small
 
 
+def macs(model: nn.Module) -> int:
+    """Forward multiply-accumulates per image of the model as it is."""
+    return cost_of(model, {})["macs"]
+
+
 def check_folder(folder: Path) -> None:
     """Raise early when `folder` could not be made or written."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -183,28 +180,50 @@ def check_folder(folder: Path) -> None:
 
 
 def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
-    """The architecture of a removed model as plain values; `vit` holds the arguments of VisionTransformer, here and in
-    timm."""
-    blocks = list(small.blocks)
+    """The architecture of a removed model as plain values, enough to build it again.
+
+    `vit` holds the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
+    `timm.create_model`; `resnet` the arguments of ResNet.
+    """
+    if is_cnn(small):
+        config = {
+            "resnet": {
+                "depths": list(small.depths),
+                "widths": list(small.widths),
+                "projected": small.projected,
+                "num_classes": small.num_classes,
+                "img_size": small.img_size,
+            },
+            "kept_filters": dict(kept),
+        }
+    else:
+        blocks = list(small.blocks)
+        if isinstance(small, VisionTransformer):
+            width = small.embed_dim
+            config = {
+                "vit": {
+                    "img_size": small.patch_embed.img_size[0],
+                    "patch_size": small.patch_embed.patch_size[0],
+                    "num_classes": small.head.out_features,
+                    "embed_dim": width,
+                    "depth": len(blocks),
+                    "num_heads": width // blocks[0].attn.head_dim,
+                }
+            }
+        else:
+            config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
+        config |= {
+            "head_dim": blocks[0].attn.head_dim,
+            "heads": [block.attn.num_heads for block in blocks],
+            "neurons": [block.mlp.fc1.out_features for block in blocks],
+            "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
+            "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
+        }
     mean, std = ([], []) if facts is None else (facts.mean, facts.std)
-    return {
-        "vit": {
-            "img_size": small.patch_embed.img_size[0],
-            "patch_size": small.patch_embed.patch_size[0],
-            "num_classes": small.head.out_features,
-            "embed_dim": small.pos_embed.shape[-1],
-            "depth": len(blocks),
-            "num_heads": small.pos_embed.shape[-1] // blocks[0].attn.head_dim,
-        },
-        "head_dim": blocks[0].attn.head_dim,
-        "heads": [block.attn.num_heads for block in blocks],
-        "neurons": [block.mlp.fc1.out_features for block in blocks],
-        "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
-        "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
-        # per channel; grey images become three equal ones
-        "mean": list(mean) * (3 // len(mean)) if mean else None,
-        "std": list(std) * (3 // len(std)) if std else None,
-    }
+    # per channel; grey images become three equal ones
+    config["mean"] = list(mean) * (3 // len(mean)) if mean else None
+    config["std"] = list(std) * (3 // len(std)) if std else None
+    return config
 
 
 def _digest(config: Mapping) -> str:
@@ -212,7 +231,7 @@ def _digest(config: Mapping) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load(folder: str | Path) -> VisionTransformer:
+def load(folder: str | Path) -> nn.Module:
     """The exported model, in eval mode on the CPU; images are normalised by `mean` and `std` of config.json.
 
     Raises:
@@ -220,13 +239,23 @@ def load(folder: str | Path) -> VisionTransformer:
     """
     folder = Path(folder)
     config = read_config(folder)
-    model = VisionTransformer(**config["vit"])
-    dim, head_dim = config["vit"]["embed_dim"], config["head_dim"]
-    for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"], strict=True):
-        block.attn = Attention(dim, heads, head_dim)
-        block.mlp = Mlp(dim, neurons)
+    if "resnet" in config:
+        model, kept = ResNet(**config["resnet"]), config["kept_filters"]
+    else:
+        model = VisionTransformer(**config["vit"]) if "vit" in config else _timm_model(config["timm"])
+        kept = {f"blocks.{layer}.attn": range(heads) for layer, heads in enumerate(config["heads"])}
+        kept |= {f"blocks.{layer}.mlp": range(neurons) for layer, neurons in enumerate(config["neurons"])}
+    remove_units(model, units_of(model), kept)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
     return model.eval()
+
+
+def _timm_model(arguments: Mapping) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise RunError("this model was made from a timm model: pip install timm") from error
+    return timm.create_model(**arguments)
 
 
 def read_config(folder: Path) -> dict:
@@ -259,23 +288,27 @@ def proof_line(folder: Path) -> str:
     )
 
 
-LOADING_SNIPPET = """\
+_SNIPPET = """\
 import json
+import timm
 from safetensors.torch import load_file
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 config = json.load(open("config.json"))
-model = VisionTransformer(**config["vit"])
-dim = config["vit"]["embed_dim"]
+{build}
 for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
-    block.attn = Attention(dim, num_heads=heads, attn_head_dim=config["head_dim"], qkv_bias=True)
-    block.attn.fused_attn = heads > 0
-    block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
+    attn, mlp, width = block.attn, block.mlp, heads * config["head_dim"]
+    dim, bias = attn.proj.out_features, attn.qkv.bias is not None
+    attn.num_heads, attn.attn_dim, attn.fused_attn = heads, width, heads > 0
+    attn.qkv, attn.proj = nn.Linear(dim, 3 * width, bias=bias), nn.Linear(width, dim)
+    mlp.fc1, mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
 """
+LOADING_SNIPPETS = {
+    "vit": _SNIPPET.format(build='model = timm.models.vision_transformer.VisionTransformer(**config["vit"])'),
+    "timm": _SNIPPET.format(build='model = timm.create_model(**config["timm"])'),
+}
 
 
 def model_card(config: Mapping, proof: Mapping) -> str:
@@ -293,14 +326,21 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
     if config["mean"] is None:
         normalisation = "How its images are normalised is not known: the weights came without their data set."
+    if "resnet" in config:
+        left = "\n".join(f"- {name}: {len(ids)}" for name, ids in config["kept_filters"].items())
+        left = f"Filters per convolution:\n\n{left}"
+        loading = "## Loading it\n\n```python\nimport export  # of the program that wrote this folder\n\n"
+        loading += 'model = export.load("model")\n```\n'
+    else:
+        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
+        snippet = LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
+        loading = f"## Loading it with timm alone\n\n```python\n{snippet}```\n"
     return (
-        f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n"
-        f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}\n\n"
+        f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
         f"The removed model computes what the masked one does: largest difference "
         f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
         f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
-        f"{facts}\n\n{normalisation}\n\n"
-        f"## Loading it with timm alone\n\n```python\n{LOADING_SNIPPET}```\n"
+        f"{facts}\n\n{normalisation}\n\n{loading}"
     )
 
 
@@ -331,7 +371,7 @@ def to_onnx(model: nn.Module, path: Path) -> float:
     check_onnx()
     import onnxruntime
 
-    size = model.patch_embed.img_size[0]
+    size = image_size(model)
     generator = torch.Generator().manual_seed(0)
     inputs = {batch: torch.randn(batch, 3, size, size, generator=generator) for batch in (2, 1, 3)}
     draft = path.with_name(f".{path.name}.tmp")
@@ -373,7 +413,7 @@ def throughput(
     """
     model = next(iter(models.values()))
     parameter = next(model.parameters())
-    size = model.patch_embed.img_size[0]
+    size = image_size(model)
     images = torch.randn(batch_size, 3, size, size, device=parameter.device, dtype=parameter.dtype)
 
     def timed(model: nn.Module) -> float:
@@ -406,7 +446,7 @@ def _synchronise(device: torch.device) -> None:
 
 def latency_table(dense: nn.Module, small: nn.Module, batch_sizes: Iterable[int] = (1, 8, 64)) -> str:
     """Speed of the removed model over the dense one, beside the limit that the MACs set."""
-    limit = vit_macs(dense) / max(1, vit_macs(small))
+    limit = macs(dense) / max(1, macs(small))
     rows = []
     for batch_size in batch_sizes:
         speed = throughput({"dense": dense, "removed": small}, batch_size, repeats=15)
@@ -444,7 +484,7 @@ def size_table(masked: nn.Module, small: nn.Module) -> str:
         {
             "model": name,
             "parameters": f"{parameters[name]:,}",
-            "MACs": f"{vit_macs(model) / 1e9:.4f} G",
+            "MACs": f"{macs(model) / 1e9:.4f} G",
             "file": f"{sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6:.2f} MB",
             "images/s": f"{speed[name]:,.0f}",
         }
@@ -483,22 +523,43 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
         with open(run_dir / "states.csv", newline="", encoding="utf-8") as file:
             last = list(csv.DictReader(file))[-1]
         metrics = {"val_accuracy": best["accuracy"], "test_accuracy": float(last["test_accuracy"])}
-        return _model_like(args.arch, best["weights"]), (best["kept"] if args.vit_structured else None), args, metrics
+        return _model_of_run(args, best["weights"]), best["kept"] or None, args, metrics
     except damaged as error:
         raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
+
+
+def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model that the run's flags describe, with these weights."""
+    model = from_flags(args, dataset_facts(args.dataset, args.data), weights=False)
+    _fill(model, args.arch, weights)
+    return model.eval()
 
 
 def _model_like(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
     """The architecture with classes, pixels and patch size as the weights have them."""
     try:
-        patch = weights["patch_embed.proj.weight"].shape[-1]
-        grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-        model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
-        model.load_state_dict(weights)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"--arch {arch}: the weights do not fit ({reason})") from error
+        if arch in RESNETS:
+            model = build_model(arch, len(weights["fc.weight"]))
+        else:
+            patch = weights["patch_embed.proj.weight"].shape[-1]
+            grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _misfit(arch, error) from error
+    _fill(model, arch, weights)
     return model.eval()
+
+
+def _fill(model: nn.Module, arch: str, weights: Mapping[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise _misfit(arch, error) from error
+
+
+def _misfit(arch: str, error: Exception) -> RunError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return RunError(f"--arch {arch}: the weights do not fit ({reason})")
 
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
@@ -548,19 +609,19 @@ def _export(args: argparse.Namespace) -> None:
         dataset, data, val_fraction, folder = args.dataset, args.data or "data", 0.1, Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
     device = utils.pick_device(args.device)
-    masked, size = masked.to(device), masked.patch_embed.img_size[0]
+    masked, size = masked.to(device), image_size(masked)
     if args.run_dir or args.dataset:
         splits = load_dataset(dataset, data, size, val_fraction)
-        facts, batches = splits.facts, Batches(splits.val, splits.facts, 256, device).sequential()
-        if facts.classes != masked.head.out_features:
-            raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.head.out_features}")
+        facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device).sequential()
+        if facts.classes != masked.num_classes:
+            raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
         # without the data, random images prove the same function
         facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
         batches = [(noise, torch.zeros(64, dtype=torch.long))]
     if args.evaluate:
-        test = Batches(splits.test, facts, 256, device)
+        test = make_batches(splits.test, facts, 256, device)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
         log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
     small = write(folder, masked, kept, batches, facts, provenance, metrics)

@@ -17,6 +17,7 @@ import argparse
 import copy
 import hashlib
 import math
+import re
 import shutil
 import sys
 import time
@@ -24,15 +25,40 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import export
+import models
+import report
 import rsst
 import utils
-from dataset import DATASETS, Batches, DataError, Splits, load_dataset, split_sizes
-from models import BUILDERS, build_model
+from dataset import (
+    DATASETS,
+    Batches,
+    DataError,
+    FolderBatches,
+    Splits,
+    dataset_facts,
+    load_dataset,
+    make_batches,
+    split_sizes,
+)
+from models import BUILDERS
 from models.vit import PretrainedError
+from pruning_utils import (
+    classifier_prefix,
+    cost_of,
+    family,
+    filter_count,
+    filter_units,
+    filters_report,
+    image_size,
+    is_cnn,
+    prunable_layers,
+    select_filters,
+)
 from utils import RunError, RunState
 from vit_pruning_utils import (
     Masks,
@@ -40,7 +66,6 @@ from vit_pruning_utils import (
     density,
     elementwise_step,
     full_masks,
-    prunable_weights,
     refill_rows,
     sparsity_report,
     structured_masks,
@@ -49,6 +74,8 @@ from vit_pruning_utils_head_mlp import KINDS, mark_removed, rank_units, target_r
 from vit_structured_pruning import (
     CRITERIA,
     SCORE_BATCHES,
+    LayoutError,
+    Units,
     count_vit_parameters,
     plan_structured,
     remove_units,
@@ -58,11 +85,13 @@ from vit_structured_pruning import (
     score_units,
     slice_tensors,
     unit_masks,
-    vit_cost,
+    unit_weights,
     vit_units,
 )
 
 log = utils.logging.getLogger("main")
+
+EVAL_BATCH = 256
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
@@ -81,6 +110,11 @@ def build_parser() -> utils.OneLineParser:
     run.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
     switch(run, "--resume", "go on from the latest checkpoint of --save_dir, with its flags")
     run.add_argument("--checkpoint", help="go on from this checkpoint file")
+    run.add_argument(
+        "--checkpoint_every", metavar="N|Nm", help="a checkpoint every N steps or N minutes (10m) besides every epoch"
+    )
+    switch(run, "--deterministic", "only operations that give the same bits each time; slower on a GPU")
+    run.add_argument("--config", metavar="FILE", help="a YAML file of flags; flags given by hand win")
     run.add_argument("--print_freq", type=int, default=200, help="log every so many batches")
     switch(run, "--verbose", "log more: names of tensors, ids of neurons")
     switch(run, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
@@ -93,14 +127,14 @@ def build_parser() -> utils.OneLineParser:
     data.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(DATASETS)}")
     data.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
     data.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
-    data.add_argument("--batch_size", type=int, default=128, help="images per optimizer step")
+    data.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
     data.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
     data.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
     data.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
     data.add_argument("--aug", choices=["none", "basic", "strong"], default="basic", help="crop and flip; and more")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}")
+    model.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME of a plain ViT")
     model.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
     model.add_argument(
         "--pretrained",
@@ -109,8 +143,16 @@ def build_parser() -> utils.OneLineParser:
         const=True,
         default=False,
         metavar="FILE",
-        help="start from timm's public weights, or from a .safetensors or .pth FILE",
+        help="start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
     )
+    model.add_argument("--pretrained_tag", help="which of timm's public weights, such as augreg_in21k")
+    model.add_argument(
+        "--patch_embed",
+        choices=["resample", "reinit"],
+        default="resample",
+        help="pretrained patch embedding of another patch size: resample it, or start it anew",
+    )
+    switch(model, "--pretrained_fallback", "start from random weights when the pretrained ones cannot be had")
     model.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
 
     train = parser.add_argument_group("training (each state anew)")
@@ -124,6 +166,15 @@ def build_parser() -> utils.OneLineParser:
     train.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
     train.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
     train.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
+    train.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
+    train.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        default=None,
+        choices=["default", "reduce-overhead", "max-autotune"],
+        help="train with torch.compile; reduce-overhead captures CUDA graphs",
+    )
     train.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast precision")
 
     prune = parser.add_argument_group("pruning")
@@ -198,11 +249,24 @@ def build_parser() -> utils.OneLineParser:
     )
     penalty.add_argument("--reg_finish", type=float, help="share of the state before the cut; 0.25, gradient form 1")
     switch(penalty, "--block_loss_grad", "doomed weights get no gradient from the loss")
+
+    tracking = parser.add_argument_group("tracking")
+    tracking.add_argument(
+        "--wandb_mode",
+        choices=["auto", "online", "offline", "disabled"],
+        default="auto",
+        help="auto: the environment's WANDB_MODE, or online where credentials exist, else offline",
+    )
+    tracking.add_argument("--wandb_project", default="RSST", help="Weights & Biases project")
+    tracking.add_argument("--wandb_entity", help="user or team of the project")
     return parser
 
 
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
-FREE_ON_RESUME = {"workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data"}
+FREE_ON_RESUME = {
+    "workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data", "config",
+    "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite",
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -211,20 +275,69 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     `notes` holds what should be said in the log about flags that have no effect.
     """
     parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        argv = config_flags(parser, argv) + argv
+    except RunError as error:
+        parser.error(str(error))
     args = parser.parse_args(argv)
     bare = build_parser()
     for action in bare._actions:
         action.default = argparse.SUPPRESS
     given = vars(bare.parse_args(argv))
 
-    if args.resume or args.checkpoint:
-        args = _resumed_args(parser, args, given)
-        given = {}
+    resumes = args.resume or args.checkpoint
     try:
+        if resumes:
+            args, given = _resumed_args(parser, args, given), {}
         args.notes = _check_and_complete(args, given)
     except RunError as error:
         parser.error(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not resumes:
+            raise
+        parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
     return args
+
+
+def config_flags(parser: utils.OneLineParser, argv: list[str]) -> list[str]:
+    """The flags of the YAML file that `--config` names, to be read before those given by hand."""
+    finder = utils.OneLineParser(prog=parser.prog, add_help=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return []
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"--config {path}: {error.strerror}; give a YAML file of flags") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise RunError(f"--config {path}: not a YAML file ({error})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
+    actions = {action.dest: action for action in parser._actions}
+    actions |= {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
+    flags = []
+    for name, value in content.items():
+        action = actions.get(name) if isinstance(name, str) else None
+        if action is None or action.dest in ("config", "help"):
+            raise RunError(f"--config {path}: unknown flag {name!r}; see --help")
+        option = action.option_strings[0]
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if isinstance(value, dict) or (action.nargs == 0 and not isinstance(value, bool)):
+            raise RunError(f"--config {path}: {name}: {value!r} is not a value of {option}; see --help")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            flags.append(option if value else f"--no-{name}")
+        elif action.nargs == 0:
+            # `no-export: true` and `export: false` mean the same
+            if value == (action.const if name == action.dest else True):
+                flags.append(option)
+        elif value is True and action.nargs == "?":
+            flags.append(option)
+        elif value is not None and not (value is False and action.nargs == "?"):
+            flags.append(f"{option}={value}")
+    return flags
 
 
 def _resumed_args(parser: utils.OneLineParser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
@@ -232,16 +345,14 @@ def _resumed_args(parser: utils.OneLineParser, args: argparse.Namespace, given: 
     if not (args.save_dir or args.checkpoint):
         parser.error("--resume: needs --save_dir DIR or --checkpoint FILE")
     args.save_dir = args.save_dir or str(Path(args.checkpoint).parent)
-    try:
-        if args.checkpoint:
-            content = utils.load_tensors(Path(args.checkpoint), "--checkpoint")
-        else:
-            content = utils.load_checkpoint(Path(args.save_dir))
-    except RunError as error:
-        parser.error(str(error))
+    if args.checkpoint:
+        content = utils.load_tensors(Path(args.checkpoint), "--checkpoint")
+    else:
+        content = utils.load_checkpoint(Path(args.save_dir))
     stored = content.get("args")
-    if not isinstance(stored, dict) or "run" not in content:
-        parser.error(f"--checkpoint: {args.checkpoint or args.save_dir} is not a checkpoint of this program")
+    if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
+        raise TypeError("no flags, or no state")
+    stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
     grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
     free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
@@ -261,12 +372,18 @@ def _check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
             raise RunError(f"{flag} {value}: {way_out}")
 
     require(args.dataset in DATASETS, "--dataset", args.dataset, f"unknown; choose from {', '.join(DATASETS)}")
-    require(args.arch in BUILDERS, "--arch", args.arch, f"unknown; choose from {', '.join(BUILDERS)}")
-    for name in ("epochs", "batch_size", "pruning_times", "print_freq", "score_batches"):
+    try:
+        models.check_arch(args.arch)
+    except ValueError as error:
+        raise RunError(f"--arch {args.arch}: {error}") from error
+    for name in ("epochs", "batch_size", "accum_steps", "pruning_times", "print_freq", "score_batches"):
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "must be 1 or more")
     for name in ("workers", "gpu", "min_units", "seed"):
         require(getattr(args, name) >= 0, f"--{name}", getattr(args, name), "must be 0 or more")
     require(args.seed < 2**63, "--seed", args.seed, "must be below 2^63")
+    if args.checkpoint_every is not None:
+        sensible = re.fullmatch(r"[1-9]\d*m?", args.checkpoint_every)
+        require(bool(sensible), "--checkpoint_every", args.checkpoint_every, "give steps (500) or minutes (10m)")
     for name in ("img_size", "patch_size", "train_limit"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
@@ -337,12 +454,9 @@ def _milestones(args: argparse.Namespace) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- the plan
 
 
-def make_model(args: argparse.Namespace) -> nn.Module:
-    facts = DATASETS[args.dataset]
-    overrides = {"patch_size": args.patch_size} if args.patch_size else {}
-    size = args.img_size or (None if args.arch.endswith("_imagenet") else facts.vit_image_size)
+def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     try:
-        return build_model(args.arch, facts.classes, size, args.pretrained, **overrides)
+        return models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error
 
@@ -350,46 +464,36 @@ def make_model(args: argparse.Namespace) -> nn.Module:
 def plan(args: argparse.Namespace) -> str:
     """What the command would do, from flags alone: no data is read, nothing is written."""
     with torch.device("meta"):
-        model = make_model(argparse.Namespace(**{**vars(args), "pretrained": False}))
-    check_units(args, model)
+        model = make_model(args, weights=False)
+    units = run_units(args, model)
     states, epochs, _ = run_length(args)
-    train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit)
-    steps = max(1, train_images // args.batch_size)
-    weights = prunable_weights(model, args.prune_patch_embed)
-    prunable = sum(weight.numel() for weight in weights.values())
+    train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit, args.data)
+    batch = args.batch_size * args.accum_steps
+    steps = max(1, train_images // batch)
+    layers = prunable_layers(model, args.prune_patch_embed)
+    prunable = sum(module.weight.numel() for module in layers.values())
     if args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
         schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
         rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units)
     else:
-        cost = vit_cost(model, {})
-        rows = []
-        for state in range(states):
-            left = round(prunable * (1 - args.rate) ** state)
-            if args.struct in ("refill", "rsst") and state:
-                left += round((prunable - left) * args.fillback_rate)
-            dead = prunable - left
-            rows.append({"state": state, **cost, "parameters": cost["parameters"] - dead, "density": left / prunable})
+        rows = [{"state": state, **planned_state(args, model, units, prunable, state)} for state in range(states)]
     weight_bytes = 4 * count_vit_parameters(model)
     optimizer = 1 if args.opt == "sgd" else 2
     disk = weight_bytes * (2 * (1 + optimizer) + 2 + (args.prune_type == "rewind_lt")) + 2 * 3 * prunable / 8
     table = utils.format_table(
-        rows,
-        {
-            "state": "state",
-            "density": lambda row: f"{100 * row['density']:.2f}%",
-            "heads": "heads",
-            "neurons": lambda row: f"{row['neurons']:,}",
-            "parameters": lambda row: f"{row['parameters']:,}",
-            "MACs": lambda row: f"{row['macs'] / 1e9:.4f} G",
-        },
+        rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
-    merged = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    remark = ""
+    if args.rank_by == "score_per_mac":
+        remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    elif units and is_cnn(model):
+        remark = "\nHow many filters a layer keeps follows its density; here all layers are taken as equally dense.\n"
     return (
         f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x {steps} steps of "
-        f"{min(args.batch_size, train_images)} images ({train_images:,} train, {val_images:,} validate)\n"
+        f"{min(batch, train_images)} images ({train_images:,} train, {val_images:,} validate)\n"
         f"{count_vit_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
-        f"{merged if args.rank_by == 'score_per_mac' else ''}\n"
+        f"{remark}\n"
         f"About {disk / 1e6:,.0f} MB of disk."
     )
 
@@ -401,11 +505,38 @@ def run_length(args: argparse.Namespace) -> tuple[int, int, list[int]]:
     return args.pruning_times, args.epochs, _milestones(args)
 
 
-def check_units(args: argparse.Namespace, model: nn.Module) -> None:
-    if args.vit_structured:
-        smallest = min(group.count for group in vit_units(model, KINDS[args.vit_prune_target]).values())
-        if args.min_units > smallest:
-            raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
+def run_units(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]:
+    """The units that this run removes: heads and neurons if structured, a CNN's filters; none element-wise."""
+    if is_cnn(model):
+        if args.vit_structured:
+            raise RunError(
+                f"--vit_structured: {args.arch} has no heads and neurons; "
+                "--struct refill and rsst remove a CNN's filters, so leave it out"
+            )
+        return filter_units(model, args.prune_patch_embed) if args.struct in ("refill", "rsst") else {}
+    try:
+        units = vit_units(model, KINDS[args.vit_prune_target])
+    except LayoutError as error:
+        raise RunError(f"--arch {args.arch}: {error}") from error
+    if not args.vit_structured:
+        return {}
+    smallest = min(group.count for group in units.values())
+    if args.min_units > smallest:
+        raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
+    return units
+
+
+def planned_state(args: argparse.Namespace, model: nn.Module, units: dict, prunable: int, state: int) -> dict:
+    """Density and cost of a state whose masks come from the element-wise step, every layer taken as equally dense."""
+    left = round(prunable * (1 - args.rate) ** state)
+    if units and state:
+        counts = {key: filter_count(group.count, left / prunable, args.fillback_rate) for key, group in units.items()}
+        weights = sum(count * unit_weights(model, units[key]) for key, count in counts.items())
+        return {"density": weights / prunable, **cost_of(model, {key: range(count) for key, count in counts.items()})}
+    if args.struct in ("refill", "rsst") and state:
+        left += round((prunable - left) * args.fillback_rate)
+    cost = cost_of(model, {})
+    return {"density": left / prunable, **cost, "parameters": cost["parameters"] - (prunable - left)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -422,54 +553,87 @@ class PruneRetrain:
         self.args, self.device, self.save_dir, self.dense = args, device, save_dir, dense.to(device)
         self.states, self.epochs, self.milestones = run_length(args)
         self.facts = splits.facts
-        self.train_data = Batches(splits.train, splits.facts, args.batch_size, device, args.seed, args.aug)
-        self.val_data = Batches(splits.val, splits.facts, 256, device)
-        self.test_data = Batches(splits.test, splits.facts, 256, device)
+        batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
+        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
+        self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.steps_per_epoch = self.train_data.steps_per_epoch
         self.total_steps = self.steps_per_epoch * self.epochs
         self.precision = utils.pick_precision(args.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
-        self.units = vit_units(dense, KINDS[args.vit_prune_target]) if args.vit_structured else {}
+        self.units = run_units(args, dense)
         self.model, self.model_kept = self.dense, {}
-        self.rewind_file = "init.pt"
         self.rewind_weights: dict[str, Tensor] = {}
         self.run = RunState()
+        self.signals, self.run_bar = utils.StopSignals(), tqdm(disable=True)
+        self.writer = utils.Background()
 
     # -- the run
 
     def start(self) -> None:
         """A fresh run: initial weights on disk, nothing pruned."""
-        self.rewind_weights = utils.weights_of(self.dense)
-        utils.save_tensors(self.save_dir / "init.pt", self.rewind_weights)
+        self.keep_for_rewind("init.pt")
         masks = full_masks(self.prunable())
         everything = {key: list(range(group.count)) for key, group in self.units.items()}
         self.run = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
+        self.start_tracking()
 
     def resume(self, content: dict) -> None:
         """Go on where a checkpoint stands."""
-        self.run = RunState.unpack(content["run"], self.device)
-        self.rewind_file = content["rewind_file"]
-        path = self.save_dir / self.rewind_file
-        self.rewind_weights = utils.load_tensors(path, "--resume")
-        if _sha256(path) != content["rewind_sha256"]:
-            raise RunError(f"--resume: {path} is not the file that this run started from")
-        self.dense.load_state_dict(content["weights"])
-        if self.run.begun:
-            self.set_up_training()
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
-        utils.write_metrics(self.save_dir, self.run.history)
+        try:
+            self.run = RunState.unpack(content["run"], self.device)
+            path = self.save_dir / content["rewind_file"]
+            self.rewind_weights = utils.load_tensors(path, "--resume")
+            self.rewind_file, self.rewind_sha256 = content["rewind_file"], _sha256(path)
+            if self.rewind_sha256 != content["rewind_sha256"]:
+                raise RunError(f"--resume: {path} is not the file that this run started from")
+            self.dense.load_state_dict(content["weights"])
+            utils.restore_random_states(content["random"])
+            if self.run.begun:
+                self.set_up_training()
+                self.optimizer.load_state_dict(content["optimizer"])
+                self.scaler.load_state_dict(content["scaler"])
+            utils.write_metrics(self.save_dir, self.run.history)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+        self.start_tracking()
         log.info(f"resumed at state {self.run.state}, step {self.run.step} of {self.total_steps}")
 
+    def start_tracking(self) -> None:
+        args = self.args
+        self.tracker = utils.Tracker(
+            args.wandb_mode, self.save_dir, self.run.wandb_id, project=args.wandb_project, entity=args.wandb_entity,
+            name=self.save_dir.name, config=utils.plain_args(args),
+        )  # fmt: skip
+        self.run.wandb_id = self.tracker.run_id
+
     def __call__(self) -> None:
-        while self.run.state < self.states:
-            if not self.run.begun:
-                self.begin_state()
-                self.set_up_training()
-            self.train_state()
-            self.end_state()
-        log.info("\n%s\n\n%s\n", sparsity_report(self.run.masks), states_table(self.run.states))
-        self.hand_over()
+        try:
+            with self.signals, self.whole_run_bar() as self.run_bar:
+                while self.run.state < self.states:
+                    if not self.run.begun:
+                        self.begin_state()
+                        self.set_up_training()
+                    self.train_state()
+                    self.end_state()
+                    self.signals.check()
+            self.writer.wait()
+            report, table = sparsity_report(self.run.masks, family(self.dense)), states_table(self.run.states)
+            log.info("\n%s\n\n%s\n", report, table)
+            self.hand_over()
+            self.report()
+        finally:
+            self.train_data.close()
+            self.tracker.finish()
+            self.writer.wait()
+
+    def whole_run_bar(self) -> tqdm:
+        """Steps of all states with the time left, on a terminal."""
+        total, done = self.states * self.total_steps, self.run.state * self.total_steps + self.run.step
+        return tqdm(
+            total=total, initial=done, desc="run", unit="step", position=1, leave=False, disable=not sys.stdout.isatty()
+        )
 
     # -- between states: choose, cut or doom, rewind
 
@@ -487,8 +651,9 @@ class PruneRetrain:
             self.enforce(self.dense, self.parameter_masks(run.masks, run.kept))
             run.cut = {"before": run.history[-1]["val_accuracy"], "after": self.evaluate(self.dense, self.val_data)}
         else:
-            # weights that refill returns come back now; the doomed ones stay until the cut
+            # what refill returns comes back now; what is doomed stays until the cut
             run.masks = {name: torch.maximum(mask, run.target[name]) for name, mask in run.masks.items()}
+            run.kept = {key: sorted({*ids, *run.target_kept[key]}) for key, ids in run.kept.items()}
         self.rewind()
 
     def choose_target(self) -> tuple[Masks, dict[str, list[int]]]:
@@ -504,6 +669,17 @@ class PruneRetrain:
             except ValueError as error:  # activations that overflow
                 reason = f"state {state}: the trained network is not finite ({error}); lower --lr or add --clip_grad 1"
                 raise RunError(reason, code=1) from error
+
+        if is_cnn(self.dense) and self.units:
+            run.elementwise = elementwise_step(weights, run.elementwise, args.rate, state)
+            scores = score(self.units)
+            kept = select_filters(run.elementwise, scores, args.fillback_rate)
+            target = structured_masks(weights, self.units, kept)
+            mask_density, trained_density = 100 * density(run.elementwise), 100 * density(target)
+            log.info(f"state {state} prunes by {args.criteria}: density {mask_density:.2f}% of single weights,")
+            log.info(f"  {trained_density:.2f}% in whole filters")
+            log.info(filters_report(self.dense, self.units, scores, run.kept, kept, run.masks, target))
+            return target, kept
 
         if not args.vit_structured:
             run.elementwise = target = elementwise_step(weights, run.elementwise, args.rate, state)
@@ -535,11 +711,11 @@ class PruneRetrain:
     def rewind(self) -> None:
         """Put `dense` where the next state starts; see --prune_type."""
         if self.args.prune_type == "finetune":
-            if self.args.struct == "refill" and not self.args.vit_structured:
+            if self.args.struct == "refill" and not self.units:
                 # refilled weights start at zero
                 self.enforce(self.dense, {f"{name}.weight": mask for name, mask in self.run.elementwise.items()})
             return
-        keep = () if self.args.fc else ("head.",)
+        keep = () if self.args.fc else (classifier_prefix(self.dense),)
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(keep)}
         self.dense.load_state_dict(start, strict=False)
 
@@ -561,6 +737,10 @@ class PruneRetrain:
             self.model, self.model_kept = self.dense, {}
         parameters = dict(self.model.named_parameters())
         held = {name: mask for name, mask in hold.items() if not mask.all()}
+        self.forward = self.model
+        if args.compile:
+            torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
+            self.forward = torch.compile(self.model, mode=args.compile, dynamic=False)
         self.held, self.held_masks = [parameters[name] for name in held], list(held.values())
         self.optimizer = make_optimizer(args, self.model)
         self.penalty = rsst.Penalty(parameters, doomed, run.start_norm)
@@ -597,44 +777,56 @@ class PruneRetrain:
 
     def train_state(self) -> None:
         run = self.run
-        started, before = time.perf_counter(), run.seconds
+        self.clock = self.last_checkpoint = time.perf_counter()
+        self.bar = None
         while run.step < self.total_steps:
             epoch, batch = divmod(run.step, self.steps_per_epoch)
-            if batch == 0:
-                self.start_epoch(epoch)
+            if self.bar is None:
+                self.start_epoch(epoch, batch)
             self.train_step(epoch, batch)
             if self.penalty and run.step == self.cut_after:
                 self.cut()
             if run.step % self.steps_per_epoch == 0:
-                run.seconds = before + time.perf_counter() - started
                 self.end_epoch(epoch)
+            elif self.signals.received or self.checkpoint_due():
+                self.check_finite()
+                run.sums = self.sums.tolist()
+                self.sync_dense()
+                self.checkpoint()
+            self.signals.check()
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, batch: int) -> None:
         self.model.train()
-        self.sums = torch.zeros(2, device=self.device, dtype=torch.float64 if self.device.type != "mps" else None)
+        sums = self.run.sums if batch else [0.0, 0.0]
+        self.sums = torch.tensor(sums, device=self.device, dtype=torch.float64 if self.device.type != "mps" else None)
         self.broken = torch.full((), self.total_steps, device=self.device)  # first step whose loss is not finite
-        self.epoch_started = time.perf_counter()
+        self.epoch_started, self.first_batch = time.perf_counter(), batch
         title = f"state {self.run.state} epoch {epoch + 1}/{self.epochs}"
-        self.bar = tqdm(total=self.steps_per_epoch, desc=title, leave=False, disable=not sys.stdout.isatty())
+        steps = self.steps_per_epoch
+        self.bar = tqdm(total=steps, initial=batch, desc=title, leave=False, disable=not sys.stdout.isatty())
 
     def train_step(self, epoch: int, batch: int) -> None:
-        args, run, model, optimizer = self.args, self.run, self.model, self.optimizer
+        args, run, optimizer = self.args, self.run, self.optimizer
         images, labels = self.train_data.batch(run.state, epoch, batch)
         rate = self.learning_rate(run.step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with utils.autocast(self.device, self.precision):
-            logits = model(images.to(self.dtype))
-            loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        parts = zip(images.to(self.dtype).chunk(args.accum_steps), labels.chunk(args.accum_steps), strict=True)
+        for part, truth in parts:
+            with utils.autocast(self.device, self.precision):
+                logits = self.forward(part)
+                loss = F.cross_entropy(logits, truth, label_smoothing=args.label_smoothing)
+            loss = loss * (len(truth) / len(labels))
+            self.scaler.scale(loss).backward()
+            self.count(loss.detach(), (logits.detach().argmax(1) == truth).sum() / len(labels))
         self.scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm
         self.strength = self.ramp.value(run.step + 1) if self.penalty else 0.0  # lambda
         if self.penalty and args.block_loss_grad:
             self.penalty.block_gradients_()
         if args.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_grad)
         if self.penalty and args.reg_form == "gradient":
             self.penalty.add_to_gradients_(self.strength)
         self.scaler.step(optimizer)
@@ -643,11 +835,9 @@ class PruneRetrain:
         if self.penalty and args.reg_form == "decay":
             self.penalty.shrink_(self.ramp.exponent_at(run.step + 1))
 
-        with torch.no_grad():
-            self.sums += torch.stack((loss.detach(), (logits.argmax(1) == labels).to(loss.dtype).mean()))
-            self.broken = torch.where(loss.detach().isfinite(), self.broken, self.broken.clamp(max=run.step))
         run.step += 1
         self.bar.update()
+        self.run_bar.update()
         if (batch + 1) % args.print_freq == 0:
             self.check_finite()
             mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
@@ -655,6 +845,22 @@ class PruneRetrain:
                 f"state {run.state} epoch {epoch + 1}/{self.epochs} batch {batch + 1}/{self.steps_per_epoch}"
                 f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self.penalty_note()}"
             )
+            if batch + 1 < self.steps_per_epoch:  # the last one is logged with its epoch
+                values = {"train/loss": mean_loss, "train/accuracy": accuracy, "train/lr": rate}
+                self.track(values | self.penalty_values())
+
+    def count(self, loss: Tensor, accuracy: Tensor) -> None:
+        """Add to the epoch's sums on the device; nothing here waits for it."""
+        self.sums += torch.stack((loss, accuracy.to(loss.dtype)))
+        self.broken = torch.where(loss.isfinite(), self.broken, self.broken.clamp(max=self.run.step))
+
+    def checkpoint_due(self) -> bool:
+        every = self.args.checkpoint_every
+        if every is None:
+            return False
+        if every.endswith("m"):
+            return time.perf_counter() - self.last_checkpoint >= 60 * int(every[:-1])
+        return self.run.step % int(every) == 0
 
     def mask_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self.held]
@@ -665,6 +871,16 @@ class PruneRetrain:
     def mask_weights(self) -> None:
         if self.held:
             torch._foreach_mul_(self.held, self.held_masks)
+
+    def penalty_values(self) -> dict[str, float]:
+        """lambda and residual for tracking, while something is doomed."""
+        if not self.penalty:
+            return {}
+        return {"rsst/lambda": self.ramp.value(self.run.step), "rsst/residual": self.penalty.residual()}
+
+    def track(self, values: dict[str, float], after: int = 0) -> None:
+        """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
+        self.tracker.log(values, self.run.state * (self.total_steps + 1) + self.run.step + after)
 
     def penalty_note(self) -> str:
         """lambda, dose so far and residual norm of the doomed weights, for a line of the log."""
@@ -715,10 +931,12 @@ class PruneRetrain:
         """Validate, write the epoch's line, keep the best, checkpoint."""
         args, run = self.args, self.run
         self.bar.close()
+        self.bar = None
         self.check_finite()
         seconds = time.perf_counter() - self.epoch_started
         loss, train_accuracy = (self.sums / self.steps_per_epoch).tolist()
         accuracy = self.evaluate(self.model, self.val_data)
+        images = min(args.batch_size * args.accum_steps, len(self.train_data))
         row = {
             "state": run.state,
             "epoch": epoch,
@@ -727,17 +945,29 @@ class PruneRetrain:
             "train_accuracy": train_accuracy,
             "val_accuracy": accuracy,
             "density": density(run.masks),
-            **vit_cost(self.dense, run.kept),
+            **cost_of(self.dense, run.kept),
             "lambda": self.strength,
             "residual": self.penalty.residual(),
             "seconds": seconds,
-            "images_per_second": self.steps_per_epoch * min(args.batch_size, len(self.train_data)) / seconds,
+            "images_per_second": (self.steps_per_epoch - self.first_batch) * images / seconds,
         }
         run.history.append(row)
+        run.sums = []
         log.info(
             f"state {run.state} epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}"
             f"  train {100 * train_accuracy:.2f}%  val {100 * accuracy:.2f}%  lr {row['lr']:.3g}{self.penalty_note()}"
             f"  {seconds:.1f} s"
+        )
+        self.track(
+            {
+                "train/loss": loss,
+                "train/accuracy": train_accuracy,
+                "train/lr": row["lr"],
+                "train/images_per_second": row["images_per_second"],
+                "val/accuracy": accuracy,
+                **self.penalty_values(),
+                **{f"prune/{name}": row[name] for name in ("density", *cost_of(self.dense, {}))},
+            }
         )
         self.sync_dense()
         self.check_weights()
@@ -745,17 +975,23 @@ class PruneRetrain:
         if not self.penalty and accuracy > run.best.get("accuracy", -1.0):
             run.best = {"epoch": epoch, "accuracy": accuracy}
             best = {"weights": utils.weights_of(self.dense), "state": run.state, "kept": run.kept, **run.best}
-            utils.save_tensors(self.save_dir / "best.pt", best)
+            self.writer.submit(utils.save_tensors, self.save_dir / "best.pt", best)
         if args.prune_type == "rewind_lt" and run.state == 0 and epoch + 1 == args.rewind_epoch:
-            self.rewind_file, self.rewind_weights = "rewind.pt", utils.weights_of(self.dense)
-            utils.save_tensors(self.save_dir / "rewind.pt", self.rewind_weights)
+            self.keep_for_rewind("rewind.pt")
         utils.write_metrics(self.save_dir, run.history)
         self.checkpoint()
+
+    def keep_for_rewind(self, name: str) -> None:
+        """The weights of now are those that later states start from."""
+        self.rewind_weights, self.rewind_file = utils.weights_of(self.dense), name
+        utils.save_tensors(self.save_dir / name, self.rewind_weights)
+        self.rewind_sha256 = _sha256(self.save_dir / name)
 
     def end_state(self) -> None:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
         run = self.run
         last = utils.weights_of(self.dense)
+        self.writer.wait()
         best = utils.load_tensors(self.save_dir / "best.pt", "best.pt")
         if best["state"] == run.state:
             self.dense.load_state_dict(best["weights"])
@@ -763,8 +999,8 @@ class PruneRetrain:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
         test_accuracy = self.evaluate(self.dense, self.test_data)
         self.dense.load_state_dict(last)
-        row = {"state": run.state, "density": density(run.masks), **vit_cost(self.dense, run.kept)}
-        if not self.args.vit_structured:
+        row = {"state": run.state, "density": density(run.masks), **cost_of(self.dense, run.kept)}
+        if not self.units:
             row["parameters"] -= sum(mask.numel() for mask in run.masks.values()) - count_kept(run.masks)
         row |= {
             "accuracy_before_cut": run.cut.get("before", ""),
@@ -777,7 +1013,10 @@ class PruneRetrain:
             "seconds": run.seconds,
         }
         run.states.append(row)
+        run.units += self.unit_rows()
         utils.write_csv(self.save_dir / "states.csv", run.states)
+        utils.write_csv(self.save_dir / "units.csv", run.units)
+        self.track({"test/accuracy": test_accuracy, "val/best_accuracy": run.best["accuracy"]}, after=1)
         log.info(
             f"state {run.state} done: density {100 * row['density']:.2f}%, best val "
             f"{100 * row['best_accuracy']:.2f}% (epoch {row['best_epoch'] + 1}), test {100 * test_accuracy:.2f}%, "
@@ -787,12 +1026,30 @@ class PruneRetrain:
         run.state, run.step, run.begun = run.state + 1, 0, False
         self.checkpoint()
 
+    def unit_rows(self) -> list[dict]:
+        """What is left of each layer: units in a run that removes units, single weights otherwise."""
+        state, run = self.run.state, self.run
+        if not self.units:
+            rows = [(name, "weight", int(mask.count_nonzero()), mask.numel()) for name, mask in run.masks.items()]
+        else:
+            rows = [(key, group.kind, len(run.kept[key]), group.count) for key, group in self.units.items()]
+        return [dict(zip(("state", "layer", "kind", "kept", "total"), (state, *row), strict=True)) for row in rows]
+
+    def report(self) -> None:
+        """Plots and report from the run's files; see report.py."""
+        try:
+            report.write(self.save_dir)
+        except Exception as error:  # the run is done and its model written, whatever a plot runs into
+            log.warning("report: %s; python report.py %s tries again", error, self.save_dir)
+        pictures = {f"plots/{path.stem}": path for path in sorted((self.save_dir / "plots").glob("*.png"))}
+        self.tracker.summarise({f"final/{key}": value for key, value in self.run.states[-1].items()}, pictures)
+
     def hand_over(self) -> None:
         """The last state's selected model, physically small, with its proof; see export.py."""
         args, last = self.args, self.run.states[-1]
         best = utils.load_tensors(self.save_dir / "best.pt", "best.pt")
         self.dense.load_state_dict(best["weights"])
-        kept = best["kept"] if args.vit_structured else None
+        kept = best["kept"] if self.units else None
         if not args.export:
             log.info(export.size_table(self.dense, export.compact(self.dense, kept)[0]))
             return
@@ -805,10 +1062,11 @@ class PruneRetrain:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.dense.pos_embed.dtype
+        return next(self.dense.parameters()).dtype
 
     def prunable(self) -> dict[str, Tensor]:
-        return prunable_weights(self.dense, self.args.prune_patch_embed)
+        layers = prunable_layers(self.dense, self.args.prune_patch_embed)
+        return {name: module.weight.detach() for name, module in layers.items()}
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up per step, then x0.1 at the milestones or half a cosine; a function of the state's step."""
@@ -820,10 +1078,10 @@ class PruneRetrain:
         return args.lr * 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
 
     def parameter_masks(self, masks: Masks, kept: dict) -> dict[str, Tensor]:
-        """Masks by parameter name, in dense shapes, with the biases of removed units; whole ones are left out."""
-        biases = {name: p for name, p in self.dense.named_parameters() if name.endswith(".bias")}
+        """Masks by parameter name, in dense shapes, with all that belongs to removed units; whole ones are left out."""
         found = {f"{name}.weight": mask for name, mask in masks.items()}
-        found |= unit_masks(self.units, kept, biases)
+        others = {name: p for name, p in self.dense.named_parameters() if name not in found}
+        found |= unit_masks(self.units, kept, others)
         return {name: mask.detach() for name, mask in found.items() if not mask.all()}
 
     @torch.no_grad()
@@ -860,20 +1118,29 @@ class PruneRetrain:
             for name, tensor in tensors.items():
                 self.optimizer.state[self.model.get_parameter(name)][entry] = tensor
 
-    def evaluate(self, model: nn.Module, data: Batches) -> float:
+    def evaluate(self, model: nn.Module, data: Batches | FolderBatches) -> float:
         return export.accuracy(model, data, self.precision)
 
     def checkpoint(self) -> None:
+        """Take a copy of everything that the run needs to go on; a thread writes it."""
+        now = time.perf_counter()
+        self.run.seconds += now - self.clock
+        self.clock = self.last_checkpoint = now
+        self.writer.wait()  # no more than one copy at a time
         content = {
-            "run": self.run.pack(),
-            "weights": self.dense.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": utils.weights_of(self.dense),
+            "optimizer": utils.cpu_copy(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
-            "rewind_sha256": _sha256(self.save_dir / self.rewind_file),
+            "rewind_sha256": self.rewind_sha256,
+            "random": utils.random_states(),
             "args": utils.plain_args(self.args),
         }
-        utils.save_checkpoint(self.save_dir, content)
+        self.writer.submit(_write_checkpoint, self.save_dir, self.run.snapshot(), content)
+
+
+def _write_checkpoint(save_dir: Path, run: RunState, content: dict) -> None:
+    utils.save_checkpoint(save_dir, {"run": run.pack(), **content})
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -900,10 +1167,7 @@ def states_table(rows: list[dict]) -> str:
         {
             "state": "state",
             "density": percent("density"),
-            "heads": "heads",
-            "neurons": lambda row: f"{row['neurons']:,}",
-            "parameters": lambda row: f"{row['parameters']:,}",
-            "MACs": lambda row: f"{row['macs'] / 1e9:.4f} G",
+            **cost_columns(rows[0]),
             "before cut": percent("accuracy_before_cut"),
             "after cut": percent("accuracy_after_cut"),
             "trained": percent("accuracy_trained"),
@@ -914,6 +1178,15 @@ def states_table(rows: list[dict]) -> str:
     )
 
 
+def cost_columns(row: dict) -> dict:
+    """Columns of a table for what `cost_of` counts in this row."""
+    units = [kind for kind in ("heads", "neurons", "filters") if kind in row]
+    columns = {kind: lambda row, kind=kind: f"{row[kind]:,}" for kind in units}
+    columns["parameters"] = lambda row: f"{row['parameters']:,}"
+    columns["MACs"] = lambda row: f"{row['macs'] / 1e9:.4f} G"
+    return columns
+
+
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -922,6 +1195,7 @@ def _sha256(path: Path) -> str:
 
 RUN_FILES = (
     "args.yaml", "environment.json", "run.log", "metrics.jsonl", "metrics.csv", "states.csv",
+    "units.csv", "report.md", "report.html", "tracking.json",
     "init.pt", "rewind.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
 )  # fmt: skip
 
@@ -936,7 +1210,7 @@ def make_save_dir(args: argparse.Namespace) -> Path:
             raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
         for name in RUN_FILES:
             (save_dir / name).unlink(missing_ok=True)
-        for name in ("plots", "model"):
+        for name in ("plots", "model", "wandb"):
             shutil.rmtree(save_dir / name, ignore_errors=True)
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -954,18 +1228,24 @@ def main(argv: list[str] | None = None) -> int:
             print(plan(args))
             return 0
         # whatever can be wrong with device, model or data shows before the run's folder is made
+        if args.deterministic:
+            utils.be_deterministic()
         device = utils.pick_device(args.device, args.gpu)
         utils.pick_precision(args.amp, device)
         utils.seed_everything(args.seed)
-        model = make_model(args)
-        check_units(args, model)
-        if args.init:
+        content = vars(args).pop("resumed_from", None)
+        model = make_model(args, weights=not content)
+        run_units(args, model)
+        if not content:
+            args.pretrained_note = model.pretrained_report.failure if model.pretrained_report else ""
+            if args.pretrained_note and args.prune_type == "pt":
+                raise RunError(f"--prune_type pt: nothing pretrained to rewind to ({args.pretrained_note})")
+        if args.init and not content:
             load_initial_weights(model, Path(args.init))
-        pixels = model.patch_embed.img_size[0]
+        pixels = image_size(model)
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
         save_dir = make_save_dir(args)
         utils.start_logging(save_dir / "run.log", args.verbose)
-        content = vars(args).pop("resumed_from", None)
         announce(args, device, model, splits)
         job = PruneRetrain(args, device, splits, model, save_dir)
         if content:
@@ -975,12 +1255,37 @@ def main(argv: list[str] | None = None) -> int:
             job.start()
         job()
     except (RunError, DataError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
+        return leave(f"error: {error}", getattr(error, "code", 2))
+    except utils.Stopped as stop:
+        return leave(f"stopped by {stop} with a checkpoint; go on with --resume --save_dir {args.save_dir}", stop.code)
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume --save_dir", args.save_dir, file=sys.stderr)
-        return 130
+        return leave(f"interrupted; go on from the last checkpoint with --resume --save_dir {args.save_dir}", 130)
+    except Exception as error:
+        reason = explain(error, args)
+        if reason is None:
+            raise
+        return leave(f"error: {reason}", 1)
     return 0
+
+
+def leave(message: str, code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    return code
+
+
+def explain(error: Exception, args: argparse.Namespace) -> str | None:
+    """A line for errors that PyTorch raises and flags can mend; None for others, which are bugs."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return (
+            f"out of memory with --batch_size {args.batch_size} --accum_steps {args.accum_steps} --amp {args.amp}: "
+            "lower the first and raise the second by the same factor, or use --amp bf16; the last checkpoint is good"
+        )
+    if "deterministic" in text and args.deterministic:
+        return f"--deterministic: not possible on this device ({text[:200]}); leave it out or use --device cpu"
+    if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile {args.compile}: cannot compile here ({text[:200]}); leave it out"
+    return None
 
 
 def load_initial_weights(model: nn.Module, path: Path) -> None:
@@ -992,7 +1297,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
 
 def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, splits: Splits) -> None:
     """The log's first lines: what is run on what."""
-    parameters, pixels = count_vit_parameters(model), model.patch_embed.img_size[0]
+    parameters, pixels = count_vit_parameters(model), image_size(model)
     log.info(f"{args.struct} on {args.arch}: {parameters:,} parameters, {pixels} pixels, {device}, seed {args.seed}")
     train, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
     log.info(f"{args.dataset}: {train:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")

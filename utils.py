@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import logging
+import netrc
 import os
 import platform
+import queue
 import random
+import secrets
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -59,6 +67,31 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_states() -> dict:
+    """The states of all random-number generators of this process, as plain values and tensors."""
+    name, words, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (name, words.tolist(), *rest), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: Mapping) -> None:
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    if len(states.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def be_deterministic() -> None:
+    """Only operations that give the same bits each time; one without such an implementation raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def pick_device(name: str = "auto", gpu: int = 0) -> torch.device:
     """The device that everything runs on: "auto" takes CUDA, then MPS, then the CPU."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -93,6 +126,48 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.
     return torch.autocast(device.type, dtype=precision)
 
 
+# ------------------------------------------------------------------------------------------------ signals
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has written its checkpoint; `code` is the exit status, 128 + signal number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class StopSignals:
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 only leave a note; a second one acts as usual.
+
+    Clusters send SIGUSR1 or SIGTERM ahead of a job's time limit.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _frame) -> None:
+        self.received = number
+        self.__exit__()
+
+    def check(self) -> None:
+        """Raises: Stopped, when a signal has come."""
+        if self.received:
+            raise Stopped(self.received)
+
+
 # ------------------------------------------------------------------------------------------------ logging
 
 
@@ -102,6 +177,13 @@ class _TqdmHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that a full disk silences: what must not get lost raises where it is written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def start_logging(run_log: Path | None = None, verbose: bool = False) -> None:
@@ -117,7 +199,7 @@ def start_logging(run_log: Path | None = None, verbose: bool = False) -> None:
     screen.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(screen)
     if run_log is not None:
-        file = logging.FileHandler(run_log, encoding="utf-8")
+        file = _LogFile(run_log, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         root.addHandler(file)
 
@@ -148,9 +230,11 @@ def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise RunError(
             f"cannot write {path}: {error.strerror or error}; free the disk or choose --save_dir", 1
         ) from error
@@ -176,9 +260,57 @@ def write_metrics(save_dir: Path, history: Sequence[Mapping]) -> None:
     write_csv(save_dir / "metrics.csv", history)
 
 
+# zip's checksums are not checked by torch.load: behind the archive stands a line that makes flipped bits show
+_SEAL = b"\nsha256 "
+_SEAL_LENGTH = len(_SEAL) + 64
+
+
+class _Hashing:
+    """A file to write to that keeps the digest of what went through."""
+
+    def __init__(self, file: io.BufferedWriter):
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save raises something else on top of it
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save_tensors(path: Path, content: object) -> None:
     """`torch.save`, whole or not at all; only tensors and plain values, so that it loads with weights_only."""
-    write_atomic(path, lambda file: torch.save(content, file))
+
+    def write(file: io.BufferedWriter) -> None:
+        through = _Hashing(file)
+        try:
+            torch.save(content, through)
+        except RuntimeError:
+            if through.error:
+                raise through.error from None
+            raise
+        file.write(_SEAL + through.digest.hexdigest().encode())
+
+    write_atomic(path, write)
+
+
+def _seal_broken(path: Path) -> bool:
+    """Whether a file that `save_tensors` wrote has changed since; others carry no seal."""
+    digest, left = hashlib.sha256(), path.stat().st_size - _SEAL_LENGTH
+    if left < 0:
+        return False
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, 2**22))):
+            digest.update(block)
+            left -= len(block)
+        seal = file.read()
+    return seal.startswith(_SEAL) and seal != _SEAL + digest.hexdigest().encode()
 
 
 def load_tensors(path: Path, what: str) -> dict:
@@ -186,7 +318,11 @@ def load_tensors(path: Path, what: str) -> dict:
     if not path.is_file():
         raise RunError(f"{what}: {path} does not exist")
     try:
+        if _seal_broken(path):
+            raise RunError(f"{what}: {path} is damaged (its content changed after it was written)")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
     except Exception as error:  # truncated zips, foreign pickles and bad magic numbers all raise their own types
         raise RunError(
             f"{what}: {path} cannot be loaded safely (damaged, or it holds more than tensors and plain values)"
@@ -231,12 +367,20 @@ class RunState:
     elementwise: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
     target_kept: dict[str, list[int]] = field(default_factory=dict)
+    sums: list[float] = field(default_factory=list)  # of loss and accuracy over the steps of a broken-off epoch
     start_norm: float | None = None  # of the doomed weights
     cut: dict = field(default_factory=dict)  # accuracy before and after, residual
     best: dict = field(default_factory=dict)  # epoch and validation accuracy
     seconds: float = 0.0  # spent in this state
     history: list[dict] = field(default_factory=list)  # a row an epoch
     states: list[dict] = field(default_factory=list)  # a row a state
+    units: list[dict] = field(default_factory=list)  # a row for each layer of each state
+    wandb_id: str = ""
+
+    def snapshot(self) -> RunState:
+        """What the run's going on will not change: it replaces masks and appends to lists."""
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
+        return replace(self, **lists)
 
     def pack(self) -> dict:
         """Plain values and tensors; masks take one bit an element."""
@@ -265,13 +409,38 @@ def _unpack_bits(packed: Mapping, device: torch.device) -> Tensor:
 
 
 def save_checkpoint(save_dir: Path, content: dict) -> None:
-    """Write checkpoint.pt; the one before stays as checkpoint.prev.pt."""
+    """Write checkpoint.pt; the one before stays as checkpoint.prev.pt, so that one of them is whole at any time."""
     latest = save_dir / "checkpoint.pt"
     fresh = save_dir / "checkpoint.new.pt"
     save_tensors(fresh, content)
-    if latest.exists():
-        os.replace(latest, save_dir / "checkpoint.prev.pt")
-    os.replace(fresh, latest)
+    try:
+        if latest.exists():
+            os.replace(latest, save_dir / "checkpoint.prev.pt")
+        os.replace(fresh, latest)
+    except OSError as error:
+        raise RunError(f"cannot write {latest}: {error.strerror}; the checkpoint before it stays", 1) from error
+
+
+class Background:
+    """Writes files one after the other in a thread while the run goes on; errors show at the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._pending: list[Future] = []
+
+    def submit(self, write: Callable, *arguments) -> None:
+        """Call `write(*arguments)` once all that was submitted before is on disk."""
+        self._pending.append(self._pool.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            RunError: what the first failing write raised.
+        """
+        pending, self._pending = self._pending, []
+        for done in pending:
+            done.result()
 
 
 def load_checkpoint(save_dir: Path) -> dict:
@@ -288,6 +457,111 @@ def load_checkpoint(save_dir: Path) -> dict:
                 log.warning("%s; going on from the checkpoint before it", error)
             return content
     raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start without --resume")
+
+
+# ----------------------------------------------------------------------------------------------- tracking
+
+
+class Tracker:
+    """Numbers for Weights & Biases, sent by a thread of its own.
+
+    The run never waits for it: a missing package, no network, a failing init or a full disk cost a line in the log.
+    All segments of a run that was broken off and resumed are one wandb run; `tracking.json` remembers its id and the
+    last step sent, so that steps which are trained again are not sent again.
+
+    Args:
+        mode: auto (WANDB_MODE, or online where credentials exist, else offline), online, offline or disabled.
+        run_id: of an earlier segment; empty for a new run.
+    """
+
+    def __init__(self, mode: str, save_dir: Path, run_id: str = "", **settings):
+        self.mode = os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode
+        self.folder, self.settings = save_dir, settings
+        self.path = save_dir / "tracking.json"
+        self.last_step = -1
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(self.path.read_text())
+            run_id, self.last_step = run_id or str(found["id"]), int(found["step"])
+        self.run_id = run_id or secrets.token_hex(4)
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = None
+        if self.mode != "disabled":
+            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+            self._thread.start()
+
+    def log(self, values: Mapping, step: int) -> None:
+        """Numbers of one step; steps that do not rise are left out."""
+        if self._thread and step > self.last_step:
+            self.last_step = step
+            self._queue.put(("log", dict(values), step))
+
+    def summarise(self, values: Mapping, pictures: Mapping[str, Path]) -> None:
+        """The final numbers, and pictures by title."""
+        if self._thread:
+            self._queue.put(("summary", dict(values), dict(pictures)))
+
+    def finish(self, seconds: float = 60.0) -> None:
+        """Send what is left, for at most so long."""
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                log.warning("wandb: not done after %g s; the run's files are complete without it", seconds)
+            self._thread = None
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (item := self._queue.get()) is not None:
+                self._send(run, *item)
+            run.finish()
+        except Exception as error:  # whatever it is, the training matters more
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            log.warning("wandb: %s; this run goes on without it", reason)
+
+    def _start(self):
+        import wandb
+
+        mode = self.mode
+        if mode == "auto":
+            mode = "online" if _wandb_credentials() else "offline"
+        try:
+            run = self._init(wandb, mode)
+        except Exception as error:  # no network, no such project, an outdated key
+            if mode != "online":
+                raise
+            log.warning("wandb: cannot go online (%s); tracking offline", " ".join(str(error).split()))
+            mode = "offline"
+            run = self._init(wandb, mode)
+        where = run.url if mode == "online" else f"offline; upload later with: wandb sync {Path(run.dir).parent}"
+        log.info("wandb: %s", where)
+        return run
+
+    def _init(self, wandb, mode: str):
+        settings = wandb.Settings(init_timeout=30, console="off", silent=True, save_code=False, disable_git=True)
+        resume = "allow" if mode == "online" else None
+        return wandb.init(
+            id=self.run_id, mode=mode, dir=str(self.folder), resume=resume, settings=settings, **self.settings
+        )
+
+    def _send(self, run, kind: str, values: dict, more) -> None:
+        if kind == "log":
+            run.log(values, step=more)
+            write_text(self.path, json.dumps({"id": self.run_id, "step": more}) + "\n")
+            return
+        import wandb
+
+        pictures = {title: wandb.Image(str(path)) for title, path in more.items()}
+        run.summary.update(values | pictures)
+
+
+def _wandb_credentials() -> bool:
+    """Whether `wandb login` has been here, or the environment holds a key."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
 
 
 # ---------------------------------------------------------------------------------- what a run says of itself
@@ -343,6 +617,17 @@ def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
     write_text(save_dir / "environment.json", json.dumps(environment(device), indent=2) + "\n")
 
 
+def cpu_copy(content):
+    """A copy on the CPU of all tensors in nested dicts, lists and tuples, which nobody else holds."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {key: cpu_copy(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(cpu_copy, content))
+    return content
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """CPU clones of all tensors of a model, which no module holds."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return cpu_copy(model.state_dict())

@@ -1,4 +1,6 @@
-"""One thread, and the small models and batches that several test files share."""
+"""One thread, no tracking, and the small models and batches that several test files share."""
+
+import os
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from models.vit import VisionTransformer
 
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
+os.environ["WANDB_MODE"] = "disabled"  # tests of tracking ask for it
 
 
 def _add_noise(model, seed=0, scale=0.2):

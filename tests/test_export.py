@@ -24,11 +24,11 @@ from torch.nn.utils import prune
 import export
 import main_imp_fillback
 from dataset import DATASETS, load_dataset
-from models import BUILDERS, build_model
-from models.vit import VisionTransformer
+from models import build_model
+from models.vit import CONFIGS, VisionTransformer
 from utils import RunError
 from vit_structured_pruning import (
-    find_dead_units,
+    find_working_units,
     fold_dead_units_,
     remove_units,
     select_units,
@@ -243,14 +243,14 @@ def check_arch(arch, **overrides):
     assert_same_function(masked, small, pictures(2, size))
 
 
-@pytest.mark.parametrize("arch", list(BUILDERS))
+@pytest.mark.parametrize("arch", list(CONFIGS))
 def test_every_arch(arch):
     overrides = {"img_size": 64} if arch.endswith("imagenet") else {}
     check_arch(arch, depth=2, **overrides)  # the widths are what differs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", list(BUILDERS))
+@pytest.mark.parametrize("arch", list(CONFIGS))
 def test_every_arch_in_full(arch):
     check_arch(arch)
 
@@ -362,7 +362,7 @@ def test_dead_units_are_found_folded_and_removed(kill, heads, neurons, needs_fol
     model = micro().double()
     kill(model)
     alive = {"blocks.0.attn": heads, "blocks.0.mlp": neurons, "blocks.1.attn": ALL_HEADS, "blocks.1.mlp": ALL_NEURONS}
-    assert find_dead_units(model) == alive
+    assert find_working_units(model) == alive
     small, kept = export.compact(model)
     assert kept == alive
     assert counts_of(small) == ([len(heads), HEADS], [len(neurons), HIDDEN])
@@ -380,7 +380,7 @@ def test_folded_constant_by_hand():
     model = micro().double()
     zero_both_kinds(model)
     before = copy.deepcopy(model)
-    fold_dead_units_(model, find_dead_units(model))
+    fold_dead_units_(model, find_working_units(model))
     attn, mlp, rows = parts(before)
     constant = attn.proj.weight[:, WIDTH : 2 * WIDTH] @ attn.qkv.bias[rows["v"]]
     torch.testing.assert_close(model.blocks[0].attn.proj.bias, attn.proj.bias + constant, rtol=0, atol=1e-14)
@@ -403,12 +403,12 @@ def test_without_an_output_bias_a_constant_keeps_its_unit():
     attn, mlp, _ = parts(model)
     attn.proj.bias = mlp.fc2.bias = None
     zero_both_kinds(model)
-    assert find_dead_units(model)["blocks.0.attn"] == ALL_HEADS
-    assert find_dead_units(model)["blocks.0.mlp"] == ALL_NEURONS
+    assert find_working_units(model)["blocks.0.attn"] == ALL_HEADS
+    assert find_working_units(model)["blocks.0.mlp"] == ALL_NEURONS
     zero_proj_columns(model)
     zero_fc2_columns(model)
-    assert find_dead_units(model)["blocks.0.attn"] == [0, 2]
-    assert find_dead_units(model)["blocks.0.mlp"] == others(HIDDEN, [2, 9])
+    assert find_working_units(model)["blocks.0.attn"] == [0, 2]
+    assert find_working_units(model)["blocks.0.mlp"] == others(HIDDEN, [2, 9])
 
 
 @torch.no_grad()
@@ -640,7 +640,7 @@ def test_timm_alone_loads_the_folder(tmp_path):
         save_file(weights, folders[name] / "model.safetensors")
     for folder in folders.values():
         code = snippet_of(folder)
-        assert code == export.LOADING_SNIPPET
+        assert code == export.LOADING_SNIPPETS["vit"]
         assert len(code.splitlines()) < 20
         (folder / "snippet.py").write_text(code)
 
