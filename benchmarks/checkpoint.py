@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Checkpoints: how large they are, and how long training waits for one.
+
+    python benchmarks/checkpoint.py [--archs vit_tiny vit_base] [--repeats 5]
+
+Ours: masks one bit an element, initial weights by reference, a copy in memory that a thread writes. Plain: `torch.save`
+of model, optimizer, initial weights and masks as floats, and the training waits. Size is given over the fp32 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from benchmarks import common
+from benchmarks.train_step import training_job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_base"])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    rows = []
+    for arch in args.archs:
+        for optimizer in ("sgd", "adamw"):
+            job = training_job(["--arch", arch, "--batch_size", "2", "--opt", optimizer, "--no-compact_training"])
+            job.clock = time.perf_counter()
+            job.train_step(0, 0)
+            weights = 4 * sum(parameter.numel() for parameter in job.dense.parameters())
+            latest, plain = job.save_dir / "checkpoint.pt", job.save_dir / "plain.pt"
+            waits: dict[str, list[float]] = {"ours": [], "plain": []}
+            written = []
+            for _ in range(args.repeats):
+                started = time.perf_counter()
+                job.checkpoint()
+                waits["ours"].append(time.perf_counter() - started)
+                job.writer.wait()
+                written.append(time.perf_counter() - started)
+                started = time.perf_counter()
+                content = {
+                    "model": job.model.state_dict(),
+                    "optimizer": job.optimizer.state_dict(),
+                    "initial": job.rewind_weights,
+                    "masks": job.run.masks,
+                    "target": job.run.target,
+                }
+                torch.save(content, plain)
+                waits["plain"].append(time.perf_counter() - started)
+            gain = statistics.median(b / a for a, b in zip(waits["ours"], waits["plain"], strict=True))
+            for name, path in (("plain", plain), ("ours", latest)):
+                rows.append(
+                    {
+                        "model": arch,
+                        "optimizer": optimizer,
+                        "checkpoint": name,
+                        "size": f"{path.stat().st_size / 1e6:,.1f} MB",
+                        "over weights": f"{path.stat().st_size / weights:.2f}x",
+                        "training waits": f"{1000 * statistics.median(waits[name]):.1f} ms",
+                        "on disk after": f"{1000 * statistics.median(written):.1f} ms" if name == "ours" else "",
+                        "shorter wait": f"{gain:.1f}x" if name == "ours" else "",
+                    }
+                )
+    print(f"\n{common.machine()}, {args.repeats} repeats\n")
+    print(utils.format_table(rows, {title: title for title in rows[0]}))
+    common.save("checkpoint", {"machine": common.machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+"""Training on a CUDA GPU, no network needed: images/s, MFU, kernels and synchronisations per step, seconds an epoch.
+
+    python benchmarks/gpu.py                                   the whole table
+    python benchmarks/gpu.py --archs vit_tiny --batch_sizes 128 --modes plain eager
+    python benchmarks/gpu.py --device cpu --archs vit_tiny --batch_sizes 8 --modes plain eager --repeats 1      a trial
+
+Random images; the real loop in the RSST ramp of a state, eager, compiled (torch.compile) and captured (CUDA graphs:
+torch.compile's reduce-overhead mode), against the plain loop of train_step.py on the same GPU: a factor here is a
+same-hardware factor. MFU is 6 x MACs x images/s over --peak, the dense bf16 peak of the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from benchmarks import common
+from benchmarks.train_step import CIFAR_IMAGES, OurStep, PlainStep
+from pruning_utils import cost_of
+
+IMAGENET_IMAGES = 1_281_167
+MODES = {"eager": [], "compiled": ["--compile"], "captured": ["--compile", "reduce-overhead"]}
+
+
+def make_step(arch: str, batch_size: int, mode: str, device: str):
+    flags = ["--arch", arch, "--batch_size", str(batch_size), "--print_freq", "1000000", "--no-compact_training"]
+    if mode == "plain":
+        job = OurStep([*flags, "--amp", "off"], device).job
+        step = PlainStep(job, arch)
+        step.model.to(device)
+        return step, job
+    step = OurStep([*flags, "--amp", "bf16", *MODES[mode]], device)
+    return step, step.job
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_kernels(step, device: str) -> int:
+    """Kernel launches of one step; 0 on the CPU."""
+    if device != "cuda":
+        return 0
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def count_synchronisations(step, device: str) -> int:
+    """How often the host waits for the device within one step."""
+    if device != "cuda":
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> dict:
+    step, job = make_step(arch, batch_size, mode, args.device)
+    for _ in range(args.warm_up):
+        step()
+    kernels, waits = count_kernels(step, args.device), count_synchronisations(step, args.device)
+    times = []
+    for _ in range(args.repeats):
+        synchronise(args.device)
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        synchronise(args.device)
+        times.append((time.perf_counter() - started) / args.steps)
+    speed = batch_size / statistics.median(times)
+    macs = cost_of(job.dense, {})["macs"]
+    images = IMAGENET_IMAGES if arch.endswith("_imagenet") else CIFAR_IMAGES
+    memory = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0
+    return {
+        "model": arch,
+        "batch": batch_size,
+        "mode": mode,
+        "images/s": f"{speed:,.0f}",
+        "MFU": f"{100 * 6 * macs * speed / (args.peak * 1e12):.1f}%",
+        "kernels": kernels,
+        "syncs": waits,
+        "s/epoch": f"{0.9 * images / speed:,.1f}",
+        "memory": f"{memory:.1f} GiB",
+        "_speed": speed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_small", "vit_base", "vit_small_imagenet"])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--modes", nargs="+", choices=["plain", *MODES], default=["plain", *MODES])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device in dense bf16; H100 SXM: 989")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="steps per repeat")
+    parser.add_argument("--warm_up", type=int, default=5, help="steps before, in which compilation happens")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA GPU; try --device cpu with a small --batch_sizes")
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else common.machine()
+    rows = []
+    for arch in args.archs:
+        for batch_size in args.batch_sizes:
+            plain = None
+            for mode in args.modes:
+                if args.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    row = measure(arch, batch_size, mode, args)
+                except torch.OutOfMemoryError:
+                    print(f"{arch}, batch {batch_size}, {mode}: out of memory")
+                    torch.cuda.empty_cache()
+                    continue
+                speed = row.pop("_speed")
+                plain = speed if mode == "plain" else plain
+                row["over plain"] = f"{speed / plain:.2f}x" if plain else ""
+                rows.append(row)
+                print(" ".join(f"{title} {value}" for title, value in row.items()), flush=True)
+    print(f"\n{device}, torch {torch.__version__}, {args.repeats} x {args.steps} steps\n")
+    if rows:
+        print(utils.format_table(rows, {title: title for title in rows[0]}))
+        common.save("gpu", {"device": device, "torch": torch.__version__, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

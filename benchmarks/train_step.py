@@ -1,0 +1,232 @@
+#!/usr/bin/env python
+"""One training step of the real loop against a plain one, and what a training run of each model costs.
+
+    python benchmarks/train_step.py [--archs vit_tiny vit_small] [--batch_size 128] [--repeats 7] [--threads N]
+    python benchmarks/train_step.py --models vit_tiny vit_small vit_base     memory, images/s, seconds an epoch
+    python benchmarks/train_step.py --profile vit_tiny                       where a step's time goes
+
+The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
+goes through the layers with index lists, `.item()` in every step. Both train the same network on the same images in the
+RSST ramp of a state whose first units are gone already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main_imp_fillback as entry
+import utils
+from benchmarks import common
+from dataset import DATASETS, Split, Splits
+from models import build_model
+
+CIFAR_IMAGES = 50_000
+
+
+def training_job(flags: list[str], device: str = "cpu", steps: int = 4) -> entry.PruneRetrain:
+    """A run on random images, ready for `job.train_step(0, step)` in the RSST ramp of state 1.
+
+    A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
+    """
+    folder = tempfile.mkdtemp(prefix="bench-")
+    ratios = ["--vit_structured", "--vit_prune_target", "both", "--rate", "0.67", "--mlp_prune_ratio", "0.7"]
+    rsst = ["--struct", "rsst", "--criteria", "magnitude", "--pruning_times", "3", "--epochs", "1000", "--warmup", "0"]
+    always = ["--wandb_mode", "disabled", "--save_dir", folder, "--device", device, "--dataset", "cifar10"]
+    args = entry.parse_args([*always, *rsst, *(ratios if "res" not in " ".join(flags) else []), *flags])
+    where = torch.device(device)
+    model = entry.make_model(args)
+    size = entry.image_size(model)
+    count = steps * args.batch_size * args.accum_steps
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    split = Split(images, torch.randint(0, 10, (count,)))
+    few = Split(images[:8], split.labels[:8])
+    job = entry.PruneRetrain(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
+    job.start()
+    for job.run.state in (1, 2):
+        job.begin_state()
+        if job.run.state == 1:
+            job.run.masks, job.run.kept = job.run.target, job.run.target_kept
+    job.set_up_training()
+    job.start_epoch(0, 0)
+    return job
+
+
+class OurStep:
+    def __init__(self, flags: list[str], device: str = "cpu"):
+        self.job, self.steps = training_job(flags, device), 0
+
+    def __call__(self) -> None:
+        self.job.train_step(0, self.steps % self.job.steps_per_epoch)
+        self.steps += 1
+
+    def bookkeeping(self) -> None:
+        """What masks and penalty add to a step."""
+        job = self.job
+        job.mask_gradients()
+        job.mask_weights()
+        job.penalty.shrink_(job.ramp.exponent_at(job.run.step + 1))
+
+
+class PlainStep:
+    """The same state of the same run, written plainly."""
+
+    def __init__(self, job: entry.PruneRetrain, arch: str):
+        self.model = build_model(arch, 10)
+        self.model.load_state_dict(job.dense.state_dict())
+        self.doomed = []
+        for name, mask in job.run.masks.items():
+            module = self.model.get_submodule(name)
+            target = job.run.target[name]
+            dim = 0 if name.endswith(("qkv", "fc1")) else 1
+            gone = (mask - target).flatten(1).any(1 - dim).nonzero().flatten().tolist()
+            prune.custom_from_mask(module, "weight", mask)
+            self.doomed.append((module, dim, gone))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+        self.batches = [job.train_data.batch(0, 0, step) for step in range(job.steps_per_epoch)]
+        self.steps, self.loss, self.correct = 0, 0.0, 0
+
+    def __call__(self) -> None:
+        images, labels = self.batches[self.steps % len(self.batches)]
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        strength = 1e-3 * self.steps
+        for module, dim, gone in self.doomed:
+            for index in gone:
+                weight, gradient = module.weight_orig, module.weight_orig.grad
+                gradient.select(dim, index).add_(strength * weight.detach().select(dim, index))
+        self.optimizer.step()
+        self.loss += loss.item()
+        self.correct += (logits.argmax(1) == labels).sum().item()
+        self.steps += 1
+
+
+def timed(step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def compare(args: argparse.Namespace) -> None:
+    rows, shares = [], []
+    for arch in args.archs:
+        flags = ["--arch", arch, "--batch_size", str(args.batch_size), "--no-compact_training"]
+        ours = OurStep([*flags, "--amp", "off"])
+        steps = {
+            "plain": PlainStep(ours.job, arch),
+            "ours, full size": ours,
+            "ours, small": OurStep([*flags, "--amp", "off", "--compact_training"]),
+            "ours, small, bf16": OurStep([*flags, "--amp", "bf16", "--compact_training"]),
+        }
+        if args.compile:
+            steps["ours, small, compiled"] = OurStep([*flags, "--amp", "off", "--compact_training", "--compile"])
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        book: list[float] = []
+        for step in steps.values():
+            step()
+        for _ in range(args.repeats):
+            for name, step in steps.items():
+                times[name].append(timed(step))
+            book.append(timed(ours.bookkeeping))
+        for name, spent in times.items():
+            gain = statistics.median(a / b for a, b in zip(times["plain"], spent, strict=True))
+            low, middle, high = statistics.quantiles(spent, n=4)
+            rows.append(
+                {
+                    "model": arch,
+                    "step": name,
+                    "median ms": f"{1000 * middle:.0f}",
+                    "quartiles ms": f"{1000 * low:.0f}-{1000 * high:.0f}",
+                    "over plain": f"{gain:.2f}x",
+                }
+            )
+        share = statistics.median(book) / statistics.median(times["ours, full size"])
+        shares.append(f"{arch}: masks and penalty take {100 * share:.2f}% of a step")
+    print(f"\nbatch {args.batch_size}, {common.machine()}, {args.repeats} repeats\n")
+    print(utils.format_table(rows, {title: title for title in rows[0]}))
+    print("\n".join(shares))
+    common.save("train_step", {"machine": common.machine(), "rows": rows, "bookkeeping": shares})
+
+
+def measure_one(arch: str, batch_size: int, repeats: int) -> dict:
+    """In a process of its own: peak memory, images/s and seconds for 45,000 CIFAR-sized images, dense."""
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", "off", "--no-compact_training"]
+    step = OurStep(flags)
+    step()
+    spent = statistics.median(timed(step) for _ in range(repeats))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory": 1024 * (peak - started), "images_per_second": batch_size / spent}
+
+
+def models(args: argparse.Namespace) -> None:
+    rows = []
+    for arch in args.models:
+        command = [sys.executable, __file__, "--one", arch, "--batch_size", str(args.batch_size)]
+        command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        speed = found["images_per_second"]
+        rows.append(
+            {
+                "model": arch,
+                "parameters": f"{sum(p.numel() for p in build_model(arch, 10).parameters()):,}",
+                "peak memory": f"{found['memory'] / 2**30:.2f} GiB",
+                "images/s": f"{speed:,.1f}",
+                "CIFAR epoch": f"{0.9 * CIFAR_IMAGES / speed:,.0f} s",
+            }
+        )
+    print(f"\ntraining, float32, batch {args.batch_size}, {common.machine()}, {args.repeats} repeats\n")
+    print(utils.format_table(rows, {title: title for title in rows[0]}))
+    common.save("train_models", {"machine": common.machine(), "rows": rows})
+
+
+def profile(args: argparse.Namespace) -> None:
+    step = OurStep(["--arch", args.profile, "--batch_size", str(args.batch_size), "--amp", "off"])
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    print(f"\none step of {args.profile}, batch {args.batch_size}, {common.machine()}\n")
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_small"])
+    parser.add_argument("--models", nargs="+", help="the cost of each model instead, in a process of its own")
+    parser.add_argument("--profile", metavar="ARCH", help="the profile of one step instead")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="time the compiled step too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.one:
+        print(json.dumps(measure_one(args.one, args.batch_size, args.repeats)))
+    elif args.models:
+        models(args)
+    elif args.profile:
+        profile(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()
