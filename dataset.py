@@ -788,6 +788,8 @@ class Batches:
     def __len__(self) -> int:
         return len(self.labels)
 
+    unreadable = 0  # `FolderBatches` counts files that are no images
+
     def batch(self, state: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Training batch: images float32 [B, 3, H, W], labels int64 [B]; a pure function of its arguments and
         the seed. Raises IndexError for a step outside 0..steps_per_epoch-1.
@@ -937,7 +939,12 @@ class FolderBatches:
 
     def __len__(self) -> int:
         """Images that `sequential` yields: those found unreadable so far are not counted."""
-        return len(self.labels) - len(self._broken)
+        return len(self.labels) - self.unreadable
+
+    @property
+    def unreadable(self) -> int:
+        """Files found so far that are no images."""
+        return len(self._broken)
 
     def batch(self, state: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Training batch: images float32 [B, 3, H, W], labels int64 [B]; a pure function of its arguments, the

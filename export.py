@@ -157,9 +157,12 @@ def write(
     # each file vouches for the other: the weights carry the config's digest, the config theirs
     blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
     config["sha256"] = hashlib.sha256(blob).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("model.onnx", "latency.txt"):
-        (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.onnx", "latency.txt"):
+            (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror}; the run itself is complete", code=1) from error
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
     utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
@@ -294,7 +297,8 @@ import timm
 from safetensors.torch import load_file
 from torch import nn
 
-config = json.load(open("config.json"))
+with open("config.json") as file:
+    config = json.load(file)
 {build}
 for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
     attn, mlp, width = block.attn, block.mlp, heads * config["head_dim"]
@@ -602,17 +606,18 @@ def _export(args: argparse.Namespace) -> None:
         run_dir = Path(args.run_dir)
         masked, kept, run, metrics = masked_from_run(run_dir)
         dataset, data = args.dataset or run.dataset, args.data or run.data
-        val_fraction, folder = run.val_fraction, Path(args.out or run_dir / "model")
+        val_fraction, workers, folder = run.val_fraction, run.workers, Path(args.out or run_dir / "model")
         provenance = run_provenance(run)
     else:
         masked, kept, metrics = masked_from_checkpoint(Path(args.from_checkpoint), args.arch), None, {}
-        dataset, data, val_fraction, folder = args.dataset, args.data or "data", 0.1, Path(args.out)
+        dataset, data, val_fraction, workers = args.dataset, args.data or "data", 0.1, 0
+        folder = Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), image_size(masked)
     if args.run_dir or args.dataset:
         splits = load_dataset(dataset, data, size, val_fraction)
-        facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device).sequential()
+        facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential()
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
@@ -621,7 +626,7 @@ def _export(args: argparse.Namespace) -> None:
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
         batches = [(noise, torch.zeros(64, dtype=torch.long))]
     if args.evaluate:
-        test = make_batches(splits.test, facts, 256, device)
+        test = make_batches(splits.test, facts, 256, device, workers=workers)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
         log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
     small = write(folder, masked, kept, batches, facts, provenance, metrics)

@@ -46,6 +46,7 @@ from dataset import (
     split_sizes,
 )
 from models import BUILDERS
+from models.resnet import BUILDERS as RESNETS
 from models.vit import PretrainedError
 from pruning_utils import (
     classifier_prefix,
@@ -77,6 +78,7 @@ from vit_structured_pruning import (
     LayoutError,
     Units,
     count_vit_parameters,
+    follower_masks,
     plan_structured,
     remove_units,
     row_units,
@@ -415,7 +417,10 @@ def _check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     if args.struct == "oneshot" and not args.vit_structured:
-        raise RunError("--struct oneshot: removes whole units; add --vit_structured")
+        way_out = "add --vit_structured"
+        if args.arch in RESNETS:
+            way_out = f"{args.arch} has filters, use --struct refill or rsst"
+        raise RunError(f"--struct oneshot: removes heads and neurons; {way_out}")
     if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
@@ -618,6 +623,9 @@ class PruneRetrain:
                     self.train_state()
                     self.end_state()
                     self.signals.check()
+            unreadable = sum(data.unreadable for data in (self.train_data, self.val_data, self.test_data))
+            if unreadable:
+                log.warning("%d images could not be read and were skipped; their names stand above", unreadable)
             self.writer.wait()
             report, table = sparsity_report(self.run.masks, family(self.dense)), states_table(self.run.states)
             log.info("\n%s\n\n%s\n", report, table)
@@ -662,7 +670,7 @@ class PruneRetrain:
         weights = self.prunable()
 
         def score(units: dict) -> dict[str, Tensor]:
-            images = self.train_data.sequential()
+            images = self.train_data.sequential(args.score_batches)
             options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
             try:
                 return score_units(self.dense, units, args.criteria, mask=run.elementwise, **options)
@@ -737,6 +745,10 @@ class PruneRetrain:
             self.model, self.model_kept = self.dense, {}
         parameters = dict(self.model.named_parameters())
         held = {name: mask for name, mask in hold.items() if not mask.all()}
+        # what follows removed units takes no part in training and keeps its values, in full size as in small
+        whole = self.dense.state_dict()
+        idle = follower_masks(self.units, run.kept, whole)
+        self.idle = {name: (mask == 0, whole[name].clone()) for name, mask in idle.items()}
         self.forward = self.model
         if args.compile:
             torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
@@ -1090,9 +1102,15 @@ class PruneRetrain:
             model.get_parameter(name).mul_(mask)
 
     def sync_dense(self) -> None:
-        """Carry the weights of the smaller network back into `dense`."""
+        """Carry the weights of the network that trains back into `dense`."""
+        if self.model is self.dense and not self.idle:
+            return
+        weights = self.model.state_dict()
         if self.model is not self.dense:
-            self.dense.load_state_dict(scatter_tensors(self.model.state_dict(), self.units, self.model_kept))
+            weights = scatter_tensors(weights, self.units, self.model_kept)
+        for name, (idle, value) in self.idle.items():
+            weights[name] = torch.where(idle, value, weights[name])
+        self.dense.load_state_dict(weights)
 
     def dense_optimizer_state(self) -> dict[str, dict]:
         """Optimizer state by parameter name, in dense shapes."""
@@ -1205,14 +1223,14 @@ def make_save_dir(args: argparse.Namespace) -> Path:
     if args.save_dir is None:
         args.save_dir = str(utils.free_dir(Path("results") / (args.exp_name or utils.run_name(args))))
     save_dir = Path(args.save_dir)
-    if any((save_dir / name).exists() for name in RUN_FILES) and not args.resume:
-        if not args.overwrite:
-            raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
-        for name in RUN_FILES:
-            (save_dir / name).unlink(missing_ok=True)
-        for name in ("plots", "model", "wandb"):
-            shutil.rmtree(save_dir / name, ignore_errors=True)
     try:
+        if any((save_dir / name).exists() for name in RUN_FILES) and not args.resume:
+            if not args.overwrite:
+                raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
+            for name in RUN_FILES:
+                (save_dir / name).unlink(missing_ok=True)
+            for name in ("plots", "model", "wandb"):
+                shutil.rmtree(save_dir / name, ignore_errors=True)
         save_dir.mkdir(parents=True, exist_ok=True)
         (save_dir / "run.log").touch()
     except OSError as error:
@@ -1250,6 +1268,7 @@ def main(argv: list[str] | None = None) -> int:
         job = PruneRetrain(args, device, splits, model, save_dir)
         if content:
             job.resume(content)
+            utils.write_flags(save_dir, args)  # more states, other devices
         else:
             utils.write_run_facts(save_dir, args, device)
             job.start()
@@ -1274,8 +1293,10 @@ def leave(message: str, code: int) -> int:
 
 
 def explain(error: Exception, args: argparse.Namespace) -> str | None:
-    """A line for errors that PyTorch raises and flags can mend; None for others, which are bugs."""
+    """A line for errors of the system and of PyTorch that the user can mend; None for others, which are bugs."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in utils.DISK_ERRORS:
+        return f"cannot write {error.filename or args.save_dir}: {error.strerror}; free the disk or choose --save_dir"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return (
             f"out of memory with --batch_size {args.batch_size} --accum_steps {args.accum_steps} --amp {args.amp}: "

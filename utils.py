@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -14,6 +16,7 @@ import os
 import platform
 import queue
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -215,6 +218,9 @@ def format_table(rows: Sequence[Mapping], columns: Mapping[str, Callable | str])
 
 
 # -------------------------------------------------------------------------------------------------- files
+
+
+DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EROFS", "EDQUOT", "EIO", "EACCES", "EPERM", "EFBIG")}
 
 
 def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
@@ -463,27 +469,29 @@ def load_checkpoint(save_dir: Path) -> dict:
 
 
 class Tracker:
-    """Numbers for Weights & Biases, sent by a thread of its own.
+    """Numbers for Weights & Biases, sent by a process of its own.
 
-    The run never waits for it: a missing package, no network, a failing init or a full disk cost a line in the log.
+    The run never waits for it, and what wandb does to a process (hooks of the interpreter, replaced streams, a wait at
+    exit) does not reach the run: a missing package, no network, a failing init or a full disk cost a line in the log.
+    A run that is killed loses nothing of what it logged; its process ends once it has sent that.
     All segments of a run that was broken off and resumed are one wandb run; `tracking.json` remembers its id and the
     last step sent, so that steps which are trained again are not sent again.
 
     Args:
         mode: auto (WANDB_MODE, or online where credentials exist, else offline), online, offline or disabled.
         run_id: of an earlier segment; empty for a new run.
+        settings: further arguments of `wandb.init`, as plain values.
     """
+
+    patience = 60.0  # seconds that `finish` waits
 
     def __init__(self, mode: str, save_dir: Path, run_id: str = "", **settings):
         self.mode = os.environ.get("WANDB_MODE") or mode if mode == "auto" else mode
         self.folder, self.settings = save_dir, settings
         self.path = save_dir / "tracking.json"
-        self.last_step = -1
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            found = json.loads(self.path.read_text())
-            run_id, self.last_step = run_id or str(found["id"]), int(found["step"])
-        self.run_id = run_id or secrets.token_hex(4)
+        self.run_id, self.last_step = self._earlier_segment(run_id)
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._process: subprocess.Popen | None = None
         self._thread = None
         if self.mode != "disabled":
             self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -491,77 +499,161 @@ class Tracker:
 
     def log(self, values: Mapping, step: int) -> None:
         """Numbers of one step; steps that do not rise are left out."""
-        if self._thread and step > self.last_step:
+        if self._thread and self._thread.is_alive() and step > self.last_step:
             self.last_step = step
             self._queue.put(("log", dict(values), step))
 
     def summarise(self, values: Mapping, pictures: Mapping[str, Path]) -> None:
-        """The final numbers, and pictures by title."""
+        """The final numbers, and pictures by title; empty values are left out."""
         if self._thread:
-            self._queue.put(("summary", dict(values), dict(pictures)))
+            filled = {name: value for name, value in values.items() if value != ""}
+            self._queue.put(("summary", filled, {title: str(path) for title, path in pictures.items()}))
 
-    def finish(self, seconds: float = 60.0) -> None:
-        """Send what is left, for at most so long."""
-        if self._thread:
+    def finish(self) -> None:
+        """Send what is left, for at most `patience` seconds."""
+        thread, self._thread = self._thread, None
+        if thread:
             self._queue.put(None)
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                log.warning("wandb: not done after %g s; the run's files are complete without it", seconds)
-            self._thread = None
+            thread.join(self.patience)
+            if thread.is_alive():
+                log.warning("wandb: not done after %g s; the run's files are complete without it", self.patience)
+                if self._process:
+                    self._process.kill()
+
+    def _earlier_segment(self, run_id: str) -> tuple[str, int]:
+        """Id and last step sent; a tracking.json that is damaged or of another run counts as none."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            known, step = found["id"], found["step"]
+            if re.fullmatch("[0-9a-z]+", known) and type(step) is int and run_id in ("", known):
+                return known, step
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            pass
+        return run_id or secrets.token_hex(4), -1
 
     def _work(self) -> None:
-        try:
-            run = self._start()
-            while (item := self._queue.get()) is not None:
-                self._send(run, *item)
-            run.finish()
-        except Exception as error:  # whatever it is, the training matters more
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("wandb: %s; this run goes on without it", reason)
-
-    def _start(self):
-        import wandb
-
+        """The thread: starts the process and hands it what is in the queue."""
         mode = self.mode
         if mode == "auto":
             mode = "online" if _wandb_credentials() else "offline"
         try:
-            run = self._init(wandb, mode)
-        except Exception as error:  # no network, no such project, an outdated key
-            if mode != "online":
-                raise
-            log.warning("wandb: cannot go online (%s); tracking offline", " ".join(str(error).split()))
-            mode = "offline"
-            run = self._init(wandb, mode)
-        where = run.url if mode == "online" else f"offline; upload later with: wandb sync {Path(run.dir).parent}"
-        log.info("wandb: %s", where)
-        return run
+            answer, text = self._start(mode)
+            if answer == "not online":
+                log.warning("wandb: cannot go online (%s); tracking offline", text)
+                answer, text = self._start("offline")
+            log.info("wandb: %s", text)
+            while (item := self._queue.get()) is not None:
+                if item[0] == "log":
+                    # first the note: a step may get lost when the run is killed here, but none comes twice
+                    write_text(self.path, json.dumps({"id": self.run_id, "step": item[2]}) + "\n")
+                self._tell(item)
+            self._tell(None)
+            self._answer()
+        except (OSError, RunError) as error:
+            if self._thread or self._process is None or self._process.returncode is None:
+                log.warning("wandb: %s; this run goes on without it", error)
+        finally:
+            if self._process:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+                self._process.wait()
 
-    def _init(self, wandb, mode: str):
-        settings = wandb.Settings(init_timeout=30, console="off", silent=True, save_code=False, disable_git=True)
-        resume = "allow" if mode == "online" else None
-        return wandb.init(
-            id=self.run_id, mode=mode, dir=str(self.folder), resume=resume, settings=settings, **self.settings
-        )
+    def _start(self, mode: str) -> tuple[str, str]:
+        """Start the process and return what it answers to `wandb.init`."""
+        # the empty WANDB_MODE that counts as none here is an error to wandb; it measures the process of this number
+        environ = {**os.environ, "WANDB_MODE": mode, "WANDB__STATS_PID": str(os.getpid())}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{inspect.getsource(_send_to_wandb)}\n{_send_to_wandb.__name__}()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ,
+            start_new_session=True,  # ctrl-c is for the run, which says when tracking ends
+        )  # fmt: skip
+        # resume lets `wandb sync` append this segment to those before it
+        self._tell({"id": self.run_id, "mode": mode, "dir": str(self.folder), "resume": "allow", **self.settings})
+        return self._answer()
 
-    def _send(self, run, kind: str, values: dict, more) -> None:
-        if kind == "log":
-            run.log(values, step=more)
-            write_text(self.path, json.dumps({"id": self.run_id, "step": more}) + "\n")
-            return
+    def _tell(self, message: object) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._answer()  # raises with the reason
+            raise
+
+    def _answer(self) -> tuple[str, str]:
+        """What the process says next, and a text for the log.
+
+        Raises:
+            RunError: it failed.
+        """
+        line = self._process.stdout.readline()
+        answer, text = json.loads(line) if line else ("failed", f"its process ended with {self._process.wait()}")
+        if answer == "failed":
+            raise RunError(text)
+        return answer, text
+
+
+def _send_to_wandb() -> None:
+    """The program of a Tracker's process, which has only this function.
+
+    Reads a message a line: the arguments of `wandb.init`, what to log or to summarise, and null at the end. Answers
+    after the first and the last one, or when it fails.
+    """
+    import json
+    import os
+    import shlex
+    import sys
+    from pathlib import Path
+
+    sys.path[:] = [folder for folder in sys.path if folder]  # the current folder may hold a json.py
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever wandb prints is not for the log
+
+    def answer(what: str, text: str = "") -> None:
+        answers.write(json.dumps([what, " ".join(text.split())[:300]]) + "\n")
+
+    try:
         import wandb
 
-        pictures = {title: wandb.Image(str(path)) for title, path in more.items()}
-        run.summary.update(values | pictures)
+        options = json.loads(sys.stdin.readline())
+        offline = options["mode"] != "online"
+        settings = wandb.Settings(init_timeout=30, console="off", silent=True, save_code=False, disable_git=True)
+        try:
+            run = wandb.init(settings=settings, **options)
+        except Exception as error:  # no network, no such project, an outdated key
+            if offline:
+                raise
+            answer("not online", str(error) or type(error).__name__)
+            return
+        upload = f"offline; upload later with: wandb sync {shlex.quote(str(Path(run.dir).parent))}"
+        answer("ready", upload if offline else run.url)
+        for line in sys.stdin:
+            message = json.loads(line)
+            if message is None:
+                break
+            kind, values, more = message
+            if kind == "log":
+                run.log(values, step=more)
+            else:
+                pictures = {title: wandb.Image(path) for title, path in more.items()}
+                run.summary.update({**values, **pictures})
+        run.finish()
+        answer("done")
+    except Exception as error:  # whatever it is, the training matters more
+        answer("failed", str(error) or type(error).__name__)
 
 
 def _wandb_credentials() -> bool:
-    """Whether `wandb login` has been here, or the environment holds a key."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
-            return True
-    return bool(os.environ.get("WANDB_API_KEY"))
+    """Whether the environment holds a key, or `wandb login` has been here."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, netrc.NetrcParseError):
+            *_, password = netrc.netrc(os.path.expanduser(name)).hosts.get(host, [""])
+            if password:
+                return True
+    return False
 
 
 # ---------------------------------------------------------------------------------- what a run says of itself
@@ -611,9 +703,15 @@ def plain_args(args) -> dict:
     return {name: value for name, value in vars(args).items() if name not in ("notes", "resumed_from")}
 
 
+def write_flags(save_dir: Path, args) -> None:
+    """args.yaml."""
+    fresh = {**plain_args(args), "resume": False, "checkpoint": None}
+    write_text(save_dir / "args.yaml", yaml.safe_dump(fresh, sort_keys=False))
+
+
 def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
     """args.yaml and environment.json."""
-    write_text(save_dir / "args.yaml", yaml.safe_dump(plain_args(args), sort_keys=False))
+    write_flags(save_dir, args)
     write_text(save_dir / "environment.json", json.dumps(environment(device), indent=2) + "\n")
 
 

@@ -562,6 +562,17 @@ def unit_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Ten
     }
 
 
+def follower_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """0/1 masks by name of what goes with units when they are cut out, 1 where it stays; only where something goes."""
+    return {
+        name: layout.mask(tensors[name], kept[key])
+        for key, group in units.items()
+        if group.removable and len(kept.get(key, range(group.count))) < group.count
+        for name, layout in group.followers.items()
+        if name in tensors
+    }
+
+
 def slice_tensors(tensors: Mapping[str, Tensor], units: Mapping[str, Units], kept: Kept) -> dict[str, Tensor]:
     """The tensors of the smaller model: units that are not kept are cut out, everything else is cloned."""
     small = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -599,7 +610,7 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
         ValueError: the model is under `torch.nn.utils.prune`; make that permanent first (`remove_prune_vit`).
     """
     if prune.is_pruned(model):
-        raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit(model) first")
+        raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit(model) or remove_prune(model) first")
     for key, group in units.items():
         if key not in kept:
             continue
@@ -622,7 +633,9 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
                 attn.fused_attn = False  # timm's fused path dies on no heads at all under torch 2.9
         if group.place and len(kept[key]) < group.count:
             path, _, leaf = group.place.rpartition(".")
-            setattr(model.get_submodule(path), leaf, torch.as_tensor(kept[key], device=index.device))
+            block = model.get_submodule(path)
+            earlier = getattr(block, leaf)  # where what is left of an earlier removal went
+            setattr(block, leaf, index if earlier is None else earlier[index])
     return model
 
 
@@ -772,7 +785,7 @@ def check_vit_structure(model: nn.Module) -> list[dict[str, int]]:
 
 def unit_weights(model: nn.Module, group: Units) -> int:
     """Prunable weights that one unit of the group holds (biases not counted)."""
-    return _elements(model, group, [name for name in group.parts if name.endswith(".weight")])
+    return _elements(model, group, [name for name in group.parts if _tensor(model, name).ndim > 1])
 
 
 def unit_parameters(model: nn.Module, group: Units) -> int:

@@ -175,6 +175,7 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
     overrides = {"patch_size": args.patch_size} if args.patch_size else {}
     if not weights:
         check_arch(args.arch)
+        _source(args.arch, args.pretrained, args.pretrained_tag)  # refuses what cannot be meant
         return _build(args.arch, facts.classes, size, overrides)
     return build_model(
         args.arch,

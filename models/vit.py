@@ -58,6 +58,15 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of [B, heads, N, head_dim] tensors."""
+    # Half precision with gradients on a CPU: explicit products took 0.2 to 0.6 of the time of fused attention for 5 to
+    # 577 tokens. Fused is 1.1 to 1.7 times as fast in float32, and without gradients it needs no N x N matrix.
+    if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16):
+        return (scale * q @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, N, D].
 
@@ -82,7 +91,7 @@ class Attention(nn.Module):
             return self.proj.bias.expand(B, N, -1)
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each [B, heads, N, head_dim]
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        x = _attend(q, k, v, self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, N, self.attn_dim))
 
 
