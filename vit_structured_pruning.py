@@ -610,7 +610,7 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
         ValueError: the model is under `torch.nn.utils.prune`; make that permanent first (`remove_prune_vit`).
     """
     if prune.is_pruned(model):
-        raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit(model) or remove_prune(model) first")
+        raise ValueError("the model is under torch.nn.utils.prune; call remove_prune_vit or remove_prune first")
     for key, group in units.items():
         if key not in kept:
             continue
