@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -321,23 +322,27 @@ def config_flags(parser: utils.OneLineParser, argv: list[str]) -> list[str]:
     actions |= {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
     flags = []
     for name, value in content.items():
+        if name == "pretrained_note":  # args.yaml of a run has it
+            continue
         action = actions.get(name) if isinstance(name, str) else None
-        if action is None or action.dest in ("config", "help"):
+        if action is None or action.dest == "help" or (action.dest == "config" and value is not None):
             raise RunError(f"--config {path}: unknown flag {name!r}; see --help")
+        if value is None:
+            continue
         option = action.option_strings[0]
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if isinstance(value, dict) or (action.nargs == 0 and not isinstance(value, bool)):
             raise RunError(f"--config {path}: {name}: {value!r} is not a value of {option}; see --help")
         if isinstance(action, argparse.BooleanOptionalAction):
-            flags.append(option if value else f"--no-{name}")
+            flags.append(action.option_strings[value == name.startswith("no-")])
         elif action.nargs == 0:
             # `no-export: true` and `export: false` mean the same
             if value == (action.const if name == action.dest else True):
                 flags.append(option)
         elif value is True and action.nargs == "?":
             flags.append(option)
-        elif value is not None and not (value is False and action.nargs == "?"):
+        elif not (value is False and action.nargs == "?"):
             flags.append(f"{option}={value}")
     return flags
 
@@ -586,7 +591,7 @@ class PruneRetrain:
         self.start_tracking()
 
     def resume(self, content: dict) -> None:
-        """Go on where a checkpoint stands."""
+        """Take over where a checkpoint stands; nothing is written before it proves sound."""
         try:
             self.run = RunState.unpack(content["run"], self.device)
             path = self.save_dir / content["rewind_file"]
@@ -600,10 +605,14 @@ class PruneRetrain:
                 self.set_up_training()
                 self.optimizer.load_state_dict(content["optimizer"])
                 self.scaler.load_state_dict(content["scaler"])
-            utils.write_metrics(self.save_dir, self.run.history)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+
+    def go_on(self) -> None:
+        """What a resumed run writes first: files as they were at the checkpoint."""
+        utils.write_flags(self.save_dir, self.args)  # more states, other devices
+        utils.write_metrics(self.save_dir, self.run.history)
         self.start_tracking()
         log.info(f"resumed at state {self.run.state}, step {self.run.step} of {self.total_steps}")
 
@@ -611,7 +620,7 @@ class PruneRetrain:
         args = self.args
         self.tracker = utils.Tracker(
             args.wandb_mode, self.save_dir, self.run.wandb_id, project=args.wandb_project, entity=args.wandb_entity,
-            name=self.save_dir.name, config=utils.plain_args(args),
+            name=self.save_dir.resolve().name, config=utils.plain_args(args),
         )  # fmt: skip
         self.run.wandb_id = self.tracker.run_id
 
@@ -1243,7 +1252,8 @@ def make_save_dir(args: argparse.Namespace) -> Path:
             for name in ("plots", "model", "wandb"):
                 shutil.rmtree(save_dir / name, ignore_errors=True)
         save_dir.mkdir(parents=True, exist_ok=True)
-        (save_dir / "run.log").touch()
+        with tempfile.TemporaryFile(dir=save_dir):
+            pass
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return save_dir
@@ -1274,12 +1284,13 @@ def main(argv: list[str] | None = None) -> int:
         pixels = image_size(model)
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
         save_dir = make_save_dir(args)
-        utils.start_logging(save_dir / "run.log", args.verbose)
-        announce(args, device, model, splits)
         job = PruneRetrain(args, device, splits, model, save_dir)
         if content:
             job.resume(content)
-            utils.write_flags(save_dir, args)  # more states, other devices
+        utils.start_logging(save_dir / "run.log", args.verbose)
+        announce(args, device, model, splits)
+        if content:
+            job.go_on()
         else:
             utils.write_run_facts(save_dir, args, device)
             job.start()

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -326,7 +327,9 @@ def load_tensors(path: Path, what: str) -> dict:
     try:
         if _seal_broken(path):
             raise RunError(f"{what}: {path} is damaged (its content changed after it was written)")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what raw pickles hold; they are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
     except Exception as error:  # truncated zips, foreign pickles and bad magic numbers all raise their own types
@@ -462,7 +465,7 @@ def load_checkpoint(save_dir: Path) -> dict:
             for error in damaged:
                 log.warning("%s; going on from the checkpoint before it", error)
             return content
-    raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start without --resume")
+    raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start anew with --overwrite")
 
 
 # ----------------------------------------------------------------------------------------------- tracking
@@ -473,7 +476,7 @@ class Tracker:
 
     The run never waits for it, and what wandb does to a process (hooks of the interpreter, replaced streams, a wait at
     exit) does not reach the run: a missing package, no network, a failing init or a full disk cost a line in the log.
-    A run that is killed loses nothing of what it logged; its process ends once it has sent that.
+    When the run is killed, the process sends what it has got and ends.
     All segments of a run that was broken off and resumed are one wandb run; `tracking.json` remembers its id and the
     last step sent, so that steps which are trained again are not sent again.
 
@@ -492,7 +495,7 @@ class Tracker:
         self.run_id, self.last_step = self._earlier_segment(run_id)
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._process: subprocess.Popen | None = None
-        self._thread = None
+        self._gave_up, self._thread = False, None
         if self.mode != "disabled":
             self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
             self._thread.start()
@@ -517,6 +520,7 @@ class Tracker:
             thread.join(self.patience)
             if thread.is_alive():
                 log.warning("wandb: not done after %g s; the run's files are complete without it", self.patience)
+                self._gave_up = True
                 if self._process:
                     self._process.kill()
 
@@ -540,6 +544,7 @@ class Tracker:
             answer, text = self._start(mode)
             if answer == "not online":
                 log.warning("wandb: cannot go online (%s); tracking offline", text)
+                self._end()
                 answer, text = self._start("offline")
             log.info("wandb: %s", text)
             while (item := self._queue.get()) is not None:
@@ -549,14 +554,13 @@ class Tracker:
                 self._tell(item)
             self._tell(None)
             self._answer()
-        except (OSError, RunError) as error:
-            if self._thread or self._process is None or self._process.returncode is None:
-                log.warning("wandb: %s; this run goes on without it", error)
+            self._process.wait()
+        except Exception as error:  # whatever it is, the training matters more
+            if not self._gave_up:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                log.warning("wandb: %s; this run goes on without it", reason)
         finally:
-            if self._process:
-                with contextlib.suppress(OSError):
-                    self._process.stdin.close()
-                self._process.wait()
+            self._end()
 
     def _start(self, mode: str) -> tuple[str, str]:
         """Start the process and return what it answers to `wandb.init`."""
@@ -570,6 +574,14 @@ class Tracker:
         # resume lets `wandb sync` append this segment to those before it
         self._tell({"id": self.run_id, "mode": mode, "dir": str(self.folder), "resume": "allow", **self.settings})
         return self._answer()
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.stdout.close()
+            with contextlib.suppress(OSError):  # a line that it never read
+                self._process.stdin.close()
+            self._process.wait()
 
     def _tell(self, message: object) -> None:
         try:
@@ -636,6 +648,9 @@ def _send_to_wandb() -> None:
             else:
                 pictures = {title: wandb.Image(path) for title, path in more.items()}
                 run.summary.update({**values, **pictures})
+        else:
+            run.finish(exit_code=1)  # the input ended without the null: the run was killed
+            return
         run.finish()
         answer("done")
     except Exception as error:  # whatever it is, the training matters more
@@ -705,7 +720,7 @@ def plain_args(args) -> dict:
 
 def write_flags(save_dir: Path, args) -> None:
     """args.yaml."""
-    fresh = {**plain_args(args), "resume": False, "checkpoint": None}
+    fresh = {**plain_args(args), "resume": False, "checkpoint": None, "config": None}
     write_text(save_dir / "args.yaml", yaml.safe_dump(fresh, sort_keys=False))
 
 
