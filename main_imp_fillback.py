@@ -359,6 +359,10 @@ def _resumed_args(parser: utils.OneLineParser, args: argparse.Namespace, given: 
     stored = content.get("args")
     if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
         raise TypeError("no flags, or no state")
+    missing = {"arch", "dataset", "struct", "epochs", "pruning_times", "lr", "rate", "seed"} - stored.keys()
+    wrong = [action.dest for action in parser._actions if action.dest in stored and not _could_be(action, stored)]
+    if missing or wrong:
+        raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
     stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
     grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
@@ -369,6 +373,19 @@ def _resumed_args(parser: utils.OneLineParser, args: argparse.Namespace, given: 
     resumed = argparse.Namespace(**{**vars(args), **stored, **{name: given[name] for name in free if name in given}})
     resumed.save_dir, resumed.resume, resumed.resumed_from = args.save_dir, True, content
     return resumed
+
+
+def _could_be(action: argparse.Action, stored: dict) -> bool:
+    """Whether the value of a stored flag is of a kind that the parser gives it."""
+    value = stored[action.dest]
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return action.nargs == "?"
+    kinds = {int: int, float: (int, float)}.get(action.type, str)
+    return isinstance(value, kinds) and (not action.choices or value in action.choices)
 
 
 def _check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
@@ -604,10 +621,20 @@ class PruneRetrain:
             if self.run.begun:
                 self.set_up_training()
                 self.optimizer.load_state_dict(content["optimizer"])
+                self.check_moments()
                 self.scaler.load_state_dict(content["scaler"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+
+    def check_moments(self) -> None:
+        """`load_state_dict` takes moments of any kind and shape."""
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
+                if not isinstance(value, Tensor | None):
+                    raise TypeError(f"optimizer: {name} is no tensor")
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
@@ -626,26 +653,31 @@ class PruneRetrain:
 
     def __call__(self) -> None:
         try:
-            with self.signals, self.whole_run_bar() as self.run_bar:
-                while self.run.state < self.states:
-                    if not self.run.begun:
-                        self.begin_state()
-                        self.set_up_training()
-                    self.train_state()
-                    self.end_state()
-                    self.signals.check()
-            unreadable = sum(data.unreadable for data in (self.train_data, self.val_data, self.test_data))
-            if unreadable:
-                log.warning("%d images could not be read and were skipped; their names stand above", unreadable)
-            self.writer.wait()
-            report, table = sparsity_report(self.run.masks, family(self.dense)), states_table(self.run.states)
-            log.info("\n%s\n\n%s\n", report, table)
-            self.hand_over()
-            self.report()
+            with self.signals:
+                with self.whole_run_bar() as self.run_bar:
+                    while self.run.state < self.states:
+                        if not self.run.begun:
+                            self.begin_state()
+                            self.set_up_training()
+                        self.train_state()
+                        self.end_state()
+                        self.signals.check()
+                self.finish()
         finally:
             self.train_data.close()
             self.tracker.finish()
             self.writer.wait()
+
+    def finish(self) -> None:
+        """All states are trained: tables, the small model, the report."""
+        self.writer.wait()
+        unreadable = sum(data.unreadable for data in (self.train_data, self.val_data, self.test_data))
+        if unreadable:
+            log.warning("%d images could not be read and were skipped; their names stand above", unreadable)
+        table = states_table(self.run.states)
+        log.info("\n%s\n\n%s\n", sparsity_report(self.run.masks, family(self.dense)), table)
+        self.hand_over()
+        self.report()
 
     def whole_run_bar(self) -> tqdm:
         """Steps of all states with the time left, on a terminal."""

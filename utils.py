@@ -403,7 +403,41 @@ class RunState:
         content = dict(content)
         for name in ("masks", "target", "elementwise"):
             content[name] = {layer: _unpack_bits(bits, device) for layer, bits in content[name].items()}
-        return cls(**content)
+        run = cls(**content)
+        run._check_types()
+        return run
+
+    def _check_types(self) -> None:
+        """Raises: TypeError, for a value that no run has."""
+
+        def number(value) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        fine = {
+            "state": type(self.state) is int and self.state >= 0,
+            "step": type(self.step) is int and self.step >= 0,
+            "begun": isinstance(self.begun, bool),
+            "kept": _ids_by_name(self.kept),
+            "target_kept": _ids_by_name(self.target_kept),
+            "sums": isinstance(self.sums, list) and len(self.sums) in (0, 2) and all(map(number, self.sums)),
+            "start_norm": self.start_norm is None or number(self.start_norm),
+            "cut": isinstance(self.cut, dict) and all(map(number, self.cut.values())),
+            "best": isinstance(self.best, dict) and all(map(number, self.best.values())),
+            "seconds": number(self.seconds),
+            "wandb_id": isinstance(self.wandb_id, str),
+        }
+        for name in ("history", "states", "units"):
+            rows = getattr(self, name)
+            fine[name] = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        wrong = [name for name, good in fine.items() if not good]
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} of a wrong type")
+
+
+def _ids_by_name(kept: object) -> bool:
+    return isinstance(kept, dict) and all(
+        isinstance(ids, list) and all(type(unit) is int and unit >= 0 for unit in ids) for ids in kept.values()
+    )
 
 
 def _pack_bits(mask: Tensor) -> dict:
@@ -413,6 +447,8 @@ def _pack_bits(mask: Tensor) -> dict:
 
 def _unpack_bits(packed: Mapping, device: torch.device) -> Tensor:
     count = int(np.prod(packed["shape"]))
+    if packed["bits"].dtype != torch.uint8 or len(packed["bits"]) != (count + 7) // 8:
+        raise TypeError("a mask has not the bits of its shape")
     bits = np.unpackbits(packed["bits"].numpy(), count=count)
     return torch.from_numpy(bits).reshape(packed["shape"]).to(device, torch.get_default_dtype())
 

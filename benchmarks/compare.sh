@@ -8,10 +8,14 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 script=$(basename -- "$0" .sh)
-if [[ ${1:-} == -h || ${1:-} == --help || $# -lt 2 ]]; then
-    echo "usage: [OUT=DIR] bash benchmarks/$script.sh DATASET SEED... [-- FLAG...]"
+usage="usage: [OUT=DIR] bash benchmarks/$script.sh DATASET SEED... [-- FLAG...]"
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    echo "$usage"
     echo "FLAGs go to every run, as in: -- --data /usr/share/datasets/fashion-mnist --epochs 10 --pruning_times 4"
-    [[ ${1:-} == -h || ${1:-} == --help ]] && exit
+    exit
+fi
+if [[ ! ${2:-} =~ ^[0-9]+$ || $1 == -* ]]; then # no seed, or no data set
+    echo "$usage" >&2
     exit 2
 fi
 dataset=$1 seeds=() flags=()

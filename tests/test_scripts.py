@@ -17,12 +17,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
+COMPARISONS = ["compare_criteria", "compare_methods", "compare_variants", "vit_vs_cnn"]
 
 SHOW = """
 import json, os, sys, time
 print(json.dumps(sys.argv[1:]), flush=True)
 time.sleep(float(os.environ.get("SHOW_SLEEP", 0)))
 sys.exit(int(os.environ.get("SHOW_STATUS", 0)))
+"""
+RECORD = """
+import json, os, sys
+with open(os.environ["RECORD"], "a+") as calls:
+    calls.seek(0)
+    number = len(calls.readlines())
+    calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+sys.exit(int(os.environ.get("RECORD_STATUS", 0)) if number == int(os.environ.get("RECORD_FAILS", -1)) else 0)
 """
 FAKE_PIP = """
 import os, signal, sys
@@ -58,10 +67,10 @@ class Project:
         self.environ = {k: os.environ[k] for k in ("PATH", "HOME", "LD_LIBRARY_PATH") if k in os.environ}
         self.environ |= {"LAUNCH_GRACE": "20", "PIP_CALLS": self.calls, "VIRTUAL_ENV": active}
 
-    def bash(self, *words, cwd=None, stdin=subprocess.DEVNULL, **environ):
+    def bash(self, *words, cwd=None, stdin=subprocess.DEVNULL, timeout=60, **environ):
         """Returns the status, standard output and standard error."""
         environ = {k: str(v) for k, v in (self.environ | environ).items()}
-        options = {"capture_output": True, "text": True, "start_new_session": True, "timeout": 60}
+        options = {"capture_output": True, "text": True, "start_new_session": True, "timeout": timeout}
         result = subprocess.run(["bash", *words], cwd=cwd or self.root, env=environ, stdin=stdin, **options)
         return result.returncode, result.stdout, result.stderr
 
@@ -75,9 +84,11 @@ def project(tmp_path):
 
 
 def test_scripts_are_clean_and_ci_runs_the_documented_command():
+    comparisons = [f"benchmarks/{name}.sh" for name in COMPARISONS]
     if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", *SCRIPTS], cwd=ROOT, check=True)
-    assert all(os.access(ROOT / script, os.X_OK) for script in SCRIPTS)
+        subprocess.run(["shellcheck", *SCRIPTS, *comparisons, "benchmarks/compare.sh"], cwd=ROOT, check=True)
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.sh")} == {*COMPARISONS, "compare"}
+    assert all(os.access(ROOT / script, os.X_OK) for script in (*SCRIPTS, *comparisons))
     command = "SETUP_DEV=1 source setup_env.sh && python -m pytest"
     assert command in (ROOT / ".ci" / "run").read_text()
     assert not (ROOT / "README.md").exists() or command in (ROOT / "README.md").read_text()
@@ -348,3 +359,142 @@ def test_setup_errors_are_one_clear_line(project, venv, tmp_path, code, said):
         status, out, err = project.bash(*words)
         assert (status, out, venv.exists()) == (1, "", False)
         assert re.fullmatch(said, err.removeprefix("setup_env.sh: "))
+
+
+# benchmarks/compare_*.sh
+
+BOTH = ["--vit_structured", "--vit_prune_target", "both"]
+RUNS = {
+    "compare_criteria": {
+        name: ["--struct", "refill", *BOTH, "--criteria", name]
+        for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
+    },
+    "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
+    "compare_variants": {
+        "weights": ["--struct", "rsst"],
+        "head": ["--struct", "rsst", "--vit_structured", "--vit_prune_target", "head"],
+        "mlp": ["--struct", "rsst", "--vit_structured", "--vit_prune_target", "mlp"],
+        "both": ["--struct", "rsst", *BOTH],
+    },
+    "vit_vs_cnn": {
+        "vit_tiny_refill": ["--arch", "vit_tiny", "--struct", "refill", *BOTH],
+        "res20s_refill": ["--arch", "res20s", "--struct", "refill"],
+        "vit_tiny_rsst": ["--arch", "vit_tiny", "--struct", "rsst", *BOTH],
+        "res20s_rsst": ["--arch", "res20s", "--struct", "rsst"],
+    },
+}
+
+
+@pytest.fixture
+def comparison(project, tmp_path):
+    """comparison(NAME, *arguments) -> status, out, err and the calls of MAIN and REPORT with their arguments."""
+    record = tmp_path / "record"
+    project.environ |= {"RECORD": record}
+    for name in ("MAIN", "REPORT"):
+        project.environ[name] = write(tmp_path / "small programs" / f"{name}.py", RECORD)
+    shutil.copytree(ROOT / "benchmarks", project.root / "benchmarks", ignore=shutil.ignore_patterns("*.py", "*.json"))
+
+    def start(name, *arguments, **environ):
+        record.unlink(missing_ok=True)
+        status, out, err = project.bash(project.root / "benchmarks" / f"{name}.sh", *arguments, cwd="/", **environ)
+        calls = record.read_text().splitlines() if record.exists() else []
+        return status, out, err, [json.loads(call) for call in calls]
+
+    return start
+
+
+def expected_calls(name, out, seeds, flags=(), dataset="digits"):
+    folders = {(run, seed): f"{out}/{run}_s{seed}" for run in RUNS[name] for seed in seeds}
+    first = ["MAIN.py", "--dataset", dataset, "--seed"]
+    calls = [
+        [*first, seed, *RUNS[name][run], *flags, "--overwrite", "--save_dir", folder]
+        for (run, seed), folder in folders.items()
+    ]
+    return [*calls, ["REPORT.py", *folders.values(), "--out", f"{out}/report"]]
+
+
+def finish(folder):
+    write(folder / "model" / "config.json", "{}")
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_starts_its_runs_for_each_seed_and_reports_on_all(comparison, name):
+    expected = expected_calls(name, f"results/{name}_digits", ["0", "12"])
+    assert comparison(name, "digits", "0", "12") == (0, "", "", expected)
+
+
+def test_flags_behind_the_dashes_go_to_every_run_as_they_are(comparison, tmp_path):
+    out, flags = tmp_path / "in here", ["--data", "/a folder/of 'data'", "--struct", "--", "", "*", "--seed", "7"]
+    expected = expected_calls("compare_methods", out, ["3"], flags, dataset="cifar10")
+    assert comparison("compare_methods", "cifar10", "3", "--", *flags, OUT=out) == (0, "", "", expected)
+    expected = expected_calls("compare_methods", out, ["3"])
+    assert comparison("compare_methods", "digits", "3", "--", OUT=out)[3] == expected
+
+
+def test_complete_runs_are_skipped_and_broken_ones_go_on(comparison, tmp_path):
+    write(tmp_path / "imp_s0" / "checkpoint.pt", "")
+    write(tmp_path / "imp_s0" / "model" / "model.safetensors", "")  # it broke off while it wrote its model
+    write(tmp_path / "refill_s0" / "checkpoint.prev.pt", "")
+    write(tmp_path / "rsst_s0" / "run.log", "")  # it broke off before its first checkpoint
+    for checkpoint in ("dense_s0", "dense_s1"):
+        write(tmp_path / checkpoint / "checkpoint.pt", "")
+        finish(tmp_path / checkpoint)
+    status, out, err, calls = comparison("compare_methods", "digits", "0", "1", "--", "--lr", "1", OUT=tmp_path)
+    anew = expected_calls("compare_methods", tmp_path, ["0", "1"], ["--lr", "1"])
+    expected = anew[2:]
+    expected[0] = ["MAIN.py", "--resume", "--save_dir", f"{tmp_path}/imp_s0"]
+    expected[2] = ["MAIN.py", "--resume", "--save_dir", f"{tmp_path}/refill_s0"]
+    assert (status, err, calls) == (0, "", expected)
+    assert out.splitlines() == [f"{tmp_path}/dense_s{seed} is complete" for seed in (0, 1)]
+    for call in anew[:-1]:
+        finish(Path(call[-1]))
+    assert comparison("compare_methods", "digits", "0", "1", OUT=tmp_path)[3] == anew[-1:]
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_a_failing_run_ends_the_comparison_with_its_status(comparison, tmp_path, number):
+    environ = {"OUT": tmp_path, "RECORD_FAILS": number, "RECORD_STATUS": 9}
+    status, _, _, calls = comparison("compare_methods", "digits", "0", **environ)
+    assert (status, calls) == (9, expected_calls("compare_methods", tmp_path, ["0"])[: number + 1])
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize(
+    "arguments",
+    [words.split(" ") for words in ("", "digits", "digits -- --lr 1", "digits one", "digits -1", "--lr 1", "digits ")],
+    ids=" ".join,
+)
+def test_a_comparison_without_data_set_or_seeds_says_its_usage(comparison, name, arguments):
+    usage = f"usage: [OUT=DIR] bash benchmarks/{name}.sh DATASET SEED... [-- FLAG...]\n"
+    assert comparison(name, *arguments) == (2, "", usage, [])
+
+
+def test_a_comparison_refuses_flags_before_the_dashes_and_explains_itself(comparison):
+    status, out, err, calls = comparison("compare_methods", "digits", "0", "--lr", "1")
+    assert (status, out, calls) == (2, "", [])
+    assert err == "compare_methods.sh: seed '--lr' is not a number; flags come after --\n"
+    for flag in ("-h", "--help"):
+        status, out, err, calls = comparison("compare_methods", flag)
+        assert (status, out.startswith("usage: "), err, calls) == (0, True, "", [])
+
+
+@pytest.mark.slow
+def test_a_comparison_of_real_runs_ends_with_its_tables(project, comparison, tmp_path):
+    (project.root / "main_imp_fillback.py").unlink()
+    for path in [*ROOT.glob("*.py"), ROOT / "models"]:
+        (project.root / path.name).symlink_to(path)
+    flags = "--epochs 1 --pruning_times 2 --rate 0.3 --img_size 8 --train_limit 40 --batch_size 20 --device cpu"
+    environ = {"OUT": tmp_path / "out", "MAIN": "main_imp_fillback.py", "REPORT": "report.py", "OMP_NUM_THREADS": 1}
+    environ |= {"WANDB_MODE": "disabled", "HOME": tmp_path}
+    script = project.root / "benchmarks" / "compare_methods.sh"
+    status, out, err = project.bash(script, "digits", "0", "1", "--", *flags.split(), timeout=900, **environ)
+    assert status == 0, err
+    folders = {f"{method}_s{seed}" for method in ("dense", "imp", "refill", "rsst") for seed in (0, 1)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "report"}
+    text = (tmp_path / "out" / "report" / "compare.md").read_text()
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    for method in ("Dense", "IMP", "Refill", "RSST"):
+        assert any(method in line for line in tables)
+    assert {"compare.csv", "compare.png", "compare.html"} <= {p.name for p in (tmp_path / "out" / "report").iterdir()}
+    status, out, err = project.bash(script, "digits", "0", "1", timeout=300, **environ)
+    assert (status, out.count(" is complete\n")) == (0, len(folders)), err
