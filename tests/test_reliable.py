@@ -1,0 +1,825 @@
+"""Laws of a run that is killed, stopped or cannot write: it goes on from its last checkpoint to the same bits.
+
+Every run here is a process of its own, so that it can die for real: most are forked off a server that has imported the
+command once, some are the command started anew. Inside such a process `at` lets something happen at an exact moment:
+the second step of state 1, the fifth `os.replace` of state 2, half a `write`.
+"""
+
+import errno
+import functools
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import main_imp_fillback as entry
+import models
+import utils
+from models.vit import VisionTransformer
+
+torch.set_num_threads(1)  # in the server's processes, too, which do not read conftest.py
+
+SCRIPT = Path(__file__).resolve().parent.parent / "main_imp_fillback.py"
+TIMES = ("seconds", "images_per_second")
+words = str.split
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+STEPS, EPOCHS, STATES = 3, 3, 3
+BASE = words(
+    "--dataset digits --arch vit_micro --img_size 16 --device cpu --amp off --train_limit 60 --batch_size 20 "
+    "--epochs 3 --pruning_times 3 --lr 0.05 --rate 0.4 --reg_finish 0.5 --checkpoint_every 2 --print_freq 2 "
+    "--workers 0 --wandb_mode disabled"
+)
+CUT = 4  # half of 9 steps, rounded to even
+BOTH = ("--vit_structured", "--vit_prune_target", "both")
+MODES = {
+    "rsst structured": ("--struct", "rsst", *BOTH),
+    "rsst": ("--struct", "rsst", "--fillback_rate", "0.2"),
+    "refill structured": ("--struct", "refill", *BOTH, "--prune_type", "rewind_lt", "--rewind_epoch", "1"),
+    "refill": ("--struct", "refill", "--fillback_rate", "0.2", "--opt", "adamw", "--lr", "0.005"),
+    "imp": ("--struct", "imp"),
+    "oneshot": ("--struct", "oneshot", *BOTH),
+    "dense": ("--struct", "dense"),
+    "cnn": ("--struct", "rsst", "--arch", "res20s", "--img_size", "8"),
+}
+
+
+def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
+    geometry = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+    return VisionTransformer(**{**geometry, "num_classes": num_classes or 10, **overrides})
+
+
+# ------------------------------------------------------------------------------------------- what happens in a process
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # it comes to the process, not to this thread
+
+
+def fail(name):
+    number = getattr(errno, name)
+    raise OSError(number, os.strerror(number))
+
+
+def send(*names):
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+def out_of_memory(kind):
+    if kind == "cuda":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has none.")
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: no")
+
+
+def limit_file_size(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+JOBS = []  # of this process
+
+
+def now():
+    """State of the process's run, -1 before it has one."""
+    return JOBS[0].run.state if JOBS else -1
+
+
+def at(point, state, count, act, *details):
+    """Let `act(*details)` happen before the count-th call of `point` in `state`, once.
+
+    `point` is a method of the run ("cut", or "cut done" for the moment after it), "os.replace" (of any file, or
+    "os.replace best.pt"), "os.fsync", "os.mkdir", "open" (of a file to write to) or "write", where half of what was to
+    be written is on disk already.
+    """
+    left = [count]
+
+    def arrive():
+        if now() == state:
+            left[0] -= 1
+            if left[0] == 0:
+                act(*details)
+
+    def before(function):
+        return lambda *arguments, **named: (arrive(), function(*arguments, **named))[1]
+
+    def after(function):
+        def run(*arguments):
+            result = function(*arguments)
+            arrive()
+            return result
+
+        return run
+
+    class HalfWritten:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            half = len(data) // 2
+            self.file.write(data[:half])
+            self.file.flush()
+            arrive()
+            return half + self.file.write(data[half:])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    def opened(path, mode="r", *more):
+        if "w" not in mode:
+            return open(path, mode, *more)
+        if point == "open":
+            arrive()
+        return HalfWritten(open(path, mode, *more)) if point == "write" else open(path, mode, *more)
+
+    if point in ("open", "write"):
+        utils.open = opened
+    elif point.startswith("os."):
+        name, _, target = point.removeprefix("os.").partition(" ")
+        original = getattr(os, name)
+        arrived = before(original)
+
+        def system_call(*arguments, **named):
+            counts = not target or Path(arguments[1]).name == target
+            return (arrived if counts else original)(*arguments, **named)
+
+        setattr(os, name, system_call)
+    else:
+        name, _, done = point.partition(" ")
+        wrap = after if done else before
+        setattr(entry.PruneRetrain, name, wrap(getattr(entry.PruneRetrain, name)))
+
+
+def keep_checkpoint(path, state, step):
+    """Copy the checkpoint of this step aside as soon as it is on disk."""
+    save = utils.save_checkpoint
+
+    def saved(save_dir, content):
+        save(save_dir, content)
+        if (content["run"]["state"], content["run"]["step"]) == (state, step):
+            shutil.copy(save_dir / "checkpoint.pt", path)
+
+    utils.save_checkpoint = saved
+
+
+def draw_in_every_step():
+    """Training that draws from all three generators, as dropout and augmentation of one's own would."""
+    step = entry.PruneRetrain.train_step
+
+    def drawing(job, *where):
+        step(job, *where)
+        noise = torch.rand(()) + random.random() + np.random.rand() + np.random.randn()
+        with torch.no_grad():
+            job.model.get_parameter("norm.bias").add_(1e-3 * noise)
+
+    entry.PruneRetrain.train_step = drawing
+
+
+def without_report():
+    """Pictures take longer than these runs."""
+    entry.report.write = lambda _: None
+
+
+def spoil_steps(state, step):
+    """A forward pass of this step gives infinity."""
+    train_step = entry.PruneRetrain.train_step
+
+    def spoilt(job, *where):
+        if (job.run.state, job.run.step) == (state, step):
+            with torch.no_grad():
+                job.model.get_parameter("head.weight").fill_(torch.inf)
+        train_step(job, *where)
+
+    entry.PruneRetrain.train_step = spoilt
+
+
+def _process(argv, output, patches):
+    torch.set_num_threads(1)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(output)
+    sys.argv = [str(SCRIPT)]
+    models.BUILDERS["vit_micro"] = vit_micro
+    os.fsync = lambda _: None  # no power fails here, and a shared disk is slow
+    start = entry.PruneRetrain.__init__
+    entry.PruneRetrain.__init__ = lambda job, *arguments: (JOBS.append(job), start(job, *arguments))[1]
+    for patch, *details in patches:
+        patch(*details)
+    try:
+        code = entry.main(argv)
+    except Exception:  # as the interpreter would end, so that tests see it
+        traceback.print_exc()
+        code = 1
+    logging.shutdown()
+    sys.exit(code)
+
+
+# ------------------------------------------------------------------------------------------------------- the processes
+
+
+@pytest.fixture(scope="session")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "sklearn.datasets", "torch._dynamo"])  # what the command imports late
+    with pytest.MonkeyPatch.context() as patch:
+        # the server finds the module nowhere else: Python 3.11's does not take over sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [SCRIPT.parent, Path(__file__).parent])))
+        first = context.Process(target=time.sleep, args=(0,))
+        first.start()
+        first.join()
+    return context
+
+
+@pytest.fixture(scope="session")
+def launch(server, tmp_path_factory):
+    """launch(argv, (at, "cut", 1, 1, kill), ...) -> code (as subprocess gives it), out and err of the process."""
+
+    def start(argv, *patches, report=False, kill_after=None):
+        output = tmp_path_factory.mktemp("process")
+        patches = patches if report else ((without_report,), *patches)
+        process = server.Process(target=_process, args=([str(part) for part in argv], output, patches))
+        process.start()
+        process.join(kill_after or 120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            assert kill_after, "the process hangs"
+        files = sorted(os.listdir(output))
+        out, err = ((output / name).read_text() if name in files else "" for name in ("out", "err"))
+        assert set(files) <= {"out", "err"}  # nothing anywhere else
+        return SimpleNamespace(code=process.exitcode, out=out, err=err)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def whole(launch, tmp_path_factory):
+    """whole("imp") -> what an unbroken run of this mode ends with, made once."""
+    found = {}
+
+    def ending_of(mode, *patches):
+        key = (mode, *patches)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            done = launch([*BASE, *MODES[mode], "--save_dir", folder], *patches)
+            assert done.code == 0, done.err
+            found[key] = ending(folder)
+            shutil.rmtree(folder.parent)
+        return found[key]
+
+    return ending_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def resume(launch, folder):
+    """Go on as the messages say: from the checkpoint; anew where none was written yet."""
+
+    def start(mode, *patches, **options):
+        if any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt")):
+            return launch(["--resume", "--save_dir", folder], *patches, **options)
+        anew = ["--overwrite"] if folder.exists() else []
+        return launch([*BASE, *MODES[mode], "--save_dir", folder, *anew], *patches, **options)
+
+    return start
+
+
+def without_times(content):
+    if isinstance(content, dict):
+        return {key: without_times(value) for key, value in content.items() if key not in TIMES}
+    return [without_times(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def leaves(content, path=""):
+    """{path: value} of nested dicts and lists; tensors as type, shape and bits."""
+    if isinstance(content, dict | list | tuple):
+        parts = content.items() if isinstance(content, dict) else enumerate(content)
+        return {where: leaf for key, value in parts for where, leaf in leaves(value, f"{path}/{key}").items()}
+    if isinstance(content, torch.Tensor):
+        content = (
+            content.dtype,
+            tuple(content.shape),
+            content.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+        )
+    return {path: content}
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def table(path):
+    header, *rows = (line.split(",") for line in path.read_text().splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+FREE = words(
+    "workers device gpu print_freq verbose data save_dir resume checkpoint checkpoint_every config wandb_mode "
+    "wandb_project wandb_entity overwrite pruning_times"
+)
+
+
+def ending(folder):
+    """All that a finished run leaves but times, and the flags that may change on resume."""
+    checkpoint = load(folder / "checkpoint.pt")
+    checkpoint["args"] = {name: value for name, value in checkpoint["args"].items() if name not in FREE}
+    checkpoint["run"].pop("wandb_id")
+    content = {"checkpoint": checkpoint, "best": load(folder / "best.pt"), "metrics.jsonl": metrics(folder)}
+    content |= {name: table(folder / name) for name in ("metrics.csv", "states.csv", "units.csv")}
+    content["model"] = load_file(folder / "model" / "model.safetensors")
+    content["parity"] = json.loads((folder / "model" / "parity.json").read_text())
+    return leaves(without_times(content))
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    assert [path for path, value in expected.items() if repr(found[path]) != repr(value)] == []
+
+
+def assert_good(folder):
+    """What holds in the folder of a run at any moment: files are whole, and a checkpoint loads once there was one."""
+    names = set(os.listdir(folder))
+    rows = metrics(folder) if "metrics.jsonl" in names else []  # no epoch is over yet
+    if len(rows) > 1 or names & {"checkpoint.pt", "checkpoint.prev.pt"}:
+        content = utils.load_checkpoint(folder)
+        assert all(tensor.isfinite().all() for tensor in content["weights"].values())
+        assert [(row["state"], row["epoch"]) for row in rows] == list(epochs_of(folder))[: len(rows)]
+        # an epoch has its line before its checkpoint, which is written while the next epoch runs
+        assert 0 <= len(rows) - len(content["run"]["history"]) <= 2
+    for name in names & {"best.pt", "init.pt", "rewind.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt"}:
+        assert not utils._seal_broken(folder / name)
+        load(folder / name)
+    for name in names & {"metrics.csv", "states.csv", "units.csv"}:
+        table(folder / name)
+    if "args.yaml" in names:
+        assert yaml.safe_load((folder / "args.yaml").read_text())["dataset"] == "digits"
+
+
+def epochs_of(folder):
+    dense = load(folder / "init.pt") and yaml.safe_load((folder / "args.yaml").read_text())["struct"] == "dense"
+    return itertools.product(range(1 if dense else STATES), range(EPOCHS * (STATES if dense else 1)))
+
+
+def assert_finishes_alike(done, folder, expected):
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert not [name for name in os.listdir(folder) if name.startswith(".") or "new" in name]
+    assert [(row["state"], row["epoch"]) for row in metrics(folder)] == list(epochs_of(folder))
+    assert_same_bits(ending(folder), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- kills
+
+# Moments in the order in which a run meets them: a method or a call of the system, the state, and which call in it,
+# counted from where the process before was killed. Checkpoints are written after steps 2, 3, 4, 6, 8 and 9 of a state,
+# each by three calls of os.replace: the new file, the old one aside, the new one in its place.
+KILLS = [
+    ("write", 0, 2),  # before there is any checkpoint
+    ("train_step", 0, 2),
+    ("os.replace", 0, 1),
+    ("train_step", 0, 5),
+    ("write", 0, 9),
+    ("end_epoch", 0, 1),
+    ("end_state", 0, 1),
+    ("begin_state", 1, 1),
+    ("begin_state done", 1, 1),
+    ("train_step", 1, 2),  # the ramp
+    ("os.replace", 1, 2),
+    ("os.replace", 1, 3),
+    ("cut", 1, 1),
+    ("cut done", 1, 1),
+    ("os.fsync", 1, 2),
+    ("train_step", 1, 3),  # after the cut
+    ("write", 1, 30),
+    ("end_epoch done", 1, 1),
+    ("end_epoch done", 1, 1),
+    ("end_state done", 2, 1),  # the state has risen, its checkpoint is under way
+    ("begin_state", 2, 1),
+    ("os.replace", 2, 1),
+    ("train_step", 2, 3),
+    ("cut", 2, 1),
+    ("os.replace best.pt", 2, 1),
+    ("os.replace checkpoint.pt", 2, 1),
+    ("os.replace checkpoint.prev.pt", 2, 1),
+    ("end_state", 2, 1),
+    ("hand_over", 3, 1),
+    ("write", 3, 2),
+]
+FEW = {
+    "five": [
+        ("os.replace", 0, 6), ("begin_state", 1, 1), ("cut done", 1, 1), ("os.replace checkpoint.pt", 2, 1),
+        ("write", 2, 30),
+    ],
+    "rsst": [("train_step", 0, 5), ("write", 1, 2), ("cut done", 1, 1), ("train_step", 1, 3), ("os.replace", 2, 8)],
+    "rest": [("train_step", 0, 5), ("end_state", 0, 1), ("write", 1, 30), ("os.replace", 1, 8), ("train_step", 2, 4)],
+    "dense": [("train_step", 0, 5), ("os.replace", 0, 5), ("write", 0, 30), ("os.fsync", 0, 5), ("end_epoch", 0, 3)],
+}  # fmt: skip
+
+
+def survive(kills, mode, folder, resume):
+    for point, state, count in kills:
+        killed = resume(mode, (at, point, state, count, kill))
+        assert killed.code == -signal.SIGKILL, (point, state, count, killed.err)
+        assert killed.err == ""
+        assert_good(folder)
+    return resume(mode)
+
+
+def test_a_run_killed_at_five_moments_ends_with_the_bits_of_an_unbroken_one(folder, resume, whole):
+    mode = "rsst structured"
+    assert_finishes_alike(survive(FEW["five"], mode, folder, resume), folder, whole(mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_runs_of_every_mode_end_with_the_bits_of_unbroken_ones(mode, folder, resume, whole):
+    kinds = {"rsst structured": KILLS, "rsst": FEW["rsst"], "cnn": FEW["rsst"], "dense": FEW["dense"]}
+    assert_finishes_alike(survive(kinds.get(mode, FEW["rest"]), mode, folder, resume), folder, whole(mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["os.replace", "os.fsync", "open"])
+@pytest.mark.parametrize("mode", ["rsst structured", "rsst"])
+def test_a_run_killed_at_each_call_that_writes_a_file(mode, point, folder, resume, whole):
+    """In each state the first process dies at its first such call, the next one at its second, and so on."""
+    kills = 0
+    for state in range(STATES):
+        for count in range(1, 9):
+            killed = resume(mode, (at, point, state, count, kill))
+            assert killed.code in (0, -signal.SIGKILL)
+            assert killed.err == ""
+            assert_good(folder)
+            if killed.code == 0 or now_at(folder)[0] > state:
+                break
+            kills += 1
+    assert kills >= 9
+    assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+def now_at(folder):
+    """State and step of the latest checkpoint; -1 without any."""
+    names = [name for name in ("checkpoint.pt", "checkpoint.prev.pt") if (folder / name).exists()]
+    run = load(folder / names[0])["run"] if names else {"state": -1, "step": -1}
+    return run["state"], run["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_times_ends_with_the_bits_of_an_unbroken_one(seed, folder, resume, whole):
+    mode, clock, kills = "rsst structured", random.Random(seed), 0
+    expected = whole(mode)
+    while kills < 12:
+        killed = resume(mode, kill_after=clock.uniform(0.2, 1.0))
+        if killed.code == 0:
+            assert_finishes_alike(killed, folder, expected)
+            shutil.rmtree(folder)
+            continue
+        assert killed.code == -signal.SIGKILL, killed.err
+        assert killed.err == ""
+        kills += 1
+        if folder.exists():
+            assert_good(folder)
+    assert_finishes_alike(resume(mode), folder, expected)
+
+
+def start_command(*argv, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, argv)],
+        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_itself_killed_six_times_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+    """vit_tiny in a process started anew each time, killed as soon as it has said something."""
+    flags = words(
+        "--dataset digits --arch vit_tiny --img_size 8 --device cpu --amp off --train_limit 60 --batch_size 20 "
+        "--epochs 2 --pruning_times 3 --struct rsst --vit_structured --vit_prune_target both --rate 0.4 "
+        "--reg_finish 0.5 --checkpoint_every 1 --print_freq 1 --wandb_mode disabled"
+    )
+    here = tmp_path / "cwd"
+    here.mkdir()
+    whole_run = start_command(*flags, "--save_dir", tmp_path / "whole", cwd=here)
+    out, err = whole_run.communicate(timeout=300)
+    assert (whole_run.returncode, err) == (0, "")
+    folder = tmp_path / "run"
+    sights = [
+        "state 0 epoch 1/2 batch 3", "state 0 epoch 2/2 batch 2", "state 0 done", "state 1 epoch 1/2 batch 2",
+        "cut at step 3", "state 2 prunes", "state 2 epoch 2/2 batch 1", "state 2 done",
+    ]  # fmt: skip
+    assert all(sight in out for sight in sights)
+    argv = [*flags, "--save_dir", folder]
+    for sight in sights:
+        process = start_command(*argv, cwd=here)
+        for line in process.stdout:
+            if sight in line:
+                break
+        process.kill()
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (-signal.SIGKILL, ""), sight
+        argv = ["--resume", "--save_dir", folder]
+    process = start_command(*argv, cwd=here)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert_same_bits(ending(folder), ending(tmp_path / "whole"))
+    assert os.listdir(here) == []
+
+
+# ------------------------------------------------------------------------------------------------- writes that fail
+
+# where it fails, as in KILLS, and how
+FAULTS = [
+    ("open", 1, 1, "EROFS"),
+    ("write", 1, 1, "ENOSPC"),
+    ("write", 1, 9, "ENOSPC"),  # within torch.save
+    ("write", 1, 40, "EIO"),
+    ("os.fsync", 1, 1, "EIO"),
+    ("os.fsync", 2, 4, "ENOSPC"),
+    ("os.replace", 1, 1, "EROFS"),
+    ("os.replace checkpoint.prev.pt", 1, 2, "EIO"),
+    ("os.replace checkpoint.pt", 1, 3, "ENOSPC"),
+    ("os.replace", 2, 9, "EIO"),
+]
+MORE_FAULTS = [
+    (point, state, count, name)
+    for point, name in (("open", "EROFS"), ("write", "ENOSPC"), ("os.fsync", "EIO"), ("os.replace", "EIO"))
+    for state in range(STATES)
+    for count in (2, 3, 5, 6, 7, 8)
+]
+
+
+def check_fault(point, state, count, name, folder, resume, whole):
+    mode = "rsst structured"
+    failed = resume(mode, (at, point, state, count, fail, name))
+    assert failed.code == 1, failed.err
+    assert failed.err.count("\n") == 1, failed.err
+    assert failed.err.startswith("main_imp_fillback.py: error: ")
+    assert os.strerror(getattr(errno, name)) in failed.err
+    assert str(folder) in failed.err
+    assert_good(folder)
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+@pytest.mark.parametrize("fault", [FAULTS[2], FAULTS[8]], ids=str)
+def test_a_write_that_fails_is_one_line_and_loses_nothing(fault, folder, resume, whole):
+    check_fault(*fault, folder, resume, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [*FAULTS, *MORE_FAULTS], ids=str)
+def test_writes_that_fail_anywhere_are_one_line_and_lose_nothing(fault, folder, resume, whole):
+    check_fault(*fault, folder, resume, whole)
+
+
+@pytest.mark.parametrize("point", ["open", "write", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("count", [1, slow(3)])
+def test_a_disk_that_fails_before_the_first_checkpoint_is_one_line(point, count, folder, resume):
+    failed = resume("imp", (at, point, 0, count, fail, "EROFS"))
+    assert failed.code == 1, failed.err
+    assert failed.err.count("\n") == 1, failed.err
+    assert "Read-only file system" in failed.err
+    assert str(folder) in failed.err
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("point", ["os.mkdir", slow("write"), slow("open"), slow("os.fsync"), slow("os.replace")])
+def test_a_model_that_cannot_be_written_is_one_line_and_the_run_can_go_on(point, folder, resume, whole):
+    failed = resume("rsst structured", (at, point, STATES, 1 if point == "os.mkdir" else 5, fail, "ENOSPC"))
+    assert failed.code == 1, failed.err
+    assert failed.err.count("\n") == 1, failed.err
+    assert "No space left on device" in failed.err
+    assert str(folder) in failed.err
+    assert_finishes_alike(resume("rsst structured"), folder, whole("rsst structured"))
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_written_costs_a_line_of_the_log(folder, launch):
+    flags = [*BASE, "--struct", "imp", "--no-export", "--save_dir", folder]
+    done = launch(flags, (at, "report done", STATES, 1, send), (at, "os.replace", STATES, 5, fail, "EIO"), report=True)
+    assert (done.code, done.err) == (0, "")
+    assert "Input/output error" in (folder / "run.log").read_text()
+    assert not (folder / "report.md").exists()
+
+
+@pytest.mark.parametrize("size", [20_000, slow(3_000), slow(100_000)])
+def test_a_disk_that_is_full_from_some_step_on_is_one_line_and_loses_nothing(size, folder, resume, whole):
+    """The system itself refuses to let a file grow: before, within and behind the archive of tensors."""
+    full = resume("rsst structured", (at, "train_step", 1, 4, limit_file_size, size))
+    assert full.code == 1, full.err
+    assert full.err.count("\n") == 1, full.err
+    assert "File too large" in full.err
+    assert str(folder) in full.err
+    assert_good(folder)
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    assert_finishes_alike(resume("rsst structured"), folder, whole("rsst structured"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_a_log_that_cannot_grow_costs_nothing_else(folder, resume, whole):
+    resume("rsst structured", (at, "train_step", 1, 4, kill))
+    (folder / "run.log").unlink()
+    (folder / "run.log").symlink_to("/dev/full")
+    assert_finishes_alike(resume("rsst structured"), folder, whole("rsst structured"))
+
+
+# ------------------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "state", "step"),
+    [
+        ("SIGINT", "train_step", 1, (1, 5)),  # the fifth step is done, and written
+        ("SIGTERM", "cut", 1, (1, 4)),
+        ("SIGUSR1", "end_state", 1, (2, 0)),
+        slow("SIGUSR1", "begin_state", 1, (1, 1)),
+        slow("SIGTERM", "end_epoch", 0, (0, 3)),
+        slow("SIGINT", "end_state done", STATES, (3, 0)),
+    ],
+)
+def test_a_signal_ends_the_step_writes_the_checkpoint_and_says_how_to_go_on(
+    name, point, state, step, folder, resume, whole
+):
+    number = getattr(signal, name)
+    count = 5 if point == "train_step" else 1
+    stopped = resume("rsst structured", (at, point, state, count, send, name))
+    assert stopped.code == 128 + number, stopped.err
+    assert stopped.err.count("\n") == 1, stopped.err
+    assert f"--resume --save_dir {folder}" in stopped.err
+    assert name in stopped.err
+    assert now_at(folder) == step
+    assert_good(folder)
+    assert_finishes_alike(resume("rsst structured"), folder, whole("rsst structured"))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", -15), slow("SIGUSR1", -10)])
+def test_a_second_signal_stops_at_once(name, code, folder, resume, whole):
+    stopped = resume("rsst structured", (at, "train_step", 1, 6, send, name, name))
+    assert stopped.code == code, stopped.err
+    assert stopped.err.count("\n") == (1 if name == "SIGINT" else 0), stopped.err
+    assert (1, 3) <= now_at(folder) <= (1, 4)  # the step that was under way is lost
+    assert_good(folder)
+    assert_finishes_alike(resume("rsst structured"), folder, whole("rsst structured"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_from_outside_stops_the_command_itself(name, code, tmp_path):
+    flags = words(
+        "--dataset digits --arch vit_tiny --img_size 8 --device cpu --amp off --train_limit 60 --batch_size 20 "
+        "--epochs 50 --pruning_times 2 --print_freq 1 --wandb_mode disabled"
+    )
+    process = start_command(*flags, "--save_dir", tmp_path / "run", cwd=tmp_path)
+    for line in process.stdout:
+        if "state 0 epoch 2/50 batch 1" in line:
+            break
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.count("\n") == 1, err
+    assert f"--resume --save_dir {tmp_path / 'run'}" in err
+    said = [line for line in out.splitlines() if " batch " in line]
+    assert len(said) <= 3  # it went no further than the steps under way
+    assert now_at(tmp_path / "run")[0] == 0
+    assert now_at(tmp_path / "run")[1] >= 4
+
+
+# ------------------------------------------------------------------------------------- what the device or flags refuse
+
+
+@pytest.mark.parametrize("kind", ["cuda", slow("cpu")])
+def test_running_out_of_memory_says_what_to_change(kind, folder, resume, whole):
+    mode = "rsst structured"
+    ended = resume(mode, (at, "mask_gradients", 1, 6, out_of_memory, kind))
+    assert ended.code == 1, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert all(flag in ended.err for flag in ("--batch_size 20", "--accum_steps 1", "--amp off"))
+    assert now_at(folder) == (1, 4)
+    assert_good(folder)
+    assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_checkpoint(folder, resume, whole):
+    mode = "rsst structured"
+    ended = resume(mode, (spoil_steps, 2, 4))
+    assert ended.code == 1, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert "step 4 of state 2" in ended.err
+    assert now_at(folder) == (2, 4)
+    assert_good(folder)
+    assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+# ----------------------------------------------------------------------------------------------------- what resumes
+
+
+def test_all_random_generators_go_on_where_they_were(folder, resume, whole):
+    mode, noisy = "rsst structured", (draw_in_every_step,)
+    for state, point in ((0, "end_epoch done"), (1, "end_epoch done"), (2, "end_state")):
+        killed = resume(mode, noisy, (at, point, state, 1, kill))
+        assert killed.code == -signal.SIGKILL
+        assert set(load(folder / "checkpoint.pt")["random"]) >= {"python", "numpy", "torch"}
+    done, expected = resume(mode, noisy), whole(mode, noisy)
+    assert_finishes_alike(done, folder, expected)
+    assert repr(expected) != repr(whole(mode))  # the draws had an effect
+
+
+def test_restored_generators_draw_what_they_would_have_drawn():
+    def draw():
+        return torch.rand(5).tolist(), torch.randn(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1)
+
+    utils.seed_everything(7)
+    draw()  # leaves half a Gaussian pair behind in NumPy and Python
+    states = utils.random_states()
+    first, second = draw(), draw()
+    utils.restore_random_states(states)
+    assert draw() == first
+    assert draw() == second
+
+
+def test_deterministic_runs_on_the_cpu_give_the_same_bits(tmp_path, launch):
+    endings = []
+    for name in ("one", "two"):
+        done = launch([*BASE, *MODES["rsst structured"], "--deterministic", "--save_dir", tmp_path / name])
+        assert (done.code, done.err) == (0, "")
+        endings.append(ending(tmp_path / name))
+    assert_same_bits(*endings)
+
+
+@pytest.mark.parametrize(("state", "step"), [(1, 9), slow(1, 2), slow(2, 8)])
+def test_an_older_checkpoint_file_goes_on_to_the_same_end(state, step, folder, launch, whole):
+    mode = "rsst structured"
+    older = folder / "older.pt"
+    assert launch([*BASE, *MODES[mode], "--save_dir", folder], (keep_checkpoint, older, state, step)).code == 0
+    assert_same_bits(ending(folder), whole(mode))
+    done = launch(["--checkpoint", older])
+    assert (done.code, done.err) == (0, "")
+    assert f"resumed at state {state}, step {step}" in done.out
+    found, expected = ending(folder), whole(mode)
+    if step == 9:  # the best model of that state is gone: its last one is tested, and the log says so
+        assert "best.pt is of another state" in done.out
+        expected = {path: found[path] if path.endswith("/1/test_accuracy") else expected[path] for path in expected}
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("struct", ["imp", slow("refill --vit_structured --ratio_schedule constant")])
+def test_a_finished_run_goes_on_with_more_states(struct, tmp_path, launch):
+    flags = [*BASE, "--struct", *struct.split()]
+    assert launch([*flags, "--save_dir", tmp_path / "long"]).code == 0
+    assert launch([*flags, "--pruning_times", "2", "--save_dir", tmp_path / "short"]).code == 0
+    longer = launch(["--resume", "--save_dir", tmp_path / "short", "--pruning_times", "3"])
+    assert (longer.code, longer.err) == (0, "")
+    assert_same_bits(ending(tmp_path / "short"), ending(tmp_path / "long"))
+    assert yaml.safe_load((tmp_path / "short" / "args.yaml").read_text())["pruning_times"] == 3
+    shorter = launch(["--resume", "--save_dir", tmp_path / "short", "--pruning_times", "2"])
+    assert shorter.code == 2
+    assert "--pruning_times 2" in shorter.err
+
+
+def test_a_run_resumes_with_other_free_flags(folder, resume, launch, whole):
+    mode = "rsst structured"
+    resume(mode, (at, "train_step", 1, 4, kill))
+    free = words("--workers 2 --device auto --print_freq 1 --checkpoint_every 5m --wandb_mode auto --verbose")
+    done = launch(["--resume", "--save_dir", folder, *free])
+    assert_finishes_alike(done, folder, whole(mode))
+
+
+def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(folder, launch, resume):
+    assert resume("imp", (at, "train_step", 0, 2, kill)).code == -signal.SIGKILL
+    refused = launch(["--resume", "--save_dir", folder])
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1, refused.err
+    assert str(folder) in refused.err
+    assert "--overwrite" in refused.err  # without it the folder holds another run
