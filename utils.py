@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -360,6 +361,9 @@ def load_state_file(path: Path, what: str) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------- checkpoints
 
 
+MASK_SETS = ("masks", "target", "elementwise")
+
+
 @dataclass
 class RunState:
     """Where a run stands; with weights and optimizer it is all that a checkpoint holds.
@@ -392,17 +396,23 @@ class RunState:
         return replace(self, **lists)
 
     def pack(self) -> dict:
-        """Plain values and tensors; masks take one bit an element."""
+        """Plain values and tensors; masks take a bit an element at most, and equal sets are stored once."""
         content = dict(vars(self))
-        for name in ("masks", "target", "elementwise"):
-            content[name] = {layer: _pack_bits(mask) for layer, mask in content[name].items()}
+        first = {}
+        for name in MASK_SETS:
+            same = first.setdefault(id(content[name]), name)
+            content[name] = same if same != name else {layer: _pack_bits(m) for layer, m in content[name].items()}
         return content
 
     @classmethod
     def unpack(cls, content: Mapping, device: torch.device) -> RunState:
         content = dict(content)
-        for name in ("masks", "target", "elementwise"):
-            content[name] = {layer: _unpack_bits(bits, device) for layer, bits in content[name].items()}
+        for name in MASK_SETS:
+            packed = content[name]
+            if packed in MASK_SETS[: MASK_SETS.index(name)]:
+                content[name] = content[packed]
+            else:
+                content[name] = {layer: _unpack_bits(bits, device) for layer, bits in packed.items()}
         run = cls(**content)
         run._check_types()
         return run
@@ -442,14 +452,20 @@ def _ids_by_name(kept: object) -> bool:
 
 def _pack_bits(mask: Tensor) -> dict:
     bits = np.packbits(mask.cpu().numpy().astype(bool).reshape(-1))
-    return {"bits": torch.from_numpy(bits), "shape": list(mask.shape)}
+    deflated = bytearray(zlib.compress(bits.tobytes(), 1))  # whole units leave long runs
+    return {"bits": torch.frombuffer(deflated, dtype=torch.uint8), "shape": list(mask.shape)}
 
 
 def _unpack_bits(packed: Mapping, device: torch.device) -> Tensor:
     count = int(np.prod(packed["shape"]))
-    if packed["bits"].dtype != torch.uint8 or len(packed["bits"]) != (count + 7) // 8:
-        raise TypeError("a mask has not the bits of its shape")
-    bits = np.unpackbits(packed["bits"].numpy(), count=count)
+    size = (count + 7) // 8
+    try:
+        inflated = zlib.decompressobj().decompress(packed["bits"].numpy().tobytes(), size + 1)
+    except zlib.error as error:
+        raise ValueError("a mask is damaged") from error
+    if len(inflated) != size:
+        raise ValueError("a mask has not the bits of its shape")
+    bits = np.unpackbits(np.frombuffer(inflated, dtype=np.uint8), count=count)
     return torch.from_numpy(bits).reshape(packed["shape"]).to(device, torch.get_default_dtype())
 
 

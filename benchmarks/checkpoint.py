@@ -10,18 +10,30 @@ of model, optimizer, initial weights and masks as floats, and the training waits
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main_imp_fillback as entry
 import utils
 from benchmarks import common
 from benchmarks.train_step import training_job
+
+
+def save_plainly(job: entry.PruneRetrain, path: Path) -> None:
+    content = {
+        "model": job.model.state_dict(),
+        "optimizer": job.optimizer.state_dict(),
+        "initial": job.rewind_weights,
+        "masks": job.run.masks,
+        "target": job.run.target,
+    }
+    torch.save(content, path)
 
 
 def main() -> None:
@@ -37,26 +49,16 @@ def main() -> None:
             job.train_step(0, 0)
             weights = 4 * sum(parameter.numel() for parameter in job.dense.parameters())
             latest, plain = job.save_dir / "checkpoint.pt", job.save_dir / "plain.pt"
-            waits: dict[str, list[float]] = {"ours": [], "plain": []}
-            written = []
-            for _ in range(args.repeats):
-                started = time.perf_counter()
-                job.checkpoint()
-                waits["ours"].append(time.perf_counter() - started)
-                job.writer.wait()
-                written.append(time.perf_counter() - started)
-                started = time.perf_counter()
-                content = {
-                    "model": job.model.state_dict(),
-                    "optimizer": job.optimizer.state_dict(),
-                    "initial": job.rewind_weights,
-                    "masks": job.run.masks,
-                    "target": job.run.target,
-                }
-                torch.save(content, plain)
-                waits["plain"].append(time.perf_counter() - started)
-            gain = statistics.median(b / a for a, b in zip(waits["ours"], waits["plain"], strict=True))
+            candidates = {
+                "ours": partial(common.seconds, job.checkpoint),
+                "written": partial(common.seconds, job.writer.wait),  # of ours, right after it
+                "plain": partial(common.seconds, partial(save_plainly, job, plain)),
+            }
+            times = common.interleaved(candidates, args.repeats)
+            written = [sum(pair) for pair in zip(times["ours"], times.pop("written"), strict=True)]
+            gain = common.pairwise(times["plain"], times["ours"])
             for name, path in (("plain", plain), ("ours", latest)):
+                low, middle, high = (1000 * value for value in common.quartiles(times[name]))
                 rows.append(
                     {
                         "model": arch,
@@ -64,8 +66,9 @@ def main() -> None:
                         "checkpoint": name,
                         "size": f"{path.stat().st_size / 1e6:,.1f} MB",
                         "over weights": f"{path.stat().st_size / weights:.2f}x",
-                        "training waits": f"{1000 * statistics.median(waits[name]):.1f} ms",
-                        "on disk after": f"{1000 * statistics.median(written):.1f} ms" if name == "ours" else "",
+                        "training waits": f"{middle:.1f} ms",
+                        "quartiles": f"{low:.1f}-{high:.1f} ms",
+                        "on disk after": f"{1000 * common.quartiles(written)[1]:.1f} ms" if name == "ours" else "",
                         "shorter wait": f"{gain:.1f}x" if name == "ours" else "",
                     }
                 )

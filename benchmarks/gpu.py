@@ -7,16 +7,17 @@
 
 Random images; the real loop in the RSST ramp of a state, eager, compiled (torch.compile) and captured (CUDA graphs:
 torch.compile's reduce-overhead mode), against the plain loop of train_step.py on the same GPU: a factor here is a
-same-hardware factor. MFU is 6 x MACs x images/s over --peak, the dense bf16 peak of the device.
+same-hardware factor. The modes run one after the other, not in turns: each would hold its memory while the others are
+measured. MFU is 6 x MACs x images/s over --peak, the dense bf16 peak of the device.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import gc
 import sys
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,11 +42,6 @@ def make_step(arch: str, batch_size: int, mode: str, device: str):
         return step, job
     step = OurStep([*flags, "--amp", "bf16", *MODES[mode]], device)
     return step, step.job
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def count_kernels(step, device: str) -> int:
@@ -74,33 +70,38 @@ def count_synchronisations(step, device: str) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> dict:
-    step, job = make_step(arch, batch_size, mode, args.device)
-    for _ in range(args.warm_up):
+def run_steps(step, count: int) -> None:
+    for _ in range(count):
         step()
+
+
+def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> dict:
+    made = []
+
+    def warm_up() -> None:
+        made[:] = make_step(arch, batch_size, mode, args.device)
+        run_steps(made[0], args.warm_up)
+
+    memory = common.extra_bytes(warm_up, args.device)
+    step, job = made
     kernels, waits = count_kernels(step, args.device), count_synchronisations(step, args.device)
-    times = []
-    for _ in range(args.repeats):
-        synchronise(args.device)
-        started = time.perf_counter()
-        for _ in range(args.steps):
-            step()
-        synchronise(args.device)
-        times.append((time.perf_counter() - started) / args.steps)
-    speed = batch_size / statistics.median(times)
+    timed = partial(common.seconds, partial(run_steps, step, args.steps), args.device)
+    times = common.interleaved({"steps": timed}, args.repeats)["steps"]
+    low, middle, high = (1000 * spent / args.steps for spent in common.quartiles(times))
+    speed = 1000 * batch_size / middle
     macs = cost_of(job.dense, {})["macs"]
     images = IMAGENET_IMAGES if arch.endswith("_imagenet") else CIFAR_IMAGES
-    memory = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0
     return {
         "model": arch,
         "batch": batch_size,
         "mode": mode,
         "images/s": f"{speed:,.0f}",
+        "quartiles ms": f"{low:.1f}-{high:.1f}",
         "MFU": f"{100 * 6 * macs * speed / (args.peak * 1e12):.1f}%",
         "kernels": kernels,
         "syncs": waits,
         "s/epoch": f"{0.9 * images / speed:,.1f}",
-        "memory": f"{memory:.1f} GiB",
+        "memory": f"{memory / 2**30:.1f} GiB",
         "_speed": speed,
     }
 
@@ -125,13 +126,14 @@ def main() -> None:
         for batch_size in args.batch_sizes:
             plain = None
             for mode in args.modes:
+                gc.collect()  # a run's objects hold each other
+                torch.compiler.reset()
                 if args.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                    torch.cuda.empty_cache()
                 try:
                     row = measure(arch, batch_size, mode, args)
                 except torch.OutOfMemoryError:
                     print(f"{arch}, batch {batch_size}, {mode}: out of memory")
-                    torch.cuda.empty_cache()
                     continue
                 speed = row.pop("_speed")
                 plain = speed if mode == "plain" else plain

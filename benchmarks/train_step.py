@@ -6,20 +6,21 @@
     python benchmarks/train_step.py --profile vit_tiny                       where a step's time goes
 
 The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
-goes through the layers with index lists, `.item()` in every step. Both train the same network on the same images in the
-RSST ramp of a state whose first units are gone already.
+goes through the layers with index lists, `.item()` in every step. "plain, no lists" is the same without that penalty:
+the gap between the two is what the lists alone cost. All train the same network on the same images in the RSST ramp of
+a state whose first units are gone already; the plain steps are handed their batches ready made, ours augment theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
+import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def training_job(flags: list[str], device: str = "cpu", steps: int = 4) -> entry
     ratios = ["--vit_structured", "--vit_prune_target", "both", "--rate", "0.67", "--mlp_prune_ratio", "0.7"]
     rsst = ["--struct", "rsst", "--criteria", "magnitude", "--pruning_times", "3", "--epochs", "1000", "--warmup", "0"]
     always = ["--wandb_mode", "disabled", "--save_dir", folder, "--device", device, "--dataset", "cifar10"]
-    args = entry.parse_args([*always, *rsst, *(ratios if "res" not in " ".join(flags) else []), *flags])
+    args = entry.parse_args([*always, *rsst, *([] if "res20s" in flags else ratios), *flags])
     where = torch.device(device)
     model = entry.make_model(args)
     size = entry.image_size(model)
@@ -55,6 +56,7 @@ def training_job(flags: list[str], device: str = "cpu", steps: int = 4) -> entry
     split = Split(images, torch.randint(0, 10, (count,)))
     few = Split(images[:8], split.labels[:8])
     job = entry.PruneRetrain(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
+    weakref.finalize(job, shutil.rmtree, folder, ignore_errors=True)
     job.start()
     for job.run.state in (1, 2):
         job.begin_state()
@@ -84,7 +86,7 @@ class OurStep:
 class PlainStep:
     """The same state of the same run, written plainly."""
 
-    def __init__(self, job: entry.PruneRetrain, arch: str):
+    def __init__(self, job: entry.PruneRetrain, arch: str, lists: bool = True):
         self.model = build_model(arch, 10)
         self.model.load_state_dict(job.dense.state_dict())
         self.doomed = []
@@ -94,7 +96,8 @@ class PlainStep:
             dim = 0 if name.endswith(("qkv", "fc1")) else 1
             gone = (mask - target).flatten(1).any(1 - dim).nonzero().flatten().tolist()
             prune.custom_from_mask(module, "weight", mask)
-            self.doomed.append((module, dim, gone))
+            if lists:
+                self.doomed.append((module, dim, gone))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         self.batches = [job.train_data.batch(0, 0, step) for step in range(job.steps_per_epoch)]
         self.steps, self.loss, self.correct = 0, 0.0, 0
@@ -116,12 +119,6 @@ class PlainStep:
         self.steps += 1
 
 
-def timed(step) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
 def compare(args: argparse.Namespace) -> None:
     rows, shares = [], []
     for arch in args.archs:
@@ -129,33 +126,30 @@ def compare(args: argparse.Namespace) -> None:
         ours = OurStep([*flags, "--amp", "off"])
         steps = {
             "plain": PlainStep(ours.job, arch),
+            "plain, no lists": PlainStep(ours.job, arch, lists=False),
             "ours, full size": ours,
             "ours, small": OurStep([*flags, "--amp", "off", "--compact_training"]),
             "ours, small, bf16": OurStep([*flags, "--amp", "bf16", "--compact_training"]),
         }
         if args.compile:
             steps["ours, small, compiled"] = OurStep([*flags, "--amp", "off", "--compact_training", "--compile"])
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        book: list[float] = []
         for step in steps.values():
             step()
-        for _ in range(args.repeats):
-            for name, step in steps.items():
-                times[name].append(timed(step))
-            book.append(timed(ours.bookkeeping))
+        work = {**steps, "bookkeeping": ours.bookkeeping}
+        times = common.interleaved({name: partial(common.seconds, each) for name, each in work.items()}, args.repeats)
+        book = times.pop("bookkeeping")
         for name, spent in times.items():
-            gain = statistics.median(a / b for a, b in zip(times["plain"], spent, strict=True))
-            low, middle, high = statistics.quantiles(spent, n=4)
+            low, middle, high = common.quartiles(spent)
             rows.append(
                 {
                     "model": arch,
                     "step": name,
                     "median ms": f"{1000 * middle:.0f}",
                     "quartiles ms": f"{1000 * low:.0f}-{1000 * high:.0f}",
-                    "over plain": f"{gain:.2f}x",
+                    "over plain": f"{common.pairwise(times['plain'], spent):.2f}x",
                 }
             )
-        share = statistics.median(book) / statistics.median(times["ours, full size"])
+        share = common.pairwise(book, times["ours, full size"])
         shares.append(f"{arch}: masks and penalty take {100 * share:.2f}% of a step")
     print(f"\nbatch {args.batch_size}, {common.machine()}, {args.repeats} repeats\n")
     print(utils.format_table(rows, {title: title for title in rows[0]}))
@@ -165,13 +159,16 @@ def compare(args: argparse.Namespace) -> None:
 
 def measure_one(arch: str, batch_size: int, repeats: int) -> dict:
     """In a process of its own: peak memory, images/s and seconds for 45,000 CIFAR-sized images, dense."""
-    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", "off", "--no-compact_training"]
-    step = OurStep(flags)
-    step()
-    spent = statistics.median(timed(step) for _ in range(repeats))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory": 1024 * (peak - started), "images_per_second": batch_size / spent}
+    steps = []
+
+    def start() -> None:
+        steps.append(OurStep(flags))
+        steps[0]()
+
+    memory = common.extra_bytes(start)
+    times = common.interleaved({"step": partial(common.seconds, steps[0])}, repeats)["step"]
+    return {"memory": memory, "images_per_second": batch_size / common.quartiles(times)[1]}
 
 
 def models(args: argparse.Namespace) -> None:

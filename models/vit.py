@@ -89,8 +89,8 @@ class Attention(nn.Module):
         B, N, _ = x.shape
         if self.num_heads == 0:
             return self.proj.bias.expand(B, N, -1)
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each [B, heads, N, head_dim]
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, heads, N, head_dim]
         x = _attend(q, k, v, self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, N, self.attn_dim))
 

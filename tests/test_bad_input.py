@@ -520,6 +520,8 @@ def places(content, into=("run", "args", "optimizer", "random", "rewind_sha256",
         if isinstance(content[key], dict):
             found += [(key, name) for name in content[key]]
     for name in ("masks", "target", "elementwise", "kept", "target_kept"):
+        if isinstance(content["run"][name], str):  # equal to another set
+            continue
         layer = next(iter(content["run"][name]))
         found.append(("run", name, layer))
         if isinstance(content["run"][name][layer], dict):
