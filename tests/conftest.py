@@ -1,14 +1,43 @@
 """One thread, no tracking, and the small models and batches that several test files share."""
 
+import logging
 import os
 
 import pytest
 import torch
+from micro import vit_micro
 
+import models
 from models.vit import VisionTransformer
 
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
 os.environ["WANDB_MODE"] = "disabled"  # tests of tracking ask for it
+
+
+@pytest.fixture(autouse=True)
+def _logging_goes_again():
+    """What a run sets up for its log is gone after a test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+            handler.close()
+    for handler in handlers:
+        if handler not in root.handlers:
+            root.addHandler(handler)
+    root.setLevel(level)
+
+
+@pytest.fixture
+def house(monkeypatch, tmp_path):
+    """For runs of the command: the micro model is an `--arch`, the current folder is empty."""
+    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
+    here = tmp_path / "cwd"
+    here.mkdir()
+    monkeypatch.chdir(here)
 
 
 def _add_noise(model, seed=0, scale=0.2):

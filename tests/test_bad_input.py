@@ -9,7 +9,6 @@ import copy
 import gzip
 import io
 import itertools
-import logging
 import math
 import os
 import pickle
@@ -26,12 +25,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from micro import vit_micro
 
 import main_imp_fillback as entry
 import models
 import utils
 from dataset import DATASETS
-from models.vit import VisionTransformer
 from vit_structured_pruning import CRITERIA
 
 SCRIPT = Path(__file__).resolve().parent.parent / "main_imp_fillback.py"
@@ -42,27 +41,9 @@ BASE = words(
 )
 
 
-def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
-    geometry = {"img_size": img_size or 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
-    return VisionTransformer(**{**geometry, "mlp_ratio": 2, "num_classes": num_classes or 10, **overrides})
-
-
 @pytest.fixture(autouse=True)
-def _quiet_house(monkeypatch, tmp_path):
-    """The micro model is an `--arch`, the current folder is empty, and the logging that a run sets up goes again."""
-    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def _in_house(house, monkeypatch):
+    monkeypatch.setattr(entry.report, "write", lambda _: None)  # pictures take longer than these runs
 
 
 def call(argv):

@@ -7,7 +7,6 @@ import copy
 import csv
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import masks_of
 from torch import nn
 
 import export
@@ -852,24 +852,11 @@ TIMES = ("seconds", "images_per_second")
 
 
 @pytest.fixture
-def house(monkeypatch, tmp_path):
-    """The micro ResNets are an `--arch`, the current folder is empty, and the logging that a run sets up goes again."""
+def resnets(house, monkeypatch):
+    """The micro ResNets are an `--arch`, too."""
     for builder in (res_micro, res_micro_projected):
         monkeypatch.setitem(models.BUILDERS, builder.__name__, builder)
         monkeypatch.setitem(models.resnet.BUILDERS, builder.__name__, builder)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
-    here = tmp_path / "cwd"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture
@@ -887,7 +874,7 @@ def call(argv):
 
 
 @pytest.fixture
-def run(house, tmp_path, capsys):
+def run(resnets, tmp_path, capsys):
     """run("--struct", "imp", name="a") -> what the command did and left in tmp_path/a."""
 
     def start(*flags, name="run", base=BASE, code=0):
@@ -959,13 +946,11 @@ def test_the_documented_command_on_digits(method, run):
         assert float(pruned["density"]) == pytest.approx(0.8, abs=1e-5)
         assert pruned["filters"] == "688"
     else:
-        masks = load(done.dir / "checkpoint.pt")["run"]["elementwise"]
-        expected = {
-            name: np.unpackbits(mask["bits"].numpy(), count=math.prod(mask["shape"])) for name, mask in masks.items()
-        }
+        checkpoint = load(done.dir / "checkpoint.pt")
+        expected = masks_of(checkpoint, "elementwise")
         kept = load(done.dir / "best.pt")["kept"]
         for name, ids in kept.items():
-            filters = masks[name]["shape"][0]
+            filters = len(checkpoint["weights"][f"{name}.weight"])
             assert len(ids) == max(1, int(expected[name].mean() * filters + 1e-9))
         assert int(pruned["filters"]) == 16 + sum(map(len, kept.values()))
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
@@ -979,7 +964,7 @@ def test_the_documented_command_on_digits(method, run):
         assert counted(small, 8) == int(pruned["macs"])
 
 
-def test_a_cnn_sees_images_at_their_native_size(house):
+def test_a_cnn_sees_images_at_their_native_size(resnets):
     for flags, size in (("digits", 8), ("fashionmnist", 28), ("cifar10", 32), ("digits --img_size 12", 12)):
         args = entry.parse_args(["--arch", "res_micro", "--dataset", *words(flags)])
         assert entry.make_model(args).img_size == size
@@ -995,7 +980,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("dry", [(), ("--dry_run",)], ids=["run", "dry run"])
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_a_cnn_has_not_is_refused_in_one_line(flags, dry, house, tmp_path, capsys):
+def test_what_a_cnn_has_not_is_refused_in_one_line(flags, dry, resnets, tmp_path, capsys):
     argv = words(f"--arch res20s --dataset digits --device cpu {flags} --save_dir {tmp_path / 'run'}")
     assert call([*argv, *dry]) == 2
     err = capsys.readouterr().err
@@ -1004,7 +989,7 @@ def test_what_a_cnn_has_not_is_refused_in_one_line(flags, dry, house, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_oneshot_does_not_send_a_cnn_where_it_is_refused(house, capsys):
+def test_oneshot_does_not_send_a_cnn_where_it_is_refused(resnets, capsys):
     assert call(words("--arch res20s --dataset digits --struct oneshot --dry_run")) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -1016,7 +1001,7 @@ def plan_rows(out):
 
 
 @pytest.mark.parametrize("fillback", [0.0, 0.5])
-def test_the_plan_of_filters(fillback, house, capsys):
+def test_the_plan_of_filters(fillback, resnets, capsys):
     flags = f"--arch res_micro --dataset digits --struct rsst --rate 0.3 --pruning_times 4 --fillback_rate {fillback}"
     assert call([*words(flags), "--dry_run"]) == 0
     rows = plan_rows(capsys.readouterr().out)
@@ -1038,7 +1023,7 @@ def test_the_plan_of_filters(fillback, house, capsys):
     assert os.listdir() == []
 
 
-def test_the_plan_of_imp_counts_weights(house, capsys):
+def test_the_plan_of_imp_counts_weights(resnets, capsys):
     assert (
         call(words("--arch res20s --dataset cifar10 --struct imp --rate 0.2 --pruning_times 3 --conv1 --dry_run")) == 0
     )
@@ -1052,12 +1037,12 @@ def test_the_plan_of_imp_counts_weights(house, capsys):
 def test_densities_and_conv1(method, conv1, run):
     done = run("--struct", method, *conv1)
     total = sum(count * size for count, size in SHAPES.values()) + (108 if conv1 else 0)
-    end = load(done.dir / "checkpoint.pt")["run"]
+    end = load(done.dir / "checkpoint.pt")
     names = ["conv1"] * bool(conv1) + BLOCK_CONVOLUTIONS
-    assert list(end["elementwise"]) == list(end["masks"]) == names
+    assert list(masks_of(end, "elementwise")) == list(masks_of(end, "masks")) == names
 
     def ones(kind):
-        return {n: np.unpackbits(m["bits"].numpy(), count=math.prod(m["shape"])) for n, m in end[kind].items()}
+        return masks_of(end, kind)
 
     assert sum(int(bits.sum()) for bits in ones("elementwise").values()) == round(total * 0.7**2)
     weights = load(done.dir / "checkpoint.pt")["weights"]
@@ -1067,11 +1052,11 @@ def test_densities_and_conv1(method, conv1, run):
         filters = bits.reshape(len(weights[f"{name}.weight"]), -1)
         if method != "imp":
             assert ((filters.all(1)) | (~filters.any(1))).all()  # whole or gone
-            assert filters.all(1).nonzero()[0].tolist() == end["kept"][name]
+            assert filters.all(1).nonzero()[0].tolist() == end["run"]["kept"][name]
             path, _, leaf = name.rpartition(".")
             for part in ("weight", "bias"):
                 norm = weights[f"{path}.{leaf.replace('conv', 'bn')}.{part}".lstrip(".")]
-                gone = [unit for unit in range(len(norm)) if unit not in end["kept"][name]]
+                gone = [unit for unit in range(len(norm)) if unit not in end["run"]["kept"][name]]
                 assert not norm[gone].any()
     if method == "imp":
         assert float(states_of(done.dir)[-1]["density"]) == round(total * 0.7**2) / total
@@ -1317,7 +1302,7 @@ def test_the_export_command_on_a_finished_run(method, run, tmp_path, capsys):
     assert config["metrics"]["test_accuracy"] == pytest.approx(float(states_of(done.dir)[-1]["test_accuracy"]))
 
 
-def test_export_from_a_checkpoint_of_the_public_functions(tmp_path, house):
+def test_export_from_a_checkpoint_of_the_public_functions(tmp_path, resnets):
     torch.manual_seed(0)
     model = train(models.build_model("res20s", 10), steps=1, size=16)
     cnn.pruning_model(model, 0.3)

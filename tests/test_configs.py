@@ -1,16 +1,12 @@
 """Laws of `--config`: what a YAML file of flags means, and that the ready ones plan, run and keep their numbers."""
 
-import logging
-import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 import main_imp_fillback as entry
-import models
 import utils
-from models.vit import VisionTransformer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 words = str.split
@@ -48,26 +44,9 @@ READY = {
 }  # fmt: skip
 
 
-def vit_micro(num_classes=None, img_size=None, **overrides):
-    geometry = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return VisionTransformer(**{**geometry, "num_classes": num_classes or 10})
-
-
 @pytest.fixture(autouse=True)
-def _quiet_house(monkeypatch, tmp_path):
-    """The current folder is empty, and the logging that a run sets up goes again."""
-    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def _in_house(house):
+    pass
 
 
 @pytest.fixture
@@ -262,7 +241,7 @@ def test_a_resumed_run_refuses_other_values_of_a_file(tmp_path, monkeypatch, ref
     ],
 )
 def test_args_of_a_run_are_a_config_that_repeats_it(flags, parse, tmp_path):
-    (tmp_path / "before.yaml").write_text("epochs: 7\nverbose: true\n")
+    Path("before.yaml").write_text("epochs: 7\nverbose: true\n")
     first = entry.parse_args([*words("--dataset digits --save_dir a"), *words(flags)])
     first.pretrained_note = ""  # as a run that starts adds it
     utils.write_run_facts(tmp_path, first, utils.torch.device("cpu"))

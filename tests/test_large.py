@@ -1,8 +1,6 @@
 """Laws of image folders, timm's models and pretrained weights through the whole command."""
 
 import json
-import logging
-import os
 
 import numpy as np
 import pytest
@@ -38,17 +36,8 @@ TINY_VIT = ["--arch", "timm/test_vit"]  # timm's own model for tests: 64 wide, 6
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def _in_house(house):
+    pass
 
 
 def command(*flags):

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import pickle
@@ -24,17 +23,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, masks_of, vit_micro
 
 import main_imp_fillback as entry
-import models
-from models.vit import VisionTransformer, load_pretrained_weights
 from vit_structured_pruning import scatter_tensors
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "main_imp_fillback.py"
 
 # The micro model, and what its parts hold by hand.
-DIM, DEPTH, HEADS, HEAD_DIM, HIDDEN, TOKENS = 24, 2, 4, 6, 48, 5
 HEAD_WEIGHTS, NEURON_WEIGHTS = 4 * DIM * HEAD_DIM, 2 * DIM
 PRUNABLE = DEPTH * (HEADS * HEAD_WEIGHTS + HIDDEN * NEURON_WEIGHTS)
 PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -50,39 +47,9 @@ STEPS = 3  # an epoch
 BOTH = ("--vit_structured", "--vit_prune_target", "both")
 
 
-def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
-    geometry = {
-        "img_size": img_size or 16,
-        "patch_size": 8,
-        "num_classes": num_classes or 10,
-        "embed_dim": DIM,
-        "depth": DEPTH,
-        "num_heads": HEADS,
-        "mlp_ratio": 2,
-    }
-    model = VisionTransformer(**{**geometry, **overrides})
-    if pretrained:
-        load_pretrained_weights(model, pretrained)
-    return model
-
-
 @pytest.fixture(autouse=True)
-def _quiet_house(monkeypatch, tmp_path):
-    """The micro model is an `--arch`, the current folder is empty, and the logging that a run sets up goes again."""
-    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
-    here = tmp_path / "cwd"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def _in_house(house):
+    pass
 
 
 @pytest.fixture
@@ -771,7 +738,7 @@ def outcome(done):
     return SimpleNamespace(
         weights=checkpoint["weights"],
         best=load(done.dir / "best.pt"),
-        masks={name: entry_["bits"] for name, entry_ in checkpoint["run"]["masks"].items()},
+        masks={name: torch.from_numpy(mask) for name, mask in masks_of(checkpoint, "masks").items()},
         kept=checkpoint["run"]["kept"],
         metrics=metrics(done.dir, drop=TIMES),
         states=states,

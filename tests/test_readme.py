@@ -1,6 +1,5 @@
 """Every command and every line of Python in the READMEs works: short ones run, long ones plan."""
 
-import logging
 import os
 import re
 import shlex
@@ -51,18 +50,6 @@ def words(command):
     """What follows the program's name."""
     tail = command.rpartition("&& ")[2]
     return shlex.split(tail)[2:]
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from micro import vit_micro
 from safetensors.torch import load_file
 
 import main_imp_fillback as entry
 import models
 import utils
-from models.vit import VisionTransformer
 
 torch.set_num_threads(1)  # in the server's processes, too, which do not read conftest.py
 
@@ -59,11 +59,6 @@ MODES = {
     "dense": ("--struct", "dense"),
     "cnn": ("--struct", "rsst", "--arch", "res20s", "--img_size", "8"),
 }
-
-
-def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
-    geometry = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return VisionTransformer(**{**geometry, "num_classes": num_classes or 10, **overrides})
 
 
 # ------------------------------------------------------------------------------------------- what happens in a process

@@ -7,7 +7,6 @@ Runs are real ones through `main([...])`: scikit-learn's digits and a Vision Tra
 import collections
 import copy
 import json
-import logging
 import math
 import os
 import shutil
@@ -23,10 +22,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_imp_fillback as entry
-import models
 import utils
 from benchmarks.train_step import training_job
-from models.vit import Attention, VisionTransformer, _attend
+from models.vit import Attention, _attend
 from utils import Background, RunError, RunState
 from vit_structured_pruning import scatter_tensors
 
@@ -42,27 +40,9 @@ STEPS = 3  # an epoch
 BOTH = ("--vit_structured", "--vit_prune_target", "both")
 
 
-def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
-    geometry = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return VisionTransformer(**{**geometry, "num_classes": num_classes or 10, **overrides})
-
-
 @pytest.fixture(autouse=True)
-def _quiet_house(monkeypatch, tmp_path):
-    """The micro model is an `--arch`, the current folder is empty, no pictures, and a run's logging goes again."""
-    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    for handler in root.handlers[:]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def _in_house(house, monkeypatch):
+    monkeypatch.setattr(entry.report, "write", lambda _: None)  # pictures take longer than these runs
 
 
 @pytest.fixture

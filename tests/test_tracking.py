@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from micro import vit_micro
 
 import main_imp_fillback as entry
 import models
 import utils
-from models.vit import VisionTransformer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS, STATES = 6, 3  # of a state: two epochs of three steps
@@ -36,11 +36,6 @@ BASE = words(
     "--dataset digits --arch vit_micro --device cpu --amp off --train_limit 60 --batch_size 20 --epochs 2 "
     "--pruning_times 3 --lr 0.05 --rate 0.4 --print_freq 1 --no-export --vit_structured --vit_prune_target both"
 )
-
-
-def vit_micro(num_classes=None, img_size=None, pretrained=False, **overrides):
-    geometry = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
-    return VisionTransformer(**{**geometry, "num_classes": num_classes or 10, **overrides})
 
 
 def until(fine, what):
