@@ -128,6 +128,7 @@ def compare(args: argparse.Namespace) -> None:
             "plain": PlainStep(ours.job, arch),
             "plain, no lists": PlainStep(ours.job, arch, lists=False),
             "ours, full size": ours,
+            "ours, full size, bf16": OurStep([*flags, "--amp", "bf16"]),
             "ours, small": OurStep([*flags, "--amp", "off", "--compact_training"]),
             "ours, small, bf16": OurStep([*flags, "--amp", "bf16", "--compact_training"]),
         }

@@ -638,7 +638,14 @@ BENCHMARKS = {
 }
 EXPECTED_ROWS = {
     "gpu": ["plain", "eager"],
-    "train_step": ["plain", "plain, no lists", "ours, full size", "ours, small", "ours, small, bf16"],
+    "train_step": [
+        "plain",
+        "plain, no lists",
+        "ours, full size",
+        "ours, full size, bf16",
+        "ours, small",
+        "ours, small, bf16",
+    ],
     "checkpoint": ["plain", "ours", "plain", "ours"],
 }
 
