@@ -58,6 +58,12 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
+    def _get_values(self, action, arg_strings):
+        # argparse takes the value of --data=-- for a separator, and hands on an empty list
+        if action.option_strings and arg_strings == ["--"]:
+            raise argparse.ArgumentError(action, "needs a value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
