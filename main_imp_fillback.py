@@ -55,7 +55,6 @@ from pruning_utils import (
     family,
     filter_count,
     filter_units,
-    filters_report,
     image_size,
     is_cnn,
     prunable_layers,
@@ -751,7 +750,7 @@ class PruneRetrain:
             mask_density, trained_density = 100 * density(run.elementwise), 100 * density(target)
             log.info(f"state {state} prunes by {args.criteria}: density {mask_density:.2f}% of single weights,")
             log.info(f"  {trained_density:.2f}% in whole filters")
-            log.info(filters_report(self.dense, self.units, scores, run.kept, kept, run.masks, target))
+            log.info(units_report(self.dense, self.units, scores, run.kept, kept, run.masks, target, cost_of))
             return target, kept
 
         if not args.vit_structured:
@@ -920,13 +919,14 @@ class PruneRetrain:
         if (batch + 1) % args.print_freq == 0:
             self.check_finite()
             mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
+            fading = self.penalty_values()
             log.info(
                 f"state {run.state} epoch {epoch + 1}/{self.epochs} batch {batch + 1}/{self.steps_per_epoch}"
-                f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self.penalty_note()}"
+                f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self.penalty_note(fading)}"
             )
             if batch + 1 < self.steps_per_epoch:  # the last one is logged with its epoch
                 values = {"train/loss": mean_loss, "train/accuracy": accuracy, "train/lr": rate}
-                self.track(values | self.penalty_values())
+                self.track(values | fading)
 
     def count(self, loss: Tensor, accuracy: Tensor) -> None:
         """Add to the epoch's sums on the device; nothing here waits for it."""
@@ -952,7 +952,7 @@ class PruneRetrain:
             torch._foreach_mul_(self.held, self.held_masks)
 
     def penalty_values(self) -> dict[str, float]:
-        """lambda and residual for tracking, while something is doomed."""
+        """lambda and residual norm of the doomed weights, while there are any; measuring waits for the device."""
         if not self.penalty:
             return {}
         return {"rsst/lambda": self.ramp.value(self.run.step), "rsst/residual": self.penalty.residual()}
@@ -961,13 +961,12 @@ class PruneRetrain:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
         self.tracker.log(values, self.run.state * (self.total_steps + 1) + self.run.step + after)
 
-    def penalty_note(self) -> str:
-        """lambda, dose so far and residual norm of the doomed weights, for a line of the log."""
-        if not self.penalty:
+    def penalty_note(self, fading: dict[str, float]) -> str:
+        """What `penalty_values` found and the dose so far, for a line of the log."""
+        if not fading:
             return ""
-        step = self.run.step
-        dose = f"{self.doses[step]:.3g}" if self.doses else "unknown"
-        return f"  lambda {self.ramp.value(step):.4g}  dose {dose}  residual {self.penalty.residual():.2g}"
+        dose = f"{self.doses[self.run.step]:.3g}" if self.doses else "unknown"
+        return f"  lambda {fading['rsst/lambda']:.4g}  dose {dose}  residual {fading['rsst/residual']:.2g}"
 
     def check_finite(self) -> None:
         step = int(self.broken)
@@ -1015,6 +1014,7 @@ class PruneRetrain:
         seconds = time.perf_counter() - self.epoch_started
         loss, train_accuracy = (self.sums / self.steps_per_epoch).tolist()
         accuracy = self.evaluate(self.model, self.val_data)
+        cost, fading = cost_of(self.dense, run.kept), self.penalty_values()
         images = min(args.batch_size * args.accum_steps, len(self.train_data))
         row = {
             "state": run.state,
@@ -1024,9 +1024,9 @@ class PruneRetrain:
             "train_accuracy": train_accuracy,
             "val_accuracy": accuracy,
             "density": density(run.masks),
-            **cost_of(self.dense, run.kept),
+            **cost,
             "lambda": self.strength,
-            "residual": self.penalty.residual(),
+            "residual": fading.get("rsst/residual", 0.0),
             "seconds": seconds,
             "images_per_second": (self.steps_per_epoch - self.first_batch) * images / seconds,
         }
@@ -1034,8 +1034,8 @@ class PruneRetrain:
         run.sums = []
         log.info(
             f"state {run.state} epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}"
-            f"  train {100 * train_accuracy:.2f}%  val {100 * accuracy:.2f}%  lr {row['lr']:.3g}{self.penalty_note()}"
-            f"  {seconds:.1f} s"
+            f"  train {100 * train_accuracy:.2f}%  val {100 * accuracy:.2f}%  lr {row['lr']:.3g}"
+            f"{self.penalty_note(fading)}  {seconds:.1f} s"
         )
         self.track(
             {
@@ -1044,8 +1044,8 @@ class PruneRetrain:
                 "train/lr": row["lr"],
                 "train/images_per_second": row["images_per_second"],
                 "val/accuracy": accuracy,
-                **self.penalty_values(),
-                **{f"prune/{name}": row[name] for name in ("density", *cost_of(self.dense, {}))},
+                **fading,
+                **{f"prune/{name}": row[name] for name in ("density", *cost)},
             }
         )
         self.sync_dense()

@@ -27,7 +27,6 @@ from vit_pruning_utils import (
 )
 from vit_pruning_utils import extract_mask_vit as extract_mask
 from vit_pruning_utils import prunable_layers as prunable_vit_layers
-from vit_pruning_utils_head_mlp import unit_lines, weights_line
 from vit_structured_pruning import (
     Kept,
     Layout,
@@ -107,26 +106,6 @@ def select_filters(masks: Masks, scores: Mapping[str, Tensor], fillback_rate: fl
         keep = filter_count(len(values), density({name: masks[name]}), fillback_rate)
         kept[name] = sorted(best_first(values)[:keep].tolist()) or [0]
     return kept
-
-
-def filters_report(
-    model: nn.Module,
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    kept_before: Mapping[str, list[int]],
-    kept_after: Mapping[str, list[int]],
-    masks_before: Masks,
-    masks_after: Masks,
-) -> str:
-    """What a step does to the filters, as text: a line per layer, then totals; `model` is the dense one."""
-    old, new = cnn_cost(model, kept_before), cnn_cost(model, kept_after)
-    lines = unit_lines(units, scores, kept_before, kept_after, masks_before, masks_after)
-    lines += [
-        f"  {len(masks_after)} masks; filters {old['filters']:,} -> {new['filters']:,}",
-        weights_line("prunable", masks_before, masks_after, masks_after),
-        f"  parameters {old['parameters']:,} -> {new['parameters']:,}",
-    ]
-    return "\n".join(lines)
 
 
 def cnn_cost(model: ResNet, kept: Kept) -> dict[str, int]:

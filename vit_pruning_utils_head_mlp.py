@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from vit_pruning_utils import (
     structured_masks,
 )
 from vit_structured_pruning import (
+    Kept,
     Units,
     best_first,
     keep_count,
@@ -98,15 +99,22 @@ def mark_removed(scores: Mapping[str, Tensor], kept: Mapping[str, Iterable[int]]
     return marked
 
 
-def unit_lines(
+def units_report(
+    model: nn.Module,
     units: Mapping[str, Units],
     scores: Mapping[str, Tensor],
     kept_before: Mapping[str, list[int]],
     kept_after: Mapping[str, list[int]],
     masks_before: Masks,
     masks_after: Masks,
-) -> list[str]:
-    """What a step does to each layer's units, a line a layer; ids and scores are spelled out for heads."""
+    cost: Callable[[nn.Module, Kept], dict[str, int]] = vit_cost,
+) -> str:
+    """What a step does to the units, as text: a line per layer, then totals.
+
+    Args:
+        model: the dense one.
+        cost: counts the units of each kind and the parameters, as `vit_cost` does.
+    """
     lines = []
     for key, group in units.items():
         before, after = kept_before[key], kept_after[key]
@@ -126,34 +134,20 @@ def unit_lines(
             f"  {key:<15} {group.kind + 's':>7} {len(before):>4} -> {len(after):<4} "
             f"sparsity {sparsity[0]:6.2f}% -> {sparsity[1]:6.2f}%  {detail}"
         )
-    return lines
-
-
-def weights_line(title: str, masks_before: Masks, masks_after: Masks, layers: Iterable[str]) -> str:
-    counts = [count_kept({name: masks[name] for name in layers}) for masks in (masks_before, masks_after)]
-    return f"  {title} weights {counts[0]:,} -> {counts[1]:,}"
-
-
-def units_report(
-    model: nn.Module,
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    kept_before: Mapping[str, list[int]],
-    kept_after: Mapping[str, list[int]],
-    masks_before: Masks,
-    masks_after: Masks,
-) -> str:
-    """What a structured step does, as text: a line per layer, then totals; `model` is the dense one."""
-    old, new = vit_cost(model, kept_before), vit_cost(model, kept_after)
+    old, new = cost(model, kept_before), cost(model, kept_after)
     attention = [name for name in masks_after if ".attn." in name]
-    lines = unit_lines(units, scores, kept_before, kept_after, masks_before, masks_after)
-    lines += [
-        f"  {len(masks_after)} masks: {len(attention)} attention, {len(masks_after) - len(attention)} MLP; "
-        f"heads {old['heads']} -> {new['heads']}; neurons {old['neurons']:,} -> {new['neurons']:,}",
-        weights_line("attention", masks_before, masks_after, attention),
-        weights_line("prunable", masks_before, masks_after, masks_after),
-        f"  parameters {old['parameters']:,} -> {new['parameters']:,}",
-    ]
+    totals = f"  {len(masks_after)} masks"
+    if attention:
+        totals += f": {len(attention)} attention, {len(masks_after) - len(attention)} MLP"
+    for kind in ("heads", "neurons", "filters"):
+        if kind in old:
+            totals += f"; {kind} {old[kind]:,} -> {new[kind]:,}"
+    lines.append(totals)
+    for title, layers in (("attention", attention), ("prunable", list(masks_after))):
+        if layers:
+            counts = [count_kept({name: masks[name] for name in layers}) for masks in (masks_before, masks_after)]
+            lines.append(f"  {title} weights {counts[0]:,} -> {counts[1]:,}")
+    lines.append(f"  parameters {old['parameters']:,} -> {new['parameters']:,}")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from micro import vit_micro
 
+import main_imp_fillback as entry
 import models
 from models.vit import VisionTransformer
 
@@ -38,6 +39,33 @@ def house(monkeypatch, tmp_path):
     here = tmp_path / "cwd"
     here.mkdir()
     monkeypatch.chdir(here)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def around(monkeypatch):
+    """around("train_step", before=f, after=g): f(job, *arguments) and g(job, *arguments) at a method of the run."""
+
+    def wrap(method, before=None, after=None):
+        original = getattr(entry.PruneRetrain, method)
+
+        def wrapped(job, *arguments):
+            if before:
+                before(job, *arguments)
+            result = original(job, *arguments)
+            if after:
+                after(job, *arguments)
+            return result
+
+        monkeypatch.setattr(entry.PruneRetrain, method, wrapped)
+
+    return wrap
 
 
 def _add_noise(model, seed=0, scale=0.2):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import masks_of
+from micro import call, masks_of, runner
 from torch import nn
 
 import export
@@ -860,51 +860,13 @@ def resnets(house, monkeypatch):
 
 
 @pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def call(argv):
-    try:
-        return entry.main([str(part) for part in argv])
-    except SystemExit as stop:
-        return stop.code
-
-
-@pytest.fixture
 def run(resnets, tmp_path, capsys):
-    """run("--struct", "imp", name="a") -> what the command did and left in tmp_path/a."""
-
-    def start(*flags, name="run", base=BASE, code=0):
-        folder = tmp_path / name
-        capsys.readouterr()
-        found = call([*base, "--save_dir", folder, *flags])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return SimpleNamespace(dir=folder, out=out, err=err)
-
-    return start
+    return runner(tmp_path, capsys, BASE)
 
 
 @pytest.fixture
-def watch(monkeypatch):
+def watch(around):
     """watch.before("train_step", f) and watch.after(...): f(job, *arguments) around methods of the run."""
-
-    def around(method, before=None, after=None):
-        original = getattr(entry.PruneRetrain, method)
-
-        def wrapped(job, *arguments):
-            if before:
-                before(job, *arguments)
-            result = original(job, *arguments)
-            if after:
-                after(job, *arguments)
-            return result
-
-        monkeypatch.setattr(entry.PruneRetrain, method, wrapped)
-
     return SimpleNamespace(
         before=lambda method, react: around(method, before=react),
         after=lambda method, react: around(method, after=react),

@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 import yaml
+from micro import call
 from PIL import Image
 
 import export
-import main_imp_fillback as entry
 from vit_structured_pruning import layout_problem
 
 SHORT = [
@@ -40,13 +40,6 @@ def _in_house(house):
     pass
 
 
-def command(*flags):
-    try:
-        return entry.main([str(flag) for flag in flags])
-    except SystemExit as stop:
-        return stop.code
-
-
 def picture(path, seed, mode="RGB", kind="JPEG"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(seed).randint(0, 256, (40 + seed % 9, 50, 3), dtype=np.uint8)
@@ -70,7 +63,7 @@ def imagenet(tmp_path):
 def test_an_imagenet_tree_trains_prunes_and_exports(imagenet, tmp_path, capsys):
     folder = tmp_path / "run"
     flags = ["--dataset", "imagenet", "--data", imagenet, *TINY_VIT, "--img_size", "32", *SHORT, *BOTH]
-    assert command(*flags, "--save_dir", folder) == 0
+    assert call([*flags, "--save_dir", folder]) == 0
     text = capsys.readouterr().out
     assert "3 classes" in text
     assert "n00000000/3.JPEG" in text
@@ -91,7 +84,7 @@ def test_worker_processes_change_nothing(imagenet, tmp_path):
     losses = []
     for workers in (0, 2):
         folder = tmp_path / f"w{workers}"
-        assert command(*flags, "--workers", workers, "--aug", "strong", "--save_dir", folder, "--no-export") == 0
+        assert call([*flags, "--workers", workers, "--aug", "strong", "--save_dir", folder, "--no-export"]) == 0
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([(row["train_loss"], row["val_accuracy"]) for row in rows])
     assert losses[0] == losses[1]
@@ -113,7 +106,7 @@ def test_both_layouts_of_tiny_imagenet(tmp_path):
     for tree in (plain, original):
         folder = tmp_path / f"run_{tree.name}"
         flags = ["--dataset", "tiny-imagenet", "--data", tree, *TINY_VIT, "--img_size", "32", *SHORT]
-        assert command(*flags, "--struct", "refill", "--vit_structured", "--save_dir", folder, "--no-export") == 0
+        assert call([*flags, "--struct", "refill", "--vit_structured", "--save_dir", folder, "--no-export"]) == 0
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         results.append([(row["train_loss"], row["val_accuracy"]) for row in rows])
     assert results[0] == results[1]
@@ -128,7 +121,7 @@ def test_a_wrong_tree_is_one_line(dataset, tree, tmp_path, capsys):
     if tree == "flat":
         picture(root / "a.jpg", 1)
     flags = ["--dataset", dataset, "--data", root, "--arch", "vit_small_imagenet", *SHORT]
-    assert command(*flags, "--save_dir", tmp_path / "run") == 2
+    assert call([*flags, "--save_dir", tmp_path / "run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert dataset in error
@@ -149,8 +142,8 @@ def test_timm_models_of_other_families(name, patch, tokens, tmp_path, monkeypatc
     folder = tmp_path / "run"
     flags = ["--dataset", "digits", "--train_limit", "24", "--arch", f"timm/{name}", "--img_size", 2 * patch, *SHORT]
     flags += [*BOTH, "--val_fraction", "0.02", "--save_dir", folder]
-    assert command(*flags, "--pruning_times", "2", "--no-export") == 0
-    assert command("--resume", "--save_dir", folder) == 0
+    assert call([*flags, "--pruning_times", "2", "--no-export"]) == 0
+    assert call(["--resume", "--save_dir", folder]) == 0
     assert export.main([str(folder)]) == 0
     config = json.loads((folder / "model" / "config.json").read_text())
     proof = json.loads((folder / "model" / "parity.json").read_text())
@@ -187,7 +180,7 @@ def test_other_layouts_are_refused_with_the_reason(name, reason, tmp_path, capsy
     if name not in timm.list_models():
         pytest.skip(f"this timm has no {name}")
     flags = ["--dataset", "digits", "--arch", f"timm/{name}", *BOTH, "--dry_run"]
-    assert command(*flags) == 2
+    assert call([*flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert reason in error
@@ -199,13 +192,13 @@ def test_without_network_the_way_out_is_said_and_fallback_goes_on(tmp_path, caps
     folder = tmp_path / "run"
     flags = ["--dataset", "digits", "--train_limit", "16", "--arch", "timm/vit_tiny_patch16_224", "--img_size", "16"]
     flags += ["--patch_size", "8", *SHORT, "--pruning_times", "1", "--pretrained", "--save_dir", folder]
-    assert command(*flags) == 2
+    assert call([*flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--pretrained PATH" in error
     assert not folder.exists()
 
-    assert command(*flags, "--pretrained_fallback") == 0
+    assert call([*flags, "--pretrained_fallback"]) == 0
     text = capsys.readouterr().out
     note = yaml.safe_load((folder / "args.yaml").read_text())["pretrained_note"]
     assert "timm" in note
@@ -219,6 +212,6 @@ def test_the_imagenet_builders_run_at_224_pixels(arch, imagenet, tmp_path):
     folder = tmp_path / "run"
     flags = ["--dataset", "imagenet", "--data", imagenet, "--arch", arch, *SHORT, *BOTH, "--batch_size", "2"]
     flags += ["--train_limit", "4", "--score_batches", "1", "--rate", "0.67"]
-    assert command(*flags, "--save_dir", folder, "--opt", "sgd") == 0
+    assert call([*flags, "--save_dir", folder, "--opt", "sgd"]) == 0
     proof = json.loads((folder / "model" / "parity.json").read_text())
     assert proof["max_difference_float32"] <= proof["bound_float32"]

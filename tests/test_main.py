@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, masks_of, vit_micro
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, call, masks_of, runner, vit_micro
 
 import main_imp_fillback as entry
 from vit_structured_pruning import scatter_tensors
@@ -53,52 +53,13 @@ def _in_house(house):
 
 
 @pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def call(argv):
-    """Exit code of the command, in process."""
-    try:
-        return entry.main([str(part) for part in argv])
-    except SystemExit as stop:
-        return stop.code
-
-
-@pytest.fixture
 def run(tmp_path, capsys):
-    """run("--struct", "imp", name="a") -> what the command did and left in tmp_path/a."""
-
-    def start(*flags, name="run", base=BASE, code=0):
-        folder = tmp_path / name
-        capsys.readouterr()
-        found = call([*base, "--save_dir", folder, *flags])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return SimpleNamespace(dir=folder, out=out, err=err)
-
-    return start
+    return runner(tmp_path, capsys, BASE)
 
 
 @pytest.fixture
-def watch(monkeypatch):
+def watch(around):
     """watch.before("train_step", f) and watch.after(...): f(job, *arguments) around methods of the run."""
-
-    def around(method, before=None, after=None):
-        original = getattr(entry.PruneRetrain, method)
-
-        def wrapped(job, *arguments):
-            if before:
-                before(job, *arguments)
-            result = original(job, *arguments)
-            if after:
-                after(job, *arguments)
-            return result
-
-        monkeypatch.setattr(entry.PruneRetrain, method, wrapped)
-
     jobs = []
     around("__call__", before=lambda job: jobs.append(job))
     return SimpleNamespace(

@@ -46,33 +46,6 @@ def _in_house(house, monkeypatch):
 
 
 @pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def around(monkeypatch):
-    """around("train_step", before=f, after=g): f(job, *arguments) and g(job, *arguments) at a method of the run."""
-
-    def wrap(method, before=None, after=None):
-        original = getattr(entry.PruneRetrain, method)
-
-        def wrapped(job, *arguments):
-            if before:
-                before(job, *arguments)
-            result = original(job, *arguments)
-            if after:
-                after(job, *arguments)
-            return result
-
-        monkeypatch.setattr(entry.PruneRetrain, method, wrapped)
-
-    return wrap
-
-
-@pytest.fixture
 def run(tmp_path, capsys, around):
     """run("--struct", "imp", name="a") -> folder, standard error, dense-shaped weights after each (state, step)."""
     trace = {}
