@@ -98,41 +98,60 @@ def predicted_dose(ramp: Ramp, learning_rates: Sequence[float], momentum: float)
 class Penalty:
     """The doomed weights of one state and what is done to them.
 
+    How much is done is a scalar on the weights' device, `amount`: steps that are captured as a CUDA graph read it anew.
+
     Args:
         parameters: by name, those that hold doomed weights; they change in place.
         doomed: by the same names, tensors of their shape that are 1 on doomed weights and 0 elsewhere.
         start_norm: norm of the doomed weights when the state started, for a state that goes on; measured when None.
+        largest_exponent: the most that one call of `shrink_` will be asked for.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], doomed: Mapping[str, Tensor], start_norm: float | None = None):
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        doomed: Mapping[str, Tensor],
+        start_norm: float | None = None,
+        largest_exponent: float = 1.0,
+    ):
         self.names = [name for name, mask in doomed.items() if mask.any()]
         self.parameters = [parameters[name] for name in self.names]
         self.doomed = [doomed[name].to(parameters[name]) for name in self.names]
+        self.amount = self.doomed[0].new_zeros(()) if self.names else torch.zeros(())
         self.start_norm = self.norm() if start_norm is None else start_norm
+        self.parts = max(1, math.ceil(largest_exponent))
 
     def __bool__(self) -> bool:
         return bool(self.names)
 
+    def set_(self, amount: float) -> None:
+        """What the next step does: the exponent of `shrink_` or the strength of `add_to_gradients_`."""
+        self.amount.fill_(amount)
+
     @torch.no_grad()
-    def shrink_(self, exponent: float) -> None:
-        """w <- w * exp(-exponent) on doomed weights; all others keep their bits."""
-        # w + (factor - 1) * w * doomed in one pass; in parts, since a small factor would lose its digits in factor - 1
-        parts = max(1, math.ceil(exponent))
-        for _ in range(parts if self.names else 0):
-            torch._foreach_addcmul_(self.parameters, self.parameters, self.doomed, value=math.expm1(-exponent / parts))
+    def shrink_(self) -> None:
+        """w <- w * exp(-amount) on doomed weights; all others keep their bits."""
+        if not self.names:
+            return
+        # w + (factor - 1) * w * doomed; in parts, since a small factor would lose its digits in factor - 1
+        changes = torch._foreach_mul(self.doomed, torch.expm1(-self.amount / self.parts))
+        for _ in range(self.parts):
+            torch._foreach_addcmul_(self.parameters, self.parameters, changes)
 
     @torch.no_grad()
     def block_gradients_(self) -> None:
         """Take the loss's gradient away from doomed weights."""
-        for parameter, mask in zip(self.parameters, self.doomed, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.addcmul_(parameter.grad, mask, value=-1.0)
+        with_gradients = [pair for pair in zip(self.parameters, self.doomed, strict=True) if pair[0].grad is not None]
+        gradients = [parameter.grad for parameter, _ in with_gradients]
+        if gradients:
+            torch._foreach_addcmul_(gradients, gradients, [mask for _, mask in with_gradients], value=-1.0)
 
     @torch.no_grad()
-    def add_to_gradients_(self, strength: float) -> None:
-        """grad <- grad + strength * w on doomed weights (the gradient of strength / 2 * |w|^2)."""
-        for parameter, mask in zip(self.parameters, self.doomed, strict=True):
-            parameter.grad.addcmul_(parameter.detach(), mask, value=strength)
+    def add_to_gradients_(self) -> None:
+        """grad <- grad + amount * w on doomed weights (the gradient of amount / 2 * |w|^2)."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        if gradients:
+            torch._foreach_addcmul_(gradients, self.parameters, torch._foreach_mul(self.doomed, self.amount))
 
     @torch.no_grad()
     def norm(self) -> float:

@@ -112,6 +112,7 @@ def pick_device(name: str = "auto", gpu: int = 0) -> torch.device:
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         if gpu >= torch.cuda.device_count():
             raise RunError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA GPU(s), counted from 0")
+        torch.cuda.set_device(gpu)  # streams, graphs and pinned memory go there too
         return torch.device("cuda", gpu)
     if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
         return torch.device("mps")
@@ -123,18 +124,79 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        # without AMX tiles bf16 on a CPU is emulated around fp32 units and gains nothing
-        has_tiles = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        return torch.bfloat16 if has_tiles else None
+        # other CPUs emulate bf16 by float32 instructions and gain nothing
+        instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if device.type == "cpu" else ()
+        return torch.bfloat16 if any(getattr(torch.cpu, has, bool)() for has in instructions) else None
     if amp == "fp16" and device.type != "cuda":
         raise RunError(f"--amp fp16: needs a CUDA GPU, this run is on {device.type}; use --amp bf16 or off")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def check_compile(mode: str | None, device: torch.device) -> None:
+    if mode in GRAPHS and device.type != "cuda":
+        raise RunError(f"--compile {mode}: needs a CUDA GPU, this run is on {device.type}; leave it out")
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
     if precision is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=precision)
+
+
+# ------------------------------------------------------------------------------------------------ CUDA graphs
+
+GRAPHS = ("graph", "compiled-graph")  # values of --compile that capture the whole step
+
+
+class CudaGraph:
+    """Work on the current GPU that is captured once and repeated by one launch."""
+
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Do it, on the stream of the capture: autograd binds its nodes to the stream that they first ran on."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, work: Callable[[], object]) -> None:
+        """Note what `work` does, without doing it."""
+        # "thread_local": the threads of a loader that pins memory may call CUDA meanwhile
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CapturedStep:
+    """A function of tensors that is captured as a CUDA graph and replayed: one launch instead of hundreds.
+
+    A replay repeats the same kernels on the same addresses. Besides its arguments, whose shapes stay, the function may
+    read and write only tensors that stay where they are, and numbers that change must come in such tensors. It returns
+    nothing. Its first calls run as they are: autotuning, compilation and first-step branches stay out of the graph.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[..., None]):
+        self.function, self.calls, self.graph = function, 0, CudaGraph()
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, *inputs: Tensor) -> None:
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.graph.warm_up(lambda: self.function(*inputs))
+            return
+        if not self.inputs:
+            self.inputs = [given.clone() for given in inputs]
+            self.graph.capture(lambda: self.function(*self.inputs))
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
 
 
 # ------------------------------------------------------------------------------------------------ signals

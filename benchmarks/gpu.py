@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""Training on a CUDA GPU, no network needed: images/s, MFU, kernels and synchronisations per step, seconds an epoch.
+"""Training on a CUDA GPU, no network needed: images/s, MFU, launches and synchronisations per step, seconds an epoch.
 
     python benchmarks/gpu.py                                   the whole table
     python benchmarks/gpu.py --archs vit_tiny --batch_sizes 128 --modes plain eager
     python benchmarks/gpu.py --device cpu --archs vit_tiny --batch_sizes 8 --modes plain eager --repeats 1      a trial
 
-Random images; the real loop in the RSST ramp of a state, eager, compiled (torch.compile) and captured (CUDA graphs:
-torch.compile's reduce-overhead mode), against the plain loop of train_step.py on the same GPU: a factor here is a
-same-hardware factor. The modes run one after the other, not in turns: each would hold its memory while the others are
-measured. MFU is 6 x MACs x images/s over --peak, the dense bf16 peak of the device.
+Random images; the real loop in the RSST ramp of a state against the plain loop of train_step.py on the same GPU: a
+factor here is a same-hardware factor. The modes besides `plain` and `eager` are the values of the flag --compile:
+`default` compiles the network, `graph` captures the whole step, `compiled-graph` does both, and `reduce-overhead`
+captures forward and backward pass alone. They run one after the other, not in turns: each would hold its memory while
+the others are measured. MFU is 6 x MACs x images/s over --peak, the dense bf16 peak of the device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,7 +32,7 @@ from benchmarks.train_step import CIFAR_IMAGES, OurStep, PlainStep
 from pruning_utils import cost_of
 
 IMAGENET_IMAGES = 1_281_167
-MODES = {"eager": [], "compiled": ["--compile"], "captured": ["--compile", "reduce-overhead"]}
+MODES = ("plain", "eager", "default", "reduce-overhead", "graph", "compiled-graph")
 
 
 def make_step(arch: str, batch_size: int, mode: str, device: str):
@@ -40,20 +42,22 @@ def make_step(arch: str, batch_size: int, mode: str, device: str):
         step = PlainStep(job, arch)
         step.model.to(device)
         return step, job
-    step = OurStep([*flags, "--amp", "bf16", *MODES[mode]], device)
+    compiled = [] if mode == "eager" else ["--compile", mode]
+    step = OurStep([*flags, "--amp", "bf16", *compiled], device)
     return step, step.job
 
 
-def count_kernels(step, device: str) -> int:
-    """Kernel launches of one step; 0 on the CPU."""
+def count_kernels(step, device: str) -> tuple[int, int]:
+    """Kernels and copies of one step on the device, and how often the host launches some; 0 on the CPU."""
     if device != "cuda":
-        return 0
-    from torch.autograd import DeviceType
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        return 0, 0
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+    events = profiler.events()
+    kernels = sum(event.device_type == DeviceType.CUDA for event in events)
+    return kernels, sum("Launch" in event.name for event in events if event.device_type == DeviceType.CPU)
 
 
 def count_synchronisations(step, device: str) -> int:
@@ -84,7 +88,8 @@ def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> 
 
     memory = common.extra_bytes(warm_up, args.device)
     step, job = made
-    kernels, waits = count_kernels(step, args.device), count_synchronisations(step, args.device)
+    kernels, launches = count_kernels(step, args.device)
+    waits = count_synchronisations(step, args.device)
     timed = partial(common.seconds, partial(run_steps, step, args.steps), args.device)
     times = common.interleaved({"steps": timed}, args.repeats)["steps"]
     low, middle, high = (1000 * spent / args.steps for spent in common.quartiles(times))
@@ -99,6 +104,7 @@ def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> 
         "quartiles ms": f"{low:.1f}-{high:.1f}",
         "MFU": f"{100 * 6 * macs * speed / (args.peak * 1e12):.1f}%",
         "kernels": kernels,
+        "launches": launches,
         "syncs": waits,
         "s/epoch": f"{0.9 * images / speed:,.1f}",
         "memory": f"{memory / 2**30:.1f} GiB",
@@ -110,18 +116,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_small", "vit_base", "vit_small_imagenet"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--modes", nargs="+", choices=["plain", *MODES], default=["plain", *MODES])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of the device in dense bf16; H100 SXM: 989")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="steps per repeat")
-    parser.add_argument("--warm_up", type=int, default=5, help="steps before, in which compilation happens")
+    parser.add_argument("--warm_up", type=int, default=6, help="steps before, which compile and capture")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU; try --device cpu with a small --batch_sizes")
     torch.manual_seed(0)
     device = torch.cuda.get_device_name() if args.device == "cuda" else common.machine()
-    rows = []
+    rows, failed = [], []
     for arch in args.archs:
         for batch_size in args.batch_sizes:
             plain = None
@@ -132,8 +138,10 @@ def main() -> None:
                     torch.cuda.empty_cache()
                 try:
                     row = measure(arch, batch_size, mode, args)
-                except torch.OutOfMemoryError:
-                    print(f"{arch}, batch {batch_size}, {mode}: out of memory")
+                except Exception as error:  # out of memory, or what this GPU cannot do: the other rows matter
+                    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    failed.append(f"{arch}, batch {batch_size}, {mode}: {reason[:200]}")
+                    print(failed[-1], flush=True)
                     continue
                 speed = row.pop("_speed")
                 plain = speed if mode == "plain" else plain
@@ -143,7 +151,8 @@ def main() -> None:
     print(f"\n{device}, torch {torch.__version__}, {args.repeats} x {args.steps} steps\n")
     if rows:
         print(utils.format_table(rows, {title: title for title in rows[0]}))
-        common.save("gpu", {"device": device, "torch": torch.__version__, "rows": rows})
+        common.save("gpu", {"device": device, "torch": torch.__version__, "rows": rows, "failed": failed})
+    sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

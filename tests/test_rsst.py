@@ -164,13 +164,14 @@ def shrink_over_a_state(optimizer_name, ramp, autocast=False, seed=0):
     parameters, doomed = weights_and_doomed(seed)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = make_optimizer(optimizer_name, parameters)
-    penalty = Penalty(parameters, doomed)
+    penalty = Penalty(parameters, doomed, largest_exponent=ramp.exponent_at(ramp.steps))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         for step in range(1, ramp.steps + 1):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            penalty.shrink_(ramp.exponent_at(step))
+            penalty.set_(ramp.exponent_at(step))
+            penalty.shrink_()
     return before, {name: parameter.detach() for name, parameter in parameters.items()}, doomed
 
 
@@ -212,11 +213,13 @@ def test_shrink_by_hand():
     penalty = Penalty(parameters, {"w": torch.tensor([0.0, 1.0, 1.0])})
     assert penalty.start_norm == pytest.approx(math.sqrt(20), rel=1e-12)
     assert penalty.residual() == 1.0
-    penalty.shrink_(math.log(4))
+    penalty.set_(math.log(4))
+    penalty.shrink_()
     assert parameters["w"].tolist() == pytest.approx([1.0, -0.5, 1.0], rel=1e-6)
     assert penalty.norm() == pytest.approx(math.sqrt(1.25), rel=1e-6)
     assert penalty.residual() == pytest.approx(0.25, rel=1e-6)
-    penalty.shrink_(0.0)
+    penalty.set_(0.0)
+    penalty.shrink_()
     assert parameters["w"].tolist() == pytest.approx([1.0, -0.5, 1.0], rel=1e-6)
 
 
@@ -234,7 +237,8 @@ def test_without_doomed_weights_there_is_no_penalty():
     for penalty in (Penalty(parameters, {}), Penalty(parameters, {"w": torch.zeros(3)})):
         assert not penalty
         assert penalty.residual() == 0.0
-        penalty.shrink_(5.0)
+        penalty.set_(5.0)
+        penalty.shrink_()
         assert parameters["w"].tolist() == [1, 1, 1]
     assert Penalty(parameters, {"w": torch.tensor([0.0, 1.0, 0.0])})
 
@@ -252,7 +256,9 @@ def test_the_gradient_form_adds_lambda_w_to_doomed_weights_only():
     for name, parameter in parameters.items():
         parameter.grad = gradients[name].clone()
     values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    Penalty(parameters, doomed).add_to_gradients_(0.3)
+    penalty = Penalty(parameters, doomed)
+    penalty.set_(0.3)
+    penalty.add_to_gradients_()
     for name, parameter in parameters.items():
         gone = doomed[name].bool()
         assert torch.equal(parameter.grad[~gone], gradients[name][~gone])
@@ -311,7 +317,8 @@ def test_sgd_without_a_loss_shrinks_by_the_predicted_dose(momentum, period):
     optimizer = torch.optim.SGD([weight], lr=rate, momentum=momentum)
     for step in range(1, steps + 1):
         weight.grad = torch.zeros_like(weight)
-        penalty.add_to_gradients_(ramp.value(step))
+        penalty.set_(ramp.value(step))
+        penalty.add_to_gradients_()
         optimizer.step()
     predicted = predicted_dose(ramp, [rate] * steps, momentum)[-1]
     # sum of k/period over the state, by hand

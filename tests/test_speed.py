@@ -20,9 +20,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import main_imp_fillback as entry
 import utils
+from benchmarks import gpu
 from benchmarks.train_step import training_job
 from models.vit import Attention, _attend
 from utils import Background, RunError, RunState
@@ -155,6 +157,21 @@ def test_bf16_chooses_the_same_masks_for_equal_weights(criterion, run, around, a
     assert_same_masks(found["off", 1], found["bf16", 1])
 
 
+@pytest.mark.parametrize(("amx", "avx512", "expected"), [(1, 1, torch.bfloat16), (0, 1, torch.bfloat16), (0, 0, None)])
+def test_auto_is_bf16_on_cpus_with_instructions_for_it(amx, avx512, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512), raising=False)
+    assert utils.pick_precision("auto", torch.device("cpu")) == expected
+    assert utils.pick_precision("auto", torch.device("mps")) is None
+    assert utils.pick_precision("off", torch.device("cpu")) is None
+
+
+def test_auto_does_without_pytorchs_word_on_the_cpu(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert utils.pick_precision("auto", torch.device("cpu")) is None
+
+
 def test_bf16_losses_are_those_of_float32_within_its_digits(run):
     flags = ("--struct", "rsst", *BOTH, "--pruning_times", 1, "--lr", "0.02")
     whole, half = run(*flags, "--amp", "off", name="whole"), run(*flags, "--amp", "bf16", name="half")
@@ -250,6 +267,177 @@ def test_compiled_training_is_that_of_eager_training(precision, run):
     assert_same_masks(masks_of(eager.dir), masks_of(compiled.dir))
     assert "cut at step" in log_of(compiled.dir)
     torch.compiler.reset()
+
+
+# -------------------------------------------------------------------------------------------------- captured steps
+
+
+def tensors_in(content):
+    return [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU: notes each operation with the tensors it took and gave, repeats it on the same memory.
+
+    What a real graph freezes is frozen here: numbers that Python knew, addresses, branches. As there, what is captured
+    is not done, and nothing may wait for the device.
+    """
+
+    made: list["Tape"] = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.captured, self.replays, self.warm_ups = [], {}, False, 0, 0
+        Tape.made.append(self)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        named = named or {}
+        packet = operation.overloadpacket
+        assert packet not in NoWaiting.REFUSED, f"{packet} waits for the device"
+        for tensor in tensors_in((arguments, named)):
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in self.before:
+                self.before[memory.data_ptr()] = memory, memory.clone()
+        result = operation(*arguments, **named)
+        self.calls.append((operation, arguments, named, result))
+        return result
+
+    def warm_up(self, work):
+        self.warm_ups += 1
+        work()
+
+    def capture(self, work):
+        assert not self.captured
+        with self:
+            work()
+        self.captured = True
+        for memory, content in self.before.values():
+            memory.copy_(content)
+
+    @torch.no_grad()
+    def replay(self):
+        assert self.captured
+        self.replays += 1
+        for operation, arguments, named, result in self.calls:
+            taken = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((arguments, named))}
+            again = operation(*arguments, **named)
+            for old, new in zip(tensors_in(result), tensors_in(again), strict=True):
+                if old.untyped_storage().data_ptr() not in taken:
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Tapes in place of CUDA graphs, on a CPU that passes for a GPU; the list of those made."""
+    monkeypatch.setattr(utils, "CudaGraph", Tape)
+    monkeypatch.setattr(utils, "check_compile", lambda mode, device: None)
+    monkeypatch.setattr(Tape, "made", [])
+    return Tape.made
+
+
+def test_a_tape_repeats_what_a_graph_would(tapes):
+    rate, total, python = torch.tensor(2.0), torch.zeros(3), SimpleNamespace(rate=2.0)
+    frozen = torch.zeros(3)
+
+    def step(values):
+        total.add_(values * rate)
+        frozen.add_(values * python.rate)
+
+    captured = utils.CapturedStep(step)
+    for number in range(6):
+        python.rate = float(number)
+        rate.fill_(number)
+        captured(torch.tensor([1.0, 2.0, number]))
+    # sum of number * (1, 2, number) for 0..5; Python's number stays 3 from the capture on
+    assert total.tolist() == [15, 30, 55]
+    assert frozen.tolist() == [0 + 1 + 2 + 3 * 3, 2 * 12, 0 + 1 + 4 + 3 * (3 + 4 + 5)]
+    assert (tapes[0].warm_ups, tapes[0].replays) == (3, 3)
+
+
+CAPTURED = {
+    "rsst": ("--struct", "rsst", *BOTH, *words("--reg_finish 0.5 --sched cosine --momentum 0.8")),
+    "clipped, accumulated, bf16": (*RAMP, *IN_PARTS, *words("--amp bf16 --no-compact_training --block_loss_grad")),
+    "gradient form": ("--struct", "rsst", *BOTH, *words("--reg_form gradient --warmup 1")),
+    "adamw": ("--struct", "rsst", *words("--opt adamw --lr 0.002 --decreasing_lr 1 --reg_finish 0.5")),
+    "refill": ("--struct", "refill", *BOTH, *words("--fc")),
+    "filters": ("--struct", "rsst", *words("--arch res20s --reg_finish 0.5")),
+}
+
+
+@pytest.mark.parametrize("flags", CAPTURED.values(), ids=CAPTURED)
+def test_a_captured_run_is_the_plain_run_bit_for_bit(flags, run, tapes):
+    """Learning rate, lambda and batches change from step to step: all reach the captured step."""
+    flags = (*flags, *words("--pruning_times 2 --train_limit 120"))
+    plain = run(*flags, name="plain")
+    assert not tapes
+    captured = run(*flags, "--compile", "graph", name="captured")
+    assert sum(tape.replays for tape in tapes) >= 2 * 2 * STEPS
+    assert {tape.warm_ups for tape in tapes if tape.replays} == {utils.CapturedStep.WARM_UP}
+    assert plain.trace.keys() == captured.trace.keys()
+    for key in plain.trace:
+        assert largest_difference(plain.trace[key], captured.trace[key]) == 0, key
+    assert metrics(plain.dir) == metrics(captured.dir)
+    assert_same_masks(masks_of(plain.dir), masks_of(captured.dir))
+
+
+@pytest.mark.usefixtures("tapes")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_captured_optimizers_are_declared_capturable_where_pytorch_asks(optimizer, run, around):
+    groups = []
+    around("set_up_training", after=lambda job: groups.extend(job.optimizer.param_groups))
+    run("--struct", "imp", "--opt", optimizer, *words("--lr 0.001 --compile graph --pruning_times 1"))
+    # Optimizer._accelerator_graph_capture_health_check: all(group["capturable"] for group in self.param_groups)
+    assert [group.get("capturable", optimizer == "sgd") for group in groups] == [True, True]
+
+
+def test_a_captured_run_goes_on_to_the_same_bits(run, tapes, around):
+    stop_at = [(1, 4)]
+
+    def stop(job, *_):
+        if (job.run.state, job.run.step) in stop_at:
+            stop_at.clear()
+            raise KeyboardInterrupt
+
+    flags = (*CAPTURED["adamw"], *words("--compile graph --pruning_times 2 --train_limit 120 --checkpoint_every 1"))
+    whole = run(*flags, name="whole")
+    around("train_step", before=stop)
+    run(*flags, name="broken", code=130)
+    again = run("--resume", name="broken", base=())
+    assert not stop_at
+    assert metrics(again.dir) == metrics(whole.dir)
+    assert largest_difference(load(again.dir / "best.pt")["weights"], load(whole.dir / "best.pt")["weights"]) == 0
+
+
+def test_a_loss_that_breaks_in_a_captured_step_is_named_by_its_step(run, tapes, monkeypatch):
+    original = entry.PruneRetrain.train_step
+
+    def step(job, epoch, batch):
+        if (job.run.state, job.run.step) == (0, 10):
+            with torch.no_grad():
+                job.model.get_parameter("head.bias").fill_(math.nan)
+        original(job, epoch, batch)
+
+    monkeypatch.setattr(entry.PruneRetrain, "train_step", step)
+    ended = run("--struct", "imp", *words("--compile graph --train_limit 160"), code=1)
+    assert "not finite at step 10 of state 0" in ended.err
+    assert tapes[0].replays > 10 - 3
+
+
+@pytest.mark.parametrize("mode", utils.GRAPHS)
+def test_graphs_need_a_gpu(mode, run):
+    ended = run("--struct", "imp", "--compile", mode, code=2)
+    assert ended.err.splitlines()[-1].endswith(f"--compile {mode}: needs a CUDA GPU, this run is on cpu; leave it out")
+    assert not ended.dir.exists()
+
+
+def test_compiled_graph_captures_the_compiled_network(run, only_traced, tapes):
+    flags = ("--struct", "rsst", *BOTH, *words("--pruning_times 2 --train_limit 120"))
+    plain, both = run(*flags, name="plain"), run(*flags, "--compile", "compiled-graph", name="both")
+    assert len(only_traced) == len(tapes) == 3
+    assert {options["mode"] for options in only_traced} == {"default"}
+    assert sum(tape.replays for tape in tapes) >= 2 * 2 * STEPS
+    assert column(plain.dir, "train_loss") == pytest.approx(column(both.dir, "train_loss"), rel=1e-5)
+    assert_same_masks(masks_of(plain.dir), masks_of(both.dir))
 
 
 # --------------------------------------------------------------------------------------------------- smaller networks
@@ -621,6 +809,41 @@ EXPECTED_ROWS = {
     ],
     "checkpoint": ["plain", "ours", "plain", "ours"],
 }
+
+
+@pytest.mark.usefixtures("only_traced")
+def test_the_gpu_benchmark_measures_every_mode(tapes):
+    args = SimpleNamespace(device="cpu", warm_up=5, steps=1, repeats=2, peak=100.0)
+    rows = [gpu.measure("vit_tiny", 2, mode, args) for mode in gpu.MODES]
+    assert [row["mode"] for row in rows] == list(gpu.MODES)
+    assert set(gpu.MODES) >= {"plain", "eager", "default", *utils.GRAPHS}
+    for row in rows:
+        speed = row["_speed"]
+        # 0.1877 G multiply-adds an image (SPEC), a third of them forward, two operations each; 45,000 images an epoch
+        assert float(row["MFU"].rstrip("%")) == pytest.approx(100 * 6 * 0.1877e9 * speed / 100e12, abs=0.051)
+        assert float(row["s/epoch"].replace(",", "")) == pytest.approx(45_000 / speed, rel=0.01)
+    assert [(tape.warm_ups, tape.replays) for tape in tapes] == [(3, 5 - 3 + 2)] * 2
+
+
+def test_a_mode_that_fails_leaves_the_other_rows(monkeypatch, capsys, tmp_path):
+    measured, saved = [], {}
+
+    def measure(arch, batch_size, mode, args):
+        measured.append(mode)
+        if mode in ("eager", "graph"):
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore") if mode == "eager" else RuntimeError("no graphs")
+        return {"model": arch, "mode": mode, "_speed": {"plain": 10.0, "default": 25.0}[mode]}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu.common, "save", lambda name, content: saved.update(content))
+    monkeypatch.setattr(
+        sys, "argv", words("gpu.py --device cpu --archs a --batch_sizes 4 --modes plain eager graph default")
+    )
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert measured == ["plain", "eager", "graph", "default"]
+    assert [(row["mode"], row["over plain"]) for row in saved["rows"]] == [("plain", "1.00x"), ("default", "2.50x")]
+    assert ended.value.code == "a, batch 4, eager: CUDA out of memory\na, batch 4, graph: no graphs"
 
 
 @pytest.mark.slow
