@@ -1266,7 +1266,12 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, rate: Tensor) -> 
     ]
     if args.opt == "adamw":
         return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=args.compile in utils.GRAPHS)
-    return torch.optim.SGD(groups, lr=rate, momentum=args.momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=args.momentum, fused=True)
+    if args.momentum:
+        # PyTorch makes them uninitialised in the first step and leaves them so when the scaler of fp16 skips that step
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def states_table(rows: list[dict]) -> str:

@@ -3,7 +3,7 @@
 
     python benchmarks/train_step.py [--archs vit_tiny vit_small] [--batch_size 128] [--repeats 7] [--threads N]
     python benchmarks/train_step.py --models vit_tiny vit_small vit_base     memory, images/s, seconds an epoch
-    python benchmarks/train_step.py --profile vit_tiny                       where a step's time goes
+    python benchmarks/train_step.py --profile vit_tiny [--amp bf16]          where a step's time goes
 
 The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
 goes through the layers with index lists, `.item()` in every step. "plain, no lists" is the same without that penalty:
@@ -136,7 +136,8 @@ def compare(args: argparse.Namespace) -> None:
             "ours, small, bf16": OurStep([*flags, "--amp", "bf16", "--compact_training"]),
         }
         if args.compile:
-            steps["ours, small, compiled"] = OurStep([*flags, "--amp", "off", "--compact_training", "--compile"])
+            steps["ours, full size, compiled"] = OurStep([*flags, "--amp", "off", "--compile"])
+            steps["ours, full size, bf16, compiled"] = OurStep([*flags, "--amp", "bf16", "--compile"])
         for step in steps.values():
             step()
         work = {**steps, "bookkeeping": ours.bookkeeping}
@@ -161,9 +162,9 @@ def compare(args: argparse.Namespace) -> None:
     common.save("train_step", {"machine": common.machine(), "rows": rows, "bookkeeping": shares})
 
 
-def measure_one(arch: str, batch_size: int, repeats: int) -> dict:
-    """In a process of its own: peak memory, images/s and seconds for 45,000 CIFAR-sized images, dense."""
-    flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", "off", "--no-compact_training"]
+def measure_one(arch: str, batch_size: int, amp: str, repeats: int) -> dict:
+    """In a process of its own: peak memory and images/s of a step at full size."""
+    flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", amp, "--no-compact_training"]
     steps = []
 
     def start() -> None:
@@ -178,31 +179,28 @@ def measure_one(arch: str, batch_size: int, repeats: int) -> dict:
 def models(args: argparse.Namespace) -> None:
     rows = []
     for arch in args.models:
-        command = [sys.executable, __file__, "--one", arch, "--batch_size", str(args.batch_size)]
-        command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        speed = found["images_per_second"]
-        rows.append(
-            {
-                "model": arch,
-                "parameters": f"{sum(p.numel() for p in build_model(arch, 10).parameters()):,}",
-                "peak memory": f"{found['memory'] / 2**30:.2f} GiB",
-                "images/s": f"{speed:,.1f}",
-                "CIFAR epoch": f"{0.9 * CIFAR_IMAGES / speed:,.0f} s",
-            }
-        )
-    print(f"\ntraining, float32, batch {args.batch_size}, {common.machine()}, {args.repeats} repeats\n")
+        row = {"model": arch, "parameters": f"{sum(p.numel() for p in build_model(arch, 10).parameters()):,}"}
+        for amp, precision in (("off", "float32"), ("bf16", "bf16")):
+            command = [sys.executable, __file__, "--one", arch, "--batch_size", str(args.batch_size), "--amp", amp]
+            command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            speed = found["images_per_second"]
+            row[f"{precision} memory"] = f"{found['memory'] / 2**30:.2f} GiB"
+            row[f"{precision} images/s"] = f"{speed:,.1f}"
+            row[f"{precision} CIFAR epoch"] = f"{0.9 * CIFAR_IMAGES / speed:,.0f} s"
+        rows.append(row)
+    print(f"\ntraining, batch {args.batch_size}, {common.machine()}, {args.repeats} repeats\n")
     print(utils.format_table(rows, {title: title for title in rows[0]}))
     common.save("train_models", {"machine": common.machine(), "rows": rows})
 
 
 def profile(args: argparse.Namespace) -> None:
-    step = OurStep(["--arch", args.profile, "--batch_size", str(args.batch_size), "--amp", "off"])
+    step = OurStep(["--arch", args.profile, "--batch_size", str(args.batch_size), "--amp", args.amp])
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
-    print(f"\none step of {args.profile}, batch {args.batch_size}, {common.machine()}\n")
+    print(f"\none step of {args.profile}, batch {args.batch_size}, --amp {args.amp}, {common.machine()}\n")
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
 
 
@@ -215,12 +213,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="time the compiled step too")
+    parser.add_argument("--compile", action="store_true", help="time the compiled steps too")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="of --profile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.one:
-        print(json.dumps(measure_one(args.one, args.batch_size, args.repeats)))
+        print(json.dumps(measure_one(args.one, args.batch_size, args.amp, args.repeats)))
     elif args.models:
         models(args)
     elif args.profile:

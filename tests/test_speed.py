@@ -6,6 +6,7 @@ Runs are real ones through `main([...])`: scikit-learn's digits and a Vision Tra
 
 import collections
 import copy
+import itertools
 import json
 import math
 import os
@@ -378,6 +379,41 @@ def test_a_captured_run_is_the_plain_run_bit_for_bit(flags, run, tapes):
         assert largest_difference(plain.trace[key], captured.trace[key]) == 0, key
     assert metrics(plain.dir) == metrics(captured.dir)
     assert_same_masks(masks_of(plain.dir), masks_of(captured.dir))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_captured_fp16_run_skips_the_steps_that_the_plain_run_skips(optimizer, run, tapes, around, monkeypatch):
+    """The scaler starts where gradients overflow and doubles every second step; the device decides whether to skip.
+
+    Before the first step that is not skipped there is nothing to remember: no momentum, no moments.
+    """
+    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.float16)
+    scales, moments = {"plain": [], "captured": []}, []
+
+    def high_scale(job):
+        if job.run.state == 0:
+            job.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28, growth_interval=2)
+
+    def remember(job, *_):
+        found = scales[job.save_dir.name]
+        found.append(job.scaler.get_scale())
+        if job.run.state == 0 and found[-1] == 2.0 ** (28 - len(found)):  # skipped, all of them
+            moments.extend(value.clone() for state in job.optimizer.state.values() for value in state.values())
+
+    around("set_up_training", after=high_scale)
+    around("train_step", after=remember)
+    flags = ("--struct", "rsst", *BOTH, *words("--pruning_times 2 --train_limit 160 --lr 0.002 --opt"), optimizer)
+    plain = run(*flags, name="plain")
+    captured = run(*flags, "--compile", "graph", name="captured")
+    assert sum(tape.replays for tape in tapes) > 2 * 2 * STEPS
+    assert scales["plain"] == scales["captured"]
+    steps = [math.log2(after / before) for before, after in itertools.pairwise(scales["plain"])]
+    assert scales["plain"][0] == 2**27
+    assert {-1, 0, 1} == set(steps)  # skipped, done, done for the second time
+    assert moments
+    assert not any(value.any() for value in moments)
+    for key in plain.trace:
+        assert largest_difference(plain.trace[key], captured.trace[key]) == 0, key
 
 
 @pytest.mark.usefixtures("tapes")
