@@ -69,7 +69,7 @@ def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict
 
 def _largest(so_far: float, value: Tensor) -> float:
     """max() that lets no NaN pass: Python's max(0.0, nan) is 0.0."""
-    return float(torch.maximum(torch.tensor(so_far, dtype=torch.float64), value.detach().double().cpu()))
+    return float(torch.maximum(torch.tensor(so_far, dtype=torch.float64), value.detach().cpu().double()))
 
 
 @torch.no_grad()

@@ -638,8 +638,9 @@ class PruneRetrain:
             groups, settings = self.optimizer.param_groups, self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": settings})
             self.optimizer.param_groups = groups
-            self.check_moments()
-            self.scaler.load_state_dict(content["scaler"])
+            self.settle_moments()
+            if content["scaler"]:  # empty unless the run trained in fp16 so far
+                self.scaler.load_state_dict(content["scaler"])
 
     def check_rows(self) -> None:
         """A sound checkpoint has all numbers that later lines and tables need."""
@@ -651,14 +652,16 @@ class PruneRetrain:
         for row in run.history:
             float(row["state"] + row["epoch"] + row["val_accuracy"])
 
-    def check_moments(self) -> None:
-        """`load_state_dict` takes moments of any kind and shape."""
+    def settle_moments(self) -> None:
+        """`load_state_dict` takes moments of any kind, shape and layout."""
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
                 if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                     raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
                 if not isinstance(value, Tensor | None):
                     raise TypeError(f"optimizer: {name} is no tensor")
+                if isinstance(value, Tensor) and value.ndim:
+                    moments[name] = laid_out_like(parameter, value)
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
@@ -813,11 +816,17 @@ class PruneRetrain:
         if removed and (args.compact_training or args.struct == "oneshot"):
             self.model_kept = run.kept
             self.model = remove_units(copy.deepcopy(self.dense), self.units, run.kept)
+            if is_cnn(self.model) and self.precision is None:
+                # 1.1x as fast as they are cut; in bf16 it would be 0.84x (measured on a CPU)
+                self.model.to(memory_format=torch.channels_last)
             hold, doomed = (slice_tensors(masks, self.units, run.kept) for masks in (hold, doomed))
         else:
             self.model, self.model_kept = self.dense, {}
         parameters = dict(self.model.named_parameters())
         held = {name: mask for name, mask in hold.items() if not mask.all()}
+        held, doomed = (
+            {name: laid_out_like(parameters[name], mask) for name, mask in masks.items()} for masks in (held, doomed)
+        )
         # what follows removed units takes no part in training and keeps its values, in full size as in small
         whole = self.dense.state_dict()
         idle = follower_masks(self.units, run.kept, whole)
@@ -927,7 +936,6 @@ class PruneRetrain:
             labels: [B].
         """
         args, optimizer = self.args, self.optimizer
-        optimizer.zero_grad(set_to_none=True)
         parts = zip(images.chunk(args.accum_steps), labels.chunk(args.accum_steps), strict=True)
         for part, truth in parts:
             with utils.autocast(self.device, self.precision):
@@ -950,6 +958,7 @@ class PruneRetrain:
         self.mask_weights()
         if self.penalty and args.reg_form == "decay":
             self.penalty.shrink_()
+        optimizer.zero_grad(set_to_none=True)  # here: gradients that outlive a graph would hold its memory
 
     def count(self, loss: Tensor, accuracy: Tensor) -> None:
         """Add to the epoch's sums on the device; nothing here waits for it."""
@@ -1225,7 +1234,8 @@ class PruneRetrain:
                 tensors = {name: tensor * hold.get(name, 1) for name, tensor in tensors.items()}
                 tensors = slice_tensors(tensors, self.units, self.model_kept)
             for name, tensor in tensors.items():
-                self.optimizer.state[self.model.get_parameter(name)][entry] = tensor
+                parameter = self.model.get_parameter(name)
+                self.optimizer.state[parameter][entry] = laid_out_like(parameter, tensor) if tensor.ndim else tensor
 
     def evaluate(self, model: nn.Module, data: Batches | FolderBatches) -> float:
         return export.accuracy(model, data, self.precision)
@@ -1305,8 +1315,21 @@ def cost_columns(row: dict) -> dict:
     return columns
 
 
+def laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the parameter's strides.
+
+    Fused optimizers run over the memory of weights and moments as it lies, whatever the strides say; operations on
+    lists of tensors go one by one where strides differ.
+    """
+    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -1350,7 +1373,7 @@ def main(argv: list[str] | None = None) -> int:
             utils.be_deterministic()
         device = utils.pick_device(args.device, args.gpu)
         utils.pick_precision(args.amp, device)
-        utils.check_compile(args.compile, device)
+        utils.check_compile(args.compile, args.accum_steps, device)
         utils.seed_everything(args.seed)
         content = vars(args).pop("resumed_from", None)
         model = make_model(args, weights=not content)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -132,9 +133,12 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def check_compile(mode: str | None, device: torch.device) -> None:
+def check_compile(mode: str | None, accum_steps: int, device: torch.device) -> None:
     if mode in GRAPHS and device.type != "cuda":
         raise RunError(f"--compile {mode}: needs a CUDA GPU, this run is on {device.type}; leave it out")
+    if mode in ("reduce-overhead", "max-autotune") and accum_steps > 1 and device.type == "cuda":
+        # the CUDA graph of the second part would overwrite the gradients of the first
+        raise RunError(f"--compile {mode}: cannot accumulate gradients on a GPU; use compiled-graph or --accum_steps 1")
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -148,12 +152,16 @@ def autocast(device: torch.device, precision: torch.dtype | None) -> contextlib.
 GRAPHS = ("graph", "compiled-graph")  # values of --compile that capture the whole step
 
 
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one for all graphs: libraries keep working memory for every stream
+
+
 class CudaGraph:
     """Work on the current GPU that is captured once and repeated by one launch."""
 
     def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.stream = torch.cuda.Stream()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), _capture_stream()
 
     def warm_up(self, work: Callable[[], object]) -> None:
         """Do it, on the stream of the capture: autograd binds its nodes to the stream that they first ran on."""
@@ -188,15 +196,19 @@ class CapturedStep:
 
     def __call__(self, *inputs: Tensor) -> None:
         self.calls += 1
-        if self.calls <= self.WARM_UP:
-            self.graph.warm_up(lambda: self.function(*inputs))
-            return
-        if not self.inputs:
-            self.inputs = [given.clone() for given in inputs]
-            self.graph.capture(lambda: self.function(*self.inputs))
+        # the same tensors from the first call on: a network compiled for other strides would compile again in a capture
+        self.inputs = self.inputs or [given.clone() for given in inputs]
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
+        if self.calls <= self.WARM_UP:
+            self.graph.warm_up(self._work)
+            return
+        if self.calls == self.WARM_UP + 1:
+            self.graph.capture(self._work)
         self.graph.replay()
+
+    def _work(self) -> None:
+        self.function(*self.inputs)
 
 
 # ------------------------------------------------------------------------------------------------ signals

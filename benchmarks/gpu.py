@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import common
 from benchmarks.train_step import CIFAR_IMAGES, OurStep, PlainStep
+from models import build_model
 from pruning_utils import cost_of
 
 IMAGENET_IMAGES = 1_281_167
@@ -38,17 +39,13 @@ MODES = ("plain", "eager", "default", "reduce-overhead", "graph", "compiled-grap
 def make_step(arch: str, batch_size: int, mode: str, device: str):
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--print_freq", "1000000", "--no-compact_training"]
     if mode == "plain":
-        job = OurStep([*flags, "--amp", "off"], device).job
-        step = PlainStep(job, arch)
-        step.model.to(device)
-        return step, job
+        return PlainStep(OurStep([*flags, "--amp", "off"], device).job, arch)
     compiled = [] if mode == "eager" else ["--compile", mode]
-    step = OurStep([*flags, "--amp", "bf16", *compiled], device)
-    return step, step.job
+    return OurStep([*flags, "--amp", "bf16", *compiled], device)
 
 
 def count_kernels(step, device: str) -> tuple[int, int]:
-    """Kernels and copies of one step on the device, and how often the host launches some; 0 on the CPU."""
+    """Kernels and copies of one step on the device, and launches of them by the host; 0 on the CPU."""
     if device != "cuda":
         return 0, 0
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -56,8 +53,9 @@ def count_kernels(step, device: str) -> tuple[int, int]:
         step()
         torch.cuda.synchronize()
     events = profiler.events()
-    kernels = sum(event.device_type == DeviceType.CUDA for event in events)
-    return kernels, sum("Launch" in event.name for event in events if event.device_type == DeviceType.CPU)
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    launching = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+    return len(on_device), sum(event.name.startswith(launching) for event in events)
 
 
 def count_synchronisations(step, device: str) -> int:
@@ -79,22 +77,33 @@ def run_steps(step, count: int) -> None:
         step()
 
 
+def peak_bytes(work, device: str) -> int:
+    """What `work` takes of the device's memory: on CUDA all that PyTorch reserves, the memory of graphs included."""
+    if device != "cuda":
+        return common.extra_bytes(work)
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_reserved() - before
+
+
 def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> dict:
     made = []
 
     def warm_up() -> None:
-        made[:] = make_step(arch, batch_size, mode, args.device)
+        made.append(make_step(arch, batch_size, mode, args.device))
         run_steps(made[0], args.warm_up)
 
-    memory = common.extra_bytes(warm_up, args.device)
-    step, job = made
+    memory = peak_bytes(warm_up, args.device)
+    (step,) = made
     kernels, launches = count_kernels(step, args.device)
     waits = count_synchronisations(step, args.device)
     timed = partial(common.seconds, partial(run_steps, step, args.steps), args.device)
     times = common.interleaved({"steps": timed}, args.repeats)["steps"]
     low, middle, high = (1000 * spent / args.steps for spent in common.quartiles(times))
     speed = 1000 * batch_size / middle
-    macs = cost_of(job.dense, {})["macs"]
+    with torch.device("meta"):
+        macs = cost_of(build_model(arch, 10), {})["macs"]
     images = IMAGENET_IMAGES if arch.endswith("_imagenet") else CIFAR_IMAGES
     return {
         "model": arch,
@@ -126,14 +135,15 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA GPU; try --device cpu with a small --batch_sizes")
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else common.machine()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "trial on a CPU"
+    device = f"{name}, torch {torch.__version__}"
     rows, failed = [], []
     for arch in args.archs:
         for batch_size in args.batch_sizes:
             plain = None
             for mode in args.modes:
-                gc.collect()  # a run's objects hold each other
                 torch.compiler.reset()
+                gc.collect()  # a run's objects hold each other
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
                 try:
@@ -148,11 +158,11 @@ def main() -> None:
                 row["over plain"] = f"{speed / plain:.2f}x" if plain else ""
                 rows.append(row)
                 print(" ".join(f"{title} {value}" for title, value in row.items()), flush=True)
-    print(f"\n{device}, torch {torch.__version__}, {args.repeats} x {args.steps} steps\n")
+    print(f"\n{device}, {args.repeats} x {args.steps} steps\n")
     if rows:
         print(utils.format_table(rows, {title: title for title in rows[0]}))
-        common.save("gpu", {"device": device, "torch": torch.__version__, "rows": rows, "failed": failed})
-    sys.exit("\n".join(failed))
+        common.save("gpu", {"device": device, "rows": rows, "failed": failed})
+    sys.exit("\n".join(failed) or None)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class PlainStep:
     """The same state of the same run, written plainly."""
 
     def __init__(self, job: entry.PruneRetrain, arch: str, lists: bool = True):
-        self.model = build_model(arch, 10)
+        self.model = build_model(arch, 10).to(job.device)
         self.model.load_state_dict(job.dense.state_dict())
         self.doomed = []
         for name, mask in job.run.masks.items():
@@ -102,7 +102,7 @@ class PlainStep:
             if lists:
                 self.doomed.append((module, dim, gone))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        self.batches = [job.train_data.batch(0, 0, step) for step in range(job.steps_per_epoch)]
+        self.batches = [job.train_data.batch(0, 0, step) for step in range(2)]
         self.steps, self.loss, self.correct = 0, 0.0, 0
 
     def __call__(self) -> None:

@@ -1228,6 +1228,17 @@ def test_filters_that_come_back_are_whole_and_not_doomed(compact, run, watch, mo
     ("method", "point"), [("rsst", (1, 0)), ("rsst", (1, 2)), ("imp", (1, 1))], ids=["before a cut", "after", "imp"]
 )
 def test_a_broken_run_resumes_to_the_same_bits(method, point, run, watch):
+    """Masks from a checkpoint, too, are stored as the weights are, channels last."""
+
+    def look(job):
+        for parameter, mask in zip(job.held, job.held_masks, strict=True):
+            assert mask.stride() == parameter.stride()
+        for parameter, mask in zip(job.penalty.parameters, job.penalty.doomed, strict=True):
+            assert mask.stride() == parameter.stride()
+        kernels = [parameter for parameter in job.model.parameters() if parameter.ndim == 4]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+    watch.after("set_up_training", look)
     flags = words("--epochs 3 --pruning_times 2 --reg_finish 0.5 --opt adamw --lr 0.01")
     flags = ("--struct", method, *flags)
     whole = run(*flags, name="whole")
@@ -1248,6 +1259,28 @@ def test_a_broken_run_resumes_to_the_same_bits(method, point, run, watch):
     assert other["kept"] == one["kept"]
     one, other = (load(folder.dir / "checkpoint.pt")["weights"] for folder in (whole, again))
     assert_same_tensors(other, one)
+
+
+def test_moments_lie_in_memory_as_the_weights_do_when_a_run_goes_on_in_bf16(run, watch, monkeypatch):
+    """Fused optimizers do not look at strides; the smaller network is channels last in float32 only."""
+    layouts = []
+
+    def look(job, *_):
+        if (job.run.state, job.run.step) == (1, 4):
+            kernels = [p for p in job.model.parameters() if p.ndim == 4]
+            layouts.append([kernel.stride() for kernel in kernels])
+            assert [job.optimizer.state[kernel]["exp_avg"].stride() for kernel in kernels] == layouts[-1]
+            if len(layouts) == 1:
+                raise KeyboardInterrupt
+
+    watch.before("train_step", look)
+    flags = words("--struct rsst --pruning_times 2 --reg_finish 0.5 --opt adamw --lr 0.01 --amp auto")
+    monkeypatch.setattr(entry.utils, "pick_precision", lambda *_: None)
+    run(*flags, "--checkpoint_every", "1", code=130)
+    monkeypatch.setattr(entry.utils, "pick_precision", lambda *_: torch.bfloat16)
+    run("--resume", base=())
+    one, other = layouts
+    assert one != other
 
 
 @pytest.mark.parametrize("method", ["rsst", "imp"])

@@ -1271,7 +1271,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(run, watch):
                 assert not gradient[doomed == 1].any()
                 seen.append(bool(gradient[(doomed == 0)].any()))
 
-    watch.after("train_step", look)
+    watch.after("mask_weights", look)
     run("--struct", "rsst", "--block_loss_grad", "--epochs", "4")
     assert seen
     assert all(seen)

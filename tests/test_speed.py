@@ -331,16 +331,17 @@ class Tape(TorchDispatchMode):
 def tapes(monkeypatch):
     """Tapes in place of CUDA graphs, on a CPU that passes for a GPU; the list of those made."""
     monkeypatch.setattr(utils, "CudaGraph", Tape)
-    monkeypatch.setattr(utils, "check_compile", lambda mode, device: None)
+    monkeypatch.setattr(utils, "check_compile", lambda *_: None)
     monkeypatch.setattr(Tape, "made", [])
     return Tape.made
 
 
 def test_a_tape_repeats_what_a_graph_would(tapes):
     rate, total, python = torch.tensor(2.0), torch.zeros(3), SimpleNamespace(rate=2.0)
-    frozen = torch.zeros(3)
+    frozen, places = torch.zeros(3), set()
 
     def step(values):
+        places.add(values.data_ptr())
         total.add_(values * rate)
         frozen.add_(values * python.rate)
 
@@ -353,6 +354,7 @@ def test_a_tape_repeats_what_a_graph_would(tapes):
     assert total.tolist() == [15, 30, 55]
     assert frozen.tolist() == [0 + 1 + 2 + 3 * 3, 2 * 12, 0 + 1 + 4 + 3 * (3 + 4 + 5)]
     assert (tapes[0].warm_ups, tapes[0].replays) == (3, 3)
+    assert len(places) == 1  # warmed up on what it is captured with: a compiled network sees the same strides
 
 
 CAPTURED = {
@@ -416,6 +418,32 @@ def test_a_captured_fp16_run_skips_the_steps_that_the_plain_run_skips(optimizer,
         assert largest_difference(plain.trace[key], captured.trace[key]) == 0, key
 
 
+def test_a_run_goes_on_in_fp16_that_began_without_it(run, around, monkeypatch):
+    """As --amp auto does when a run moves to an older GPU."""
+
+    def stop(job, *_):
+        if job.run.step == 4 and not job.scaler.is_enabled():
+            raise KeyboardInterrupt
+
+    around("train_step", before=stop)
+    run("--struct", "imp", *words("--pruning_times 1 --amp auto --checkpoint_every 1"), code=130)
+    monkeypatch.setattr(utils, "pick_precision", lambda *_: torch.float16)
+    again = run("--resume", base=())
+    assert "cpu, fp16, seed" in log_of(again.dir)
+    assert len(metrics(again.dir)) == 2
+
+
+@pytest.mark.parametrize("after", ["a cut", "a state"])
+def test_no_gradient_outlives_a_step(after, run, around):
+    """What holds a gradient holds the memory of the graph that it was made in."""
+    seen = []
+    around("end_state" if after == "a state" else "cut", before=lambda job: seen.append(job))
+    run("--struct", "rsst", *BOTH, *words("--reg_finish 0.5 --pruning_times 2"))
+    parameters = [p for job in seen for model in (job.dense, job.model) for p in model.parameters()]
+    assert seen
+    assert all(parameter.grad is None for parameter in parameters)
+
+
 @pytest.mark.usefixtures("tapes")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_captured_optimizers_are_declared_capturable_where_pytorch_asks(optimizer, run, around):
@@ -459,6 +487,19 @@ def test_a_loss_that_breaks_in_a_captured_step_is_named_by_its_step(run, tapes, 
     assert tapes[0].replays > 10 - 3
 
 
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead", "max-autotune", *utils.GRAPHS])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_torchs_own_graphs_cannot_accumulate(mode, accum_steps):
+    """On a GPU, their second part overwrites the gradients of the first; a graph of the whole step has all parts."""
+    if mode in ("reduce-overhead", "max-autotune") and accum_steps == 2:
+        with pytest.raises(RunError, match=f"--compile {mode}: .* use compiled-graph or --accum_steps 1"):
+            utils.check_compile(mode, accum_steps, torch.device("cuda"))
+    else:
+        utils.check_compile(mode, accum_steps, torch.device("cuda"))
+    if mode not in utils.GRAPHS:
+        utils.check_compile(mode, accum_steps, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("mode", utils.GRAPHS)
 def test_graphs_need_a_gpu(mode, run):
     ended = run("--struct", "imp", "--compile", mode, code=2)
@@ -466,7 +507,16 @@ def test_graphs_need_a_gpu(mode, run):
     assert not ended.dir.exists()
 
 
-def test_compiled_graph_captures_the_compiled_network(run, only_traced, tapes):
+def test_compiled_graph_captures_the_compiled_network(run, only_traced, tapes, monkeypatch):
+    """Grey images, which arrive as views with strides of their own: nothing may be compiled in a capture."""
+    traced, capture = torch._dynamo.utils.counters["stats"], Tape.capture
+
+    def without_compiling(tape, work):
+        before = traced["unique_graphs"]
+        capture(tape, work)
+        assert traced["unique_graphs"] == before > 0
+
+    monkeypatch.setattr(Tape, "capture", without_compiling)
     flags = ("--struct", "rsst", *BOTH, *words("--pruning_times 2 --train_limit 120"))
     plain, both = run(*flags, name="plain"), run(*flags, "--compile", "compiled-graph", name="both")
     assert len(only_traced) == len(tapes) == 3
@@ -880,6 +930,10 @@ def test_a_mode_that_fails_leaves_the_other_rows(monkeypatch, capsys, tmp_path):
     assert measured == ["plain", "eager", "graph", "default"]
     assert [(row["mode"], row["over plain"]) for row in saved["rows"]] == [("plain", "1.00x"), ("default", "2.50x")]
     assert ended.value.code == "a, batch 4, eager: CUDA out of memory\na, batch 4, graph: no graphs"
+    monkeypatch.setattr(sys, "argv", words("gpu.py --device cpu --archs a --batch_sizes 4 --modes plain default"))
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code is None
 
 
 @pytest.mark.slow
