@@ -80,10 +80,13 @@ class OurStep:
     def bookkeeping(self) -> None:
         """What masks and penalty add to a step."""
         job = self.job
+        for parameter in job.held:
+            parameter.grad = parameter.detach()  # any numbers do, and these are masked already
         job.mask_gradients()
         job.mask_weights()
         job.penalty.set_(job.ramp.exponent_at(job.run.step + 1))
         job.penalty.shrink_()
+        job.optimizer.zero_grad(set_to_none=True)
 
 
 class PlainStep:
