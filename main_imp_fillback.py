@@ -634,9 +634,9 @@ class PruneRetrain:
         utils.restore_random_states(content["random"])
         if self.run.begun:
             self.set_up_training()
-            # moments only: the settings are those of flags and device
+            # the settings are those of flags and device
             groups, settings = self.optimizer.param_groups, self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": settings})
+            self.optimizer.load_state_dict({"state": content["moments"], "param_groups": settings})
             self.optimizer.param_groups = groups
             self.settle_moments()
             if content["scaler"]:  # empty unless the run trained in fp16 so far
@@ -653,14 +653,20 @@ class PruneRetrain:
             float(row["state"] + row["epoch"] + row["val_accuracy"])
 
     def settle_moments(self) -> None:
-        """`load_state_dict` takes moments of any kind, shape and layout."""
-        for parameter, moments in self.optimizer.state.items():
+        """`load_state_dict` takes moments of any kind, number, shape and layout."""
+        expected = {"step", "exp_avg", "exp_avg_sq"} if self.args.opt == "adamw" else {"momentum_buffer"}
+        if self.args.opt == "sgd" and not self.args.momentum:
+            expected = set()
+        for parameter in self.model.parameters():
+            moments = self.optimizer.state[parameter]
+            if moments.keys() != expected:
+                raise ValueError(f"optimizer: moments {', '.join(map(str, moments)) or 'missing'}")
             for name, value in moments.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                    raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
-                if not isinstance(value, Tensor | None):
+                if not isinstance(value, Tensor):
                     raise TypeError(f"optimizer: {name} is no tensor")
-                if isinstance(value, Tensor) and value.ndim:
+                if value.shape != (torch.Size() if name == "step" else parameter.shape):
+                    raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
+                if name != "step":
                     moments[name] = laid_out_like(parameter, value)
 
     def go_on(self) -> None:
@@ -1248,7 +1254,7 @@ class PruneRetrain:
         self.writer.wait()  # no more than one copy at a time
         content = {
             "weights": utils.weights_of(self.dense),
-            "optimizer": utils.cpu_copy(self.optimizer.state_dict()),
+            "moments": utils.cpu_copy(self.optimizer.state_dict()["state"]),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": self.rewind_sha256,
@@ -1446,7 +1452,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
 def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, splits: Splits) -> None:
     """The log's first lines: what is run on what."""
     parameters, pixels = count_vit_parameters(model), image_size(model)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[utils.pick_precision(args.amp, device)]
+    precision = utils.precision_name(args.amp, device)
     log.info(
         f"{args.struct} on {args.arch}: {parameters:,} parameters, {pixels} pixels, {device}, {precision}, "
         f"seed {args.seed}"

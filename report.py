@@ -750,6 +750,7 @@ def describe(run: Run) -> str:
     training += [f"{args['sched']} schedule"] if args.get("sched") else []
     training += [f"batches of {args['batch_size']} images"] if args.get("batch_size") else []
     training += [f"augmentation {args['aug']}"] if args.get("aug") else []
+    training += [str(run.environment["precision"])] if run.environment.get("precision") else []
     training += [f"{args['train_limit']:,} training images"] if isinstance(args.get("train_limit"), int) else []
     sentences.append(f"Training: {_text(', '.join(filter(None, training)))}.")
     machine = run.environment

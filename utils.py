@@ -133,6 +133,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
+def precision_name(amp: str, device: torch.device) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "float32"}[pick_precision(amp, device)]
+
+
 def check_compile(mode: str | None, accum_steps: int, device: torch.device) -> None:
     if mode in GRAPHS and device.type != "cuda":
         raise RunError(f"--compile {mode}: needs a CUDA GPU, this run is on {device.type}; leave it out")
@@ -824,8 +828,8 @@ def free_dir(path: Path) -> Path:
     return candidate
 
 
-def environment(device: torch.device) -> dict:
-    """Versions, device and commit, for environment.json."""
+def environment(device: torch.device, amp: str) -> dict:
+    """Versions, device, precision and commit, for environment.json."""
     versions = {}
     for package in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -840,6 +844,7 @@ def environment(device: torch.device) -> dict:
         "versions": versions,
         "device": str(device),
         "device_name": name,
+        "precision": precision_name(amp, device),
         "threads": torch.get_num_threads(),
         "commit": commit.stdout.strip() or None,
     }
@@ -859,7 +864,7 @@ def write_flags(save_dir: Path, args) -> None:
 def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
     """args.yaml and environment.json."""
     write_flags(save_dir, args)
-    write_text(save_dir / "environment.json", json.dumps(environment(device), indent=2) + "\n")
+    write_text(save_dir / "environment.json", json.dumps(environment(device, args.amp), indent=2) + "\n")
 
 
 def cpu_copy(content):

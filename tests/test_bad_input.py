@@ -494,7 +494,7 @@ WRONG = {
 DELETED = object()
 
 
-def places(content, into=("run", "args", "optimizer", "random", "rewind_sha256", "scaler")):
+def places(content, into=("run", "args", "moments", "random", "rewind_sha256", "scaler")):
     """Paths of the entries of a checkpoint; of tensors by layer, the first."""
     found = [(key,) for key in content]
     for key in into:
@@ -509,7 +509,7 @@ def places(content, into=("run", "args", "optimizer", "random", "rewind_sha256",
             found += [("run", name, layer, part) for part in ("bits", "shape")]
     found += [("weights", name) for name in list(content["weights"])[:2]]
     found += [("run", "history", 0), ("run", "history", -1), ("run", "states", 0), ("run", "best", "accuracy")]
-    found += [("optimizer", "state", 0), ("optimizer", "state", 0, "momentum_buffer"), ("optimizer", "param_groups", 0)]
+    found += [("moments", 0), ("moments", 0, "momentum_buffer")]
     return found
 
 
@@ -540,7 +540,7 @@ def check_wrong_entry(content, path, value, folder):
 
 def test_wrong_entries_in_a_sound_file_are_one_line(sealed, broken):
     _, content = sealed
-    entries = [("run",), ("args",), ("weights",), ("optimizer",), ("random",), ("rewind_file",), ("args", "epochs")]
+    entries = [("run",), ("args",), ("weights",), ("moments",), ("random",), ("rewind_file",), ("args", "epochs")]
     for path, value in itertools.product(entries, (None, "text", DELETED)):
         if path == ("args", "epochs") and value is DELETED:
             continue  # as in checkpoints that are older than a flag, which then is what it is by default

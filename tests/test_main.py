@@ -342,7 +342,7 @@ def assert_whole(done, states, epochs):
     assert yaml.safe_load((done.dir / "args.yaml").read_text())["dataset"] == "digits"
     environment = json.loads((done.dir / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__ or environment["versions"]["torch"]
-    assert environment["device"] == "cpu"
+    assert (environment["device"], environment["precision"]) == ("cpu", "float32")
     assert "commit" in environment
     assert os.listdir() == []  # nothing anywhere else
     best = load(done.dir / "best.pt")

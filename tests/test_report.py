@@ -30,7 +30,8 @@ FLAGS = {
     "export": True, "compact_training": True, "sorting_mode": "layer-wise", "device": "auto",
 }  # fmt: skip
 ENVIRONMENT = {"python": "3.11.7", "platform": "Linux", "versions": {"torch": "2.15.0", "timm": "1.0.31"},
-               "device": "cpu", "device_name": "EPYC", "threads": 2, "commit": "0123456789abcdef"}  # fmt: skip
+               "device": "cpu", "device_name": "EPYC", "threads": 2, "commit": "0123456789abcdef",
+               "precision": "bf16"}  # fmt: skip
 PARITY = {"images": 1440, "max_difference_float32": 9.5e-7, "max_difference_float64": 2e-15, "largest_logit": 3.9,
           "bound_float32": 3.9e-5, "top1_agreement": 1.0}  # fmt: skip
 CONFIG = {"parameters": {"dense": 2_000_000, "removed": 800_000}, "macs": {"dense": 40_000_000, "removed": 10_000_000}}
@@ -236,7 +237,7 @@ def test_report_says_what_the_files_hold(tmp_path, no_drawing):
     assert "0.0100 G of 0.0400 G MACs per image (4.00x fewer)" in text
     for words in ("vit_tiny", "digits", "3 states of 4 epochs each", "seed 42", "34.00% of all heads",
                   "50.00% of all neurons", "criterion magnitude", "torch 2.15.0", "cpu EPYC (2 threads)",
-                  "commit 0123456789", "Training took 2 min 02 s"):  # fmt: skip
+                  "augmentation none, bf16", "commit 0123456789", "Training took 2 min 02 s"):  # fmt: skip
         assert words in text, words
     assert "not finished" not in text
     for name in ("accuracy", "density", "penalty", "units"):
