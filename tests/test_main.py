@@ -339,10 +339,14 @@ def assert_whole(done, states, epochs):
     assert [row["state"] for row in rows_of(done.dir / "states.csv")] == [str(state) for state in range(states)]
     for name in ("checkpoint.pt", "checkpoint.prev.pt", "best.pt", "init.pt"):
         assert load(done.dir / name)
-    assert yaml.safe_load((done.dir / "args.yaml").read_text())["dataset"] == "digits"
+    flags = yaml.safe_load((done.dir / "args.yaml").read_text())
+    assert flags["dataset"] == "digits"
     environment = json.loads((done.dir / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__ or environment["versions"]["torch"]
-    assert (environment["device"], environment["precision"]) == ("cpu", "float32")
+    assert (environment["device"], environment["precision"]) == (
+        "cpu",
+        {"off": "float32", "bf16": "bf16"}[flags["amp"]],
+    )
     assert "commit" in environment
     assert os.listdir() == []  # nothing anywhere else
     best = load(done.dir / "best.pt")
