@@ -662,8 +662,6 @@ class PruneRetrain:
             if moments.keys() != expected:
                 raise ValueError(f"optimizer: moments {', '.join(map(str, moments)) or 'missing'}")
             for name, value in moments.items():
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"optimizer: {name} is no tensor")
                 if value.shape != (torch.Size() if name == "step" else parameter.shape):
                     raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
                 if name != "step":

@@ -541,6 +541,7 @@ def check_wrong_entry(content, path, value, folder):
 def test_wrong_entries_in_a_sound_file_are_one_line(sealed, broken):
     _, content = sealed
     entries = [("run",), ("args",), ("weights",), ("moments",), ("random",), ("rewind_file",), ("args", "epochs")]
+    entries += [("moments", 0), ("moments", 0, "momentum_buffer")]
     for path, value in itertools.product(entries, (None, "text", DELETED)):
         if path == ("args", "epochs") and value is DELETED:
             continue  # as in checkpoints that are older than a flag, which then is what it is by default
