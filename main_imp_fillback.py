@@ -664,8 +664,7 @@ class PruneRetrain:
             for name, value in moments.items():
                 if value.shape != (torch.Size() if name == "step" else parameter.shape):
                     raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
-                if name != "step":
-                    moments[name] = laid_out_like(parameter, value)
+                moments[name] = laid_out_like(parameter, value)
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
@@ -843,14 +842,14 @@ class PruneRetrain:
         self.update = utils.CapturedStep(self.device_step) if args.compile in utils.GRAPHS else self.device_step
         self.held, self.held_masks = [parameters[name] for name in held], list(held.values())
         self.optimizer = make_optimizer(args, self.model, self.rate)
-        self.cut_after = rsst.cut_step(self.total_steps, self.steps_per_epoch, args.reg_finish)
-        sawtooth = args.reg_form == "gradient" and args.reg_clock != "state"
-        period = self.steps_per_epoch if sawtooth else self.cut_after
-        strength = args.reg_granularity_prune
-        self.ramp = rsst.Ramp(args.RST_schedule, strength, self.cut_after, period, args.exponents)
-        self.penalty = rsst.Penalty(parameters, doomed, run.start_norm, self.ramp.exponent_at(self.cut_after))
+        self.penalty = rsst.Penalty(parameters, doomed, run.start_norm)
         if self.penalty:
             run.start_norm = self.penalty.start_norm
+            self.cut_after = rsst.cut_step(self.total_steps, self.steps_per_epoch, args.reg_finish)
+            sawtooth = args.reg_form == "gradient" and args.reg_clock != "state"
+            period = self.steps_per_epoch if sawtooth else self.cut_after
+            strength = args.reg_granularity_prune
+            self.ramp = rsst.Ramp(args.RST_schedule, strength, self.cut_after, period, args.exponents)
             self.doses = self.predict_dose()
 
     def predict_dose(self) -> list[float]:
@@ -961,7 +960,7 @@ class PruneRetrain:
         self.scaler.update()
         self.mask_weights()
         if self.penalty and args.reg_form == "decay":
-            self.penalty.shrink_()
+            self.penalty.shrink_(self.ramp.parts)
         optimizer.zero_grad(set_to_none=True)  # here: gradients that outlive a graph would hold its memory
 
     def count(self, loss: Tensor, accuracy: Tensor) -> None:
@@ -1239,7 +1238,7 @@ class PruneRetrain:
                 tensors = slice_tensors(tensors, self.units, self.model_kept)
             for name, tensor in tensors.items():
                 parameter = self.model.get_parameter(name)
-                self.optimizer.state[parameter][entry] = laid_out_like(parameter, tensor) if tensor.ndim else tensor
+                self.optimizer.state[parameter][entry] = laid_out_like(parameter, tensor)
 
     def evaluate(self, model: nn.Module, data: Batches | FolderBatches) -> float:
         return export.accuracy(model, data, self.precision)
@@ -1320,12 +1319,13 @@ def cost_columns(row: dict) -> dict:
 
 
 def laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor with the parameter's strides.
+    """The tensor with the parameter's strides; scalars stay.
 
     Fused optimizers run over the memory of weights and moments as it lies, whatever the strides say; operations on
     lists of tensors go one by one where strides differ.
     """
-    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)
+    same = not tensor.ndim or tensor.stride() == parameter.stride()
+    return tensor if same else torch.empty_like(parameter).copy_(tensor)
 
 
 def _sha256(path: Path) -> str:

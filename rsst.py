@@ -81,6 +81,11 @@ class Ramp:
         """Decay form: -log of the factor applied after `step`."""
         return DOSE_PER_STRENGTH * self.value(step) / self.cumulative[-1]
 
+    @cached_property
+    def parts(self) -> int:
+        """Decay form: parts of `Penalty.shrink_` so that no exponent is above 1; the last step has the largest."""
+        return max(1, math.ceil(self.exponent_at(self.steps)))
+
     def dose(self, step: int) -> float:
         """Decay form: -log of the factor that has been applied up to and including `step`."""
         done = self.cumulative[max(0, min(step, self.steps))]
@@ -104,22 +109,14 @@ class Penalty:
         parameters: by name, those that hold doomed weights; they change in place.
         doomed: by the same names, tensors of their shape that are 1 on doomed weights and 0 elsewhere.
         start_norm: norm of the doomed weights when the state started, for a state that goes on; measured when None.
-        largest_exponent: the most that one call of `shrink_` will be asked for.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        doomed: Mapping[str, Tensor],
-        start_norm: float | None = None,
-        largest_exponent: float = 1.0,
-    ):
+    def __init__(self, parameters: Mapping[str, Tensor], doomed: Mapping[str, Tensor], start_norm: float | None = None):
         self.names = [name for name, mask in doomed.items() if mask.any()]
         self.parameters = [parameters[name] for name in self.names]
         self.doomed = [doomed[name].to(parameters[name]) for name in self.names]
         self.amount = self.doomed[0].new_zeros(()) if self.names else torch.zeros(())
         self.start_norm = self.norm() if start_norm is None else start_norm
-        self.parts = max(1, math.ceil(largest_exponent))
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -129,13 +126,13 @@ class Penalty:
         self.amount.fill_(amount)
 
     @torch.no_grad()
-    def shrink_(self) -> None:
-        """w <- w * exp(-amount) on doomed weights; all others keep their bits."""
+    def shrink_(self, parts: int = 1) -> None:
+        """w <- w * exp(-amount) on doomed weights, in `parts` equal ones; all others keep their bits."""
         if not self.names:
             return
         # w + (factor - 1) * w * doomed; in parts, since a small factor would lose its digits in factor - 1
-        changes = torch._foreach_mul(self.doomed, torch.expm1(-self.amount / self.parts))
-        for _ in range(self.parts):
+        changes = torch._foreach_mul(self.doomed, torch.expm1(-self.amount / parts))
+        for _ in range(parts):
             torch._foreach_addcmul_(self.parameters, self.parameters, changes)
 
     @torch.no_grad()

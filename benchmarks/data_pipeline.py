@@ -98,13 +98,14 @@ def rate(epoch: Callable[[], Iterable]) -> float:
     return shown / spent
 
 
-def resident(split: Split, batch_size: int, aug: str) -> Callable[[], Iterable]:
-    data = Batches(split, FACTS, batch_size, aug=aug)
+def ours(data: Batches | FolderBatches) -> Callable[[], Iterable]:
+    """Passes over the data, an epoch each."""
     epochs = iter(range(10**9))
 
     def epoch() -> Iterable:
         number = next(epochs)  # a new one each time, so that drawing the epoch's random numbers is counted
-        return (data.batch(0, number, step) for step in range(data.steps_per_epoch))
+        yield from (data.batch(0, number, step) for step in range(data.steps_per_epoch))
+        data.close()
 
     return epoch
 
@@ -116,7 +117,8 @@ def small_images(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Itera
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, FACTS.classes, (args.images,), generator=generator)
     split = Split(images, labels)
-    ways = {f"Batches, {aug}": resident(split, args.batch_size, aug) for aug in ("none", "basic", "strong")}
+    augmentations = ("none", "basic", "strong")
+    ways = {f"Batches, {aug}": ours(Batches(split, FACTS, args.batch_size, aug=aug)) for aug in augmentations}
     cores = dict.fromkeys(ways, args.threads)
     sources = {
         "PIL": PilImages(images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()),
@@ -155,16 +157,8 @@ def folders(root: Path) -> tuple[dict[str, Callable[[], Iterable]], dict[str, in
         ]
     )
 
-    def ours(workers: int) -> Callable[[], Iterable]:
-        data = FolderBatches(splits.train, splits.facts, FOLDER_BATCH, aug="basic", workers=workers)
-        epochs = iter(range(10**9))
-
-        def epoch() -> Iterable:
-            number = next(epochs)
-            yield from (data.batch(0, number, step) for step in range(data.steps_per_epoch))
-            data.close()
-
-        return epoch
+    def resumable(workers: int) -> Callable[[], Iterable]:
+        return ours(FolderBatches(splits.train, splits.facts, FOLDER_BATCH, aug="basic", workers=workers))
 
     def plain(workers: int) -> Callable[[], Iterable]:
         source = datasets.ImageFolder(root / "train", usual)
@@ -173,7 +167,7 @@ def folders(root: Path) -> tuple[dict[str, Callable[[], Iterable]], dict[str, in
 
     ways, cores = {}, {}
     for workers in (0, WORKERS):
-        for name, way in (("FolderBatches", ours), ("ImageFolder", plain)):
+        for name, way in (("FolderBatches", resumable), ("ImageFolder", plain)):
             ways[f"{name}, {workers} workers"] = way(workers)
             cores[f"{name}, {workers} workers"] = max(1, workers)
     return ways, cores

@@ -46,7 +46,7 @@ def training_job(flags: list[str], device: str = "cpu", steps: int = 4) -> entry
     folder = tempfile.mkdtemp(prefix="bench-")
     ratios = ["--vit_structured", "--vit_prune_target", "both", "--rate", "0.67", "--mlp_prune_ratio", "0.7"]
     rsst = ["--struct", "rsst", "--criteria", "magnitude", "--pruning_times", "3", "--epochs", "1000", "--warmup", "0"]
-    if flags[flags.index("--arch") + 1].startswith("res"):
+    if flags[flags.index("--arch") + 1] in entry.RESNETS:
         ratios = []
     always = ["--wandb_mode", "disabled", "--save_dir", folder, "--device", device, "--dataset", "cifar10"]
     args = entry.parse_args([*always, *rsst, *ratios, *flags])
@@ -85,7 +85,7 @@ class OurStep:
         job.mask_gradients()
         job.mask_weights()
         job.penalty.set_(job.ramp.exponent_at(job.run.step + 1))
-        job.penalty.shrink_()
+        job.penalty.shrink_(job.ramp.parts)
         job.optimizer.zero_grad(set_to_none=True)
 
 

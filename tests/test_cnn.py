@@ -637,10 +637,10 @@ def test_the_penalty_shrinks_kernel_gain_and_bias_alike(make_micro):
     parameters = dict(model.named_parameters())
     before = clones(parameters)
     doomed = {name: 1 - mask for name, mask in unit_masks(units, kept, parameters).items()}
-    penalty = Penalty(parameters, doomed, largest_exponent=10.0)
+    penalty = Penalty(parameters, doomed)
     for exponent in (2.0, 8.0, 10.0):
         penalty.set_(exponent)
-        penalty.shrink_()
+        penalty.shrink_(parts=10)
     for name, parameter in parameters.items():
         rows = [1, 3, 4] if name.startswith(("layer2.0.conv1.", "layer2.0.bn1.")) else []
         rest = [row for row in range(len(parameter)) if row not in rows]

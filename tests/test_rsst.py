@@ -164,14 +164,14 @@ def shrink_over_a_state(optimizer_name, ramp, autocast=False, seed=0):
     parameters, doomed = weights_and_doomed(seed)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = make_optimizer(optimizer_name, parameters)
-    penalty = Penalty(parameters, doomed, largest_exponent=ramp.exponent_at(ramp.steps))
+    penalty = Penalty(parameters, doomed)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         for step in range(1, ramp.steps + 1):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             penalty.set_(ramp.exponent_at(step))
-            penalty.shrink_()
+            penalty.shrink_(ramp.parts)
     return before, {name: parameter.detach() for name, parameter in parameters.items()}, doomed
 
 
