@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 DOSE_PER_STRENGTH = 20.0  # total exponent of the decay form per unit of --reg_granularity_prune
+RECORDS = 50  # of lambda and residual over a ramp
 LETHAL_DOSE = 5.0  # exp(-5) < 0.7%: below this a gradient-form penalty leaves too much behind
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -85,6 +86,10 @@ class Ramp:
     def parts(self) -> int:
         """Decay form: parts of `Penalty.shrink_` so that no exponent is above 1; the last step has the largest."""
         return max(1, math.ceil(self.exponent_at(self.steps)))
+
+    def is_recorded(self, step: int) -> bool:
+        """Whether lambda and residual are written down after `step`: RECORDS times or more, if a ramp has the steps."""
+        return step == self.steps or step % max(1, self.steps // RECORDS) == 0
 
     def dose(self, step: int) -> float:
         """Decay form: -log of the factor that has been applied up to and including `step`."""
@@ -159,6 +164,33 @@ class Penalty:
         )
         return math.sqrt(sum(float(square) for square in squares))
 
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """The same as a scalar that stays on the device, so that nothing waits for it."""
+        squares = [
+            parameter.mul(mask).square().sum() for parameter, mask in zip(self.parameters, self.doomed, strict=True)
+        ]
+        return torch.stack(squares).sum().sqrt()
+
     def residual(self) -> float:
         """Norm of the doomed weights over their norm when the state started; 0 when there are none."""
         return self.norm() / self.start_norm if self.start_norm else 0.0
+
+
+class Trace:
+    """Steps with their lambda and the norm of the doomed weights, kept on the device until they are taken."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+        self.norms: list[Tensor] = []
+
+    def add(self, step: int, strength: float, norm: Tensor) -> None:
+        self.points.append((step, strength))
+        self.norms.append(norm)
+
+    def take(self) -> list[tuple[int, float, float]]:
+        """(step, lambda, norm) of all points since the last call; waits for the device."""
+        norms = torch.stack(self.norms).tolist() if self.norms else []
+        taken = [(*point, norm) for point, norm in zip(self.points, norms, strict=True)]
+        self.points, self.norms = [], []
+        return taken

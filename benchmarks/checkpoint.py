@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,19 +18,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main_imp_fillback as entry
 import utils
 from benchmarks import common
-from benchmarks.train_step import training_job
+from benchmarks.train_step import training_run
+from engine.run import Run
 
 
-def save_plainly(job: entry.PruneRetrain, path: Path) -> None:
+def save_plainly(run: Run, path: Path) -> None:
     content = {
-        "model": job.model.state_dict(),
-        "optimizer": job.optimizer.state_dict(),
-        "initial": job.rewind_weights,
-        "masks": job.run.masks,
-        "target": job.run.target,
+        "model": run.training.model.state_dict(),
+        "optimizer": run.training.optimizer.state_dict(),
+        "initial": run.rewind_weights,
+        "masks": run.progress.masks,
+        "target": run.progress.target,
     }
     torch.save(content, path)
 
@@ -44,15 +43,14 @@ def main() -> None:
     rows = []
     for arch in args.archs:
         for optimizer in ("sgd", "adamw"):
-            job = training_job(["--arch", arch, "--batch_size", "2", "--opt", optimizer, "--no-compact_training"])
-            job.clock = time.perf_counter()
-            job.train_step(0, 0)
-            weights = 4 * sum(parameter.numel() for parameter in job.dense.parameters())
-            latest, plain = job.save_dir / "checkpoint.pt", job.save_dir / "plain.pt"
+            run = training_run(["--arch", arch, "--batch_size", "2", "--opt", optimizer, "--no-compact_training"])
+            run.training.step()
+            weights = 4 * sum(parameter.numel() for parameter in run.dense.parameters())
+            latest, plain = run.save_dir / "checkpoint.pt", run.save_dir / "plain.pt"
             candidates = {
-                "ours": partial(common.seconds, job.checkpoint),
-                "written": partial(common.seconds, job.writer.wait),  # of ours, right after it
-                "plain": partial(common.seconds, partial(save_plainly, job, plain)),
+                "ours": partial(common.seconds, run.checkpoint),
+                "written": partial(common.seconds, run.writer.wait),  # of ours, right after it
+                "plain": partial(common.seconds, partial(save_plainly, run, plain)),
             }
             times = common.interleaved(candidates, args.repeats)
             written = [sum(pair) for pair in zip(times["ours"], times.pop("written"), strict=True)]

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from benchmarks import common
 from benchmarks.train_step import CIFAR_IMAGES, OurStep, PlainStep
+from families import family_of
 from models import build_model
-from pruning_utils import cost_of
 
 IMAGENET_IMAGES = 1_281_167
 MODES = ("plain", "eager", "default", "reduce-overhead", "graph", "compiled-graph")
@@ -39,7 +39,7 @@ MODES = ("plain", "eager", "default", "reduce-overhead", "graph", "compiled-grap
 def make_step(arch: str, batch_size: int, mode: str, device: str):
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--print_freq", "1000000", "--no-compact_training"]
     if mode == "plain":
-        return PlainStep(OurStep([*flags, "--amp", "off"], device).job, arch)
+        return PlainStep(OurStep([*flags, "--amp", "off"], device).run, arch)
     compiled = [] if mode == "eager" else ["--compile", mode]
     return OurStep([*flags, "--amp", "bf16", *compiled], device)
 
@@ -103,7 +103,8 @@ def measure(arch: str, batch_size: int, mode: str, args: argparse.Namespace) -> 
     low, middle, high = (1000 * spent / args.steps for spent in common.quartiles(times))
     speed = 1000 * batch_size / middle
     with torch.device("meta"):
-        macs = cost_of(build_model(arch, 10), {})["macs"]
+        model = build_model(arch, 10)
+        macs = family_of(model).cost(model, {})["macs"]
     images = IMAGENET_IMAGES if arch.endswith("_imagenet") else CIFAR_IMAGES
     return {
         "model": arch,

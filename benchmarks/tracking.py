@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks import common
-from benchmarks.train_step import training_job
+from benchmarks.train_step import training_run
 
 EVERY = (200, 1)  # the default --print_freq, and the worst case
 EPOCH = 201  # steps; the last one of an epoch is logged by the epoch
@@ -34,15 +34,15 @@ class TrackedSteps:
     """Steps of a run; a call returns how many a second there were."""
 
     def __init__(self, mode: str, flags: list[str], steps: int):
-        self.job, self.steps = training_job([*flags, "--wandb_mode", mode], steps=EPOCH), steps
-        self.note = self.job.save_dir / "tracking.json"
+        self.run, self.steps = training_run([*flags, "--wandb_mode", mode], steps=EPOCH), steps
+        self.note = self.run.save_dir / "tracking.json"
         self.step()
         if mode != "disabled":
             self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
         """Starting wandb takes a second of a run of hours; here it would be all that is measured."""
-        self.job.track({"ready": 1.0})
+        self.run.track({"ready": 1.0})
         for _ in range(600):
             if self.note.exists():
                 return
@@ -50,27 +50,27 @@ class TrackedSteps:
         raise SystemExit("wandb does not start; try a run with --wandb_mode offline")
 
     def step(self) -> None:
-        self.job.train_step(0, self.job.run.step % EPOCH)
+        self.run.training.step()
 
     def __call__(self) -> float:
         return self.steps / common.seconds(lambda: [self.step() for _ in range(self.steps)])
 
     def sent(self) -> bool:
-        return self.note.exists() and json.loads(self.note.read_text())["step"] == self.job.tracker.last_step
+        return self.note.exists() and json.loads(self.note.read_text())["step"] == self.run.tracker.last_step
 
     def handing_over(self, count: int = 500) -> float:
         """Seconds of this process's CPU, all threads, to hand one step's numbers to the process that sends them."""
         names = ("train/loss", "train/accuracy", "train/lr", "rsst/lambda", "rsst/residual")
         started = time.process_time()
         for number in range(count):
-            self.job.track(dict.fromkeys(names, number / 7), after=1 + number)
+            self.run.track(dict.fromkeys(names, number / 7), after=1 + number)
         while not self.sent():
             time.sleep(0.1)
         return (time.process_time() - started) / count
 
     def finish(self) -> bool:
         """Whether all that was logged has been sent."""
-        self.job.tracker.finish()
+        self.run.tracker.finish()
         return self.sent()
 
 

@@ -29,83 +29,89 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main_imp_fillback as entry
 import utils
 from benchmarks import common
+from cli.parse import parse_args
 from dataset import DATASETS, Split, Splits
+from engine.choose import choose_target
+from engine.model import make_model
+from engine.run import Run
+from families import family_of
 from models import build_model
 
 CIFAR_IMAGES = 50_000
 
 
-def training_job(flags: list[str], device: str = "cpu", steps: int = 4) -> entry.PruneRetrain:
-    """A run on random images, ready for `job.train_step(0, step)` in the RSST ramp of state 1.
+def training_run(flags: list[str], device: str = "cpu", steps: int = 4) -> Run:
+    """A run on random images, ready for `run.training.step()` in the RSST ramp of state 2.
 
     A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
     """
     folder = tempfile.mkdtemp(prefix="bench-")
     ratios = ["--vit_structured", "--vit_prune_target", "both", "--rate", "0.67", "--mlp_prune_ratio", "0.7"]
     rsst = ["--struct", "rsst", "--criteria", "magnitude", "--pruning_times", "3", "--epochs", "1000", "--warmup", "0"]
-    if flags[flags.index("--arch") + 1] in entry.RESNETS:
-        ratios = []
     always = ["--wandb_mode", "disabled", "--save_dir", folder, "--device", device, "--dataset", "cifar10"]
-    args = entry.parse_args([*always, *rsst, *ratios, *flags])
+    arch = flags[flags.index("--arch") + 1]
+    if family_of(build_model(arch, 10)).counts_by == "density":
+        ratios = []
+    args = parse_args([*always, *rsst, *ratios, *flags])
     where = torch.device(device)
-    model = entry.make_model(args)
-    size = entry.image_size(model)
+    model = make_model(args)
+    size = family_of(model).image_size(model)
     count = steps * args.batch_size * args.accum_steps
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     split = Split(images, torch.randint(0, 10, (count,)))
     few = Split(images[:8], split.labels[:8])
-    job = entry.PruneRetrain(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
-    weakref.finalize(job, shutil.rmtree, folder, ignore_errors=True)
-    job.start()
-    for job.run.state in (1, 2):
-        job.begin_state()
-        if job.run.state == 1:
-            job.run.masks, job.run.kept = job.run.target, job.run.target_kept
-    job.set_up_training()
-    job.start_epoch(0, 0)
-    return job
+    run = Run(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
+    weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
+    run.start()
+    for run.progress.state in (1, 2):
+        run.begin_state()
+        target = choose_target(run)
+        run.doom(target)
+        if run.progress.state == 1:
+            run.progress.masks, run.progress.kept = target
+        run.rewind()
+    run.set_up_state()
+    return run
 
 
 class OurStep:
     def __init__(self, flags: list[str], device: str = "cpu"):
-        self.job, self.steps = training_job(flags, device), 0
+        self.run = training_run(flags, device)
 
     def __call__(self) -> None:
-        self.job.train_step(0, self.steps % self.job.steps_per_epoch)
-        self.steps += 1
+        self.run.training.step()
 
     def bookkeeping(self) -> None:
         """What masks and penalty add to a step."""
-        job = self.job
-        for parameter in job.held:
+        training = self.run.training
+        for parameter in training.masked:
             parameter.grad = parameter.detach()  # any numbers do, and these are masked already
-        job.mask_gradients()
-        job.mask_weights()
-        job.penalty.set_(job.ramp.exponent_at(job.run.step + 1))
-        job.penalty.shrink_(job.ramp.parts)
-        job.optimizer.zero_grad(set_to_none=True)
+        training.mask_gradients()
+        training.mask_weights()
+        training.penalty.set_(training.ramp.exponent_at(training.progress.step + 1))
+        training.penalty.shrink_(training.ramp.parts)
+        training.optimizer.zero_grad(set_to_none=True)
 
 
 class PlainStep:
     """The same state of the same run, written plainly."""
 
-    def __init__(self, job: entry.PruneRetrain, arch: str, lists: bool = True):
-        self.model = build_model(arch, 10).to(job.device)
-        self.model.load_state_dict(job.dense.state_dict())
+    def __init__(self, run: Run, arch: str, lists: bool = True):
+        self.model = build_model(arch, 10).to(run.device)
+        self.model.load_state_dict(run.dense.state_dict())
         self.doomed = []
-        for name, mask in job.run.masks.items():
+        for name, mask in run.progress.masks.items():
             module = self.model.get_submodule(name)
-            target = job.run.target[name]
+            target = run.progress.target[name]
             dim = 0 if name.endswith(("qkv", "fc1")) else 1
             gone = (mask - target).flatten(1).any(1 - dim).nonzero().flatten().tolist()
             prune.custom_from_mask(module, "weight", mask)
             if lists:
                 self.doomed.append((module, dim, gone))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        self.batches = [job.train_data.batch(0, 0, step) for step in range(2)]
+        self.batches = [run.train_data.batch(0, 0, step) for step in range(2)]
         self.steps, self.loss, self.correct = 0, 0.0, 0
 
     def __call__(self) -> None:
@@ -131,8 +137,8 @@ def compare(args: argparse.Namespace) -> None:
         flags = ["--arch", arch, "--batch_size", str(args.batch_size), "--no-compact_training"]
         ours = OurStep([*flags, "--amp", "off"])
         steps = {
-            "plain": PlainStep(ours.job, arch),
-            "plain, no lists": PlainStep(ours.job, arch, lists=False),
+            "plain": PlainStep(ours.run, arch),
+            "plain, no lists": PlainStep(ours.run, arch, lists=False),
             "ours, full size": ours,
             "ours, full size, bf16": OurStep([*flags, "--amp", "bf16"]),
             "ours, small": OurStep([*flags, "--amp", "off", "--compact_training"]),

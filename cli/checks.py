@@ -1,0 +1,119 @@
+"""Checks: flags as parsed in, complete ones out; what cannot work ends here in one line, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+
+import models
+from dataset import DATASETS
+from engine.optimizer import milestones_of
+from utils import RunError
+from vit_structured_pruning import CRITERIA
+
+ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
+
+
+def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
+    """Fill in what is left to itself, refuse what cannot work; returns notes for the log.
+
+    Args:
+        given: the flags that were given by hand, by name.
+
+    Raises:
+        RunError: naming the flag, the value and the way out.
+    """
+    _check_names(args)
+    _check_numbers(args)
+    _complete(args)
+    _check_combinations(args)
+    return _notes(args, given)
+
+
+def require(fine: bool, flag: str, value, way_out: str) -> None:
+    if not fine:
+        raise RunError(f"{flag} {value}: {way_out}")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    require(args.dataset in DATASETS, "--dataset", args.dataset, f"unknown; choose from {', '.join(DATASETS)}")
+    try:
+        models.check_arch(args.arch)
+    except ValueError as error:
+        raise RunError(f"--arch {args.arch}: {error}") from error
+    if args.exp_name is not None:
+        plain = args.exp_name not in ("", ".", "..") and not re.search(r"[/\\\0]", args.exp_name)
+        require(plain, "--exp_name", args.exp_name, "must be the plain name of a folder, which results/ will hold")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("epochs", "batch_size", "accum_steps", "pruning_times", "print_freq", "score_batches"):
+        require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "must be 1 or more")
+    for name in ("workers", "gpu", "min_units", "seed"):
+        require(getattr(args, name) >= 0, f"--{name}", getattr(args, name), "must be 0 or more")
+    require(args.seed < 2**63, "--seed", args.seed, "must be below 2^63")
+    if args.checkpoint_every is not None:
+        sensible = re.fullmatch(r"[1-9]\d*m?", args.checkpoint_every)
+        require(bool(sensible), "--checkpoint_every", args.checkpoint_every, "give steps (500) or minutes (10m)")
+    for name in ("img_size", "patch_size", "train_limit"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
+    for name in ("rate", "mlp_prune_ratio", "label_smoothing", "momentum"):
+        value = getattr(args, name)
+        require(value is None or 0 <= value < 1, f"--{name}", value, "must lie in [0, 1)")
+    for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
+        value = getattr(args, name)
+        require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
+    require(0 <= args.weight_decay < math.inf, "--weight_decay", args.weight_decay, "must be 0 or more")
+    require(0 <= args.fillback_rate <= 1, "--fillback_rate", args.fillback_rate, "must lie in [0, 1]")
+    require(0 < args.val_fraction < 1, "--val_fraction", args.val_fraction, "must lie in (0, 1)")
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """What is left to itself scales with the epochs or follows from other flags."""
+    if args.criteria is None:
+        args.criteria = "magnitude" if args.struct == "imp" and args.vit_structured else "l1"
+    require(args.criteria in CRITERIA, "--criteria", args.criteria, f"unknown; choose from {', '.join(CRITERIA)}")
+    args.warmup = args.epochs // 6 if args.warmup is None else args.warmup
+    require(args.warmup >= 0, "--warmup", args.warmup, "must be 0 or more")
+    args.rewind_epoch = args.epochs // 5 if args.rewind_epoch is None else args.rewind_epoch
+    require(args.rewind_epoch >= 0, "--rewind_epoch", args.rewind_epoch, "must be 0 or more")
+    if args.decreasing_lr is None:
+        args.decreasing_lr = ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
+    if args.reg_finish is None:
+        args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
+    if args.prune_type == "rewind_lt":
+        require(args.rewind_epoch < args.epochs, "--rewind_epoch", args.rewind_epoch, "must be below --epochs")
+    if args.prune_type == "pt" and not args.pretrained:
+        raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
+    milestones_of(args)  # raises
+    require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
+    if args.reg_form == "decay" and args.reg_clock:
+        raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
+        raise RunError(
+            "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
+        )
+
+
+def _notes(args: argparse.Namespace, given: dict) -> list[str]:
+    """What should be said about flags that have no effect."""
+    late = [epoch for epoch in milestones_of(args) if epoch >= args.epochs]
+    notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
+    if args.warmup > args.epochs:
+        notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
+    without_effect = [] if args.vit_structured else [name for name in ONLY_STRUCTURED if name in given]
+    if not args.vit_structured and not args.refill:
+        without_effect.append("no-refill")
+    notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
+    if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
+        notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
+    if args.prune_patch_embed and args.vit_structured:
+        notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
+    if args.pruning_times == 1 or args.struct == "dense":
+        notes.append("nothing is pruned in this run: it trains dense")
+    return notes

@@ -1,0 +1,203 @@
+"""The flag table: every flag of the command with its meaning, unit and default, in groups; a parser comes out."""
+
+from __future__ import annotations
+
+import argparse
+
+import rsst
+from dataset import DATASETS
+from engine.capture import GRAPHS
+from models import BUILDERS
+from utils import OneLineParser
+from vit_pruning_utils_head_mlp import KINDS
+from vit_structured_pruning import CRITERIA, SCORE_BATCHES
+
+Group = argparse._ArgumentGroup
+
+
+def _switch(group: Group, name: str, text: str, *aliases: str) -> None:
+    group.add_argument(name, *aliases, action="store_true", default=False, help=text)
+
+
+def _run(group: Group) -> None:
+    group.add_argument("--save_dir", help="folder of the run; results/<run name> when not given")
+    group.add_argument("--exp_name", help="replaces the run name")
+    group.add_argument("--seed", type=int, default=42, help="of weights and batches; 0 is a seed")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    group.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
+    _switch(group, "--resume", "go on from the latest checkpoint of --save_dir, with its flags")
+    group.add_argument("--checkpoint", help="go on from this checkpoint file")
+    group.add_argument(
+        "--checkpoint_every", metavar="N|Nm", help="a checkpoint every N steps or N minutes (10m) besides every epoch"
+    )
+    _switch(group, "--deterministic", "only operations that give the same bits each time; slower on a GPU")
+    group.add_argument("--config", metavar="FILE", help="a YAML file of flags; flags given by hand win")
+    group.add_argument("--print_freq", type=int, default=200, help="log every so many batches")
+    _switch(group, "--verbose", "log more: names of tensors, ids of neurons")
+    _switch(group, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
+    _switch(group, "--overwrite", "replace the run that --save_dir holds")
+    group.add_argument(
+        "--no-export", dest="export", action="store_false", default=True, help="do not write the small model to model/"
+    )
+
+
+def _data(group: Group) -> None:
+    group.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(DATASETS)}")
+    group.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
+    group.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
+    group.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
+    group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
+    group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
+    group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
+    group.add_argument("--aug", choices=["none", "basic", "strong"], default="basic", help="crop and flip; and more")
+
+
+def _model(group: Group) -> None:
+    group.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME of a plain ViT")
+    group.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
+    group.add_argument(
+        "--pretrained",
+        "--vit_pretrained",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
+    )
+    group.add_argument("--pretrained_tag", help="which of timm's public weights, such as augreg_in21k")
+    group.add_argument(
+        "--patch_embed",
+        choices=["resample", "reinit"],
+        default="resample",
+        help="pretrained patch embedding of another patch size: resample it, or start it anew",
+    )
+    _switch(group, "--pretrained_fallback", "start from random weights when the pretrained ones cannot be had")
+    group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
+
+
+def _train(group: Group) -> None:
+    group.add_argument("--epochs", type=int, default=120, help="per state")
+    group.add_argument("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer")
+    group.add_argument("--lr", type=float, default=0.01, help="learning rate after the warm-up")
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    group.add_argument("--weight_decay", type=float, default=1e-4, help="on weight matrices, not biases and norms")
+    group.add_argument("--warmup", type=int, help="epochs of linear warm-up, per step; epochs // 6 when not given")
+    group.add_argument("--sched", choices=["multistep", "cosine"], default="multistep", help="learning-rate schedule")
+    group.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
+    group.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
+    group.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
+    group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        default=None,
+        choices=["default", "reduce-overhead", "max-autotune", *GRAPHS],
+        help="train with torch.compile in one of its modes; graph: capture the whole step as a CUDA graph, bit for bit "
+        "what it is without; compiled-graph: both",
+    )
+    group.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast precision")
+
+
+def _prune(group: Group) -> None:
+    group.add_argument(
+        "--struct",
+        choices=["rsst", "refill", "imp", "oneshot", "dense"],
+        default="rsst",
+        help="rsst: penalty first, cut later; refill: cut at once; imp: element-wise lottery ticket; oneshot: remove "
+        "all units after state 0; dense: no pruning, one schedule over all states",
+    )
+    group.add_argument("--pruning_times", type=int, default=20, help="states S; there are S - 1 prunings between them")
+    group.add_argument("--rate", type=float, default=0.2, help="of the weights left, per state; heads: of all heads")
+    group.add_argument(
+        "--prune_type",
+        choices=["lt", "rewind_lt", "pt", "finetune"],
+        default="lt",
+        help="a state starts from: initial weights, weights after --rewind_epoch, pretrained ones, trained ones",
+    )
+    group.add_argument("--rewind_epoch", type=int, help="epoch of state 0 that rewind_lt returns to; epochs // 5")
+    group.add_argument("--criteria", help=f"score of a unit: {', '.join(CRITERIA)}; l1 when not given")
+    group.add_argument("--score_batches", type=int, default=SCORE_BATCHES, help="training batches that scores see")
+    group.add_argument("--fillback_rate", type=float, default=0.0, help="element-wise refill: share given back a layer")
+    _switch(group, "--prune_patch_embed", "the patch embedding is prunable too, element-wise", "--conv1")
+    _switch(group, "--fc", "the classifier rewinds too")
+    _switch(group, "--vit_structured", "prune whole heads and neurons")
+    group.add_argument("--vit_prune_target", choices=list(KINDS), default="head", help="which units go")
+    group.add_argument("--mlp_prune_ratio", type=float, help="share of all neurons that goes; --rate when not given")
+    group.add_argument(
+        "--sorting_mode", choices=["layer-wise", "global"], default="layer-wise", help="rank in a layer or over all"
+    )
+    group.add_argument(
+        "--ratio_schedule",
+        choices=["geometric", "linear", "constant"],
+        default="geometric",
+        help="how the shares of units grow over the states; the last pruning reaches them",
+    )
+    group.add_argument(
+        "--rank_by",
+        choices=["score", "score_per_mac"],
+        default="score",
+        help="score_per_mac ranks heads and neurons together by cost; needs global sorting and target both",
+    )
+    group.add_argument("--min_units", type=int, default=1, help="units a layer keeps at least; 0 may empty it")
+    group.add_argument(
+        "--no-refill",
+        dest="refill",
+        action="store_false",
+        default=True,
+        help="surviving units keep the element-wise mask instead of being whole",
+    )
+    group.add_argument(
+        "--compact_training",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the physically smaller network once units are cut (structured runs)",
+    )
+
+
+def _penalty(group: Group) -> None:
+    group.add_argument(
+        "--RST_schedule", choices=list(rsst.SHAPES), default="exp_custom_exponents", help="shape of lambda over time"
+    )
+    group.add_argument("--reg_granularity_prune", type=float, default=1.0, help="strength g: lambda ends at g")
+    group.add_argument("--exponents", type=float, default=4.0, help="p of exp_custom_exponents")
+    group.add_argument(
+        "--reg_form",
+        choices=["decay", "gradient"],
+        default="decay",
+        help="decay: shrink by exp(-20 g) in all, whatever the learning rate; gradient: add lambda * w to the gradient",
+    )
+    group.add_argument(
+        "--reg_clock", choices=["epoch", "state"], help="gradient form: the ramp restarts each epoch (default) or not"
+    )
+    group.add_argument("--reg_finish", type=float, help="share of the state before the cut; 0.25, gradient form 1")
+    _switch(group, "--block_loss_grad", "doomed weights get no gradient from the loss")
+
+
+def _tracking(group: Group) -> None:
+    group.add_argument(
+        "--wandb_mode",
+        choices=["auto", "online", "offline", "disabled"],
+        default="auto",
+        help="auto: the environment's WANDB_MODE, or online where credentials exist, else offline",
+    )
+    group.add_argument("--wandb_project", default="RSST", help="Weights & Biases project")
+    group.add_argument("--wandb_entity", help="user or team of the project")
+
+
+GROUPS = {
+    "run": _run,
+    "data": _data,
+    "model": _model,
+    "training (each state anew)": _train,
+    "pruning": _prune,
+    "rsst": _penalty,
+    "tracking": _tracking,
+}
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(description="Prune a Vision Transformer iteratively: train, prune, rewind, retrain.")
+    for title, add_flags in GROUPS.items():
+        add_flags(parser.add_argument_group(title))
+    return parser

@@ -1,0 +1,43 @@
+"""Parsing in one call: argv in, a namespace out in which nothing is left open; see cli/__init__.py for the rooms."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from cli.checks import check_and_complete
+from cli.config import config_flags
+from cli.flags import build_parser
+from cli.resume import resumed_args
+from utils import RunError
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, with everything left to itself filled in; contradictions end here, before any work.
+
+    `notes` holds what should be said in the log about flags that have no effect.
+    """
+    parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        argv = config_flags(parser, argv) + argv
+    except RunError as error:
+        parser.error(str(error))
+    args = parser.parse_args(argv)
+    bare = build_parser()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(bare.parse_args(argv))
+
+    resumes = args.resume or args.checkpoint
+    try:
+        if resumes:
+            args, given = resumed_args(parser, args, given), {}
+        args.notes = check_and_complete(args, given)
+    except RunError as error:
+        parser.error(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not resumes:
+            raise
+        parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
+    return args

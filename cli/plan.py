@@ -1,0 +1,77 @@
+"""The plan of `--dry_run`: flags in, what the command would do as text out; no data is read, nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from dataset import split_sizes
+from engine.journal import cost_columns
+from engine.model import make_model, run_length, units_of_run
+from families import Family, family_of
+from pruning_utils import filter_count
+from utils import format_table
+from vit_pruning_utils_head_mlp import target_ratios
+from vit_structured_pruning import count_vit_parameters, plan_structured, unit_weights
+
+
+def plan(args: argparse.Namespace) -> str:
+    """Per state density, units, parameters and MACs; steps, images and disk."""
+    with torch.device("meta"):
+        model = make_model(args, weights=False)
+    units, family = units_of_run(args, model), family_of(model)
+    states, epochs, _ = run_length(args)
+    train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit, args.data)
+    batch = args.batch_size * args.accum_steps
+    layers = family.prunable_layers(model, args.prune_patch_embed)
+    prunable = sum(module.weight.numel() for module in layers.values())
+    if args.vit_structured and args.struct != "dense":
+        ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+        rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units)
+    else:
+        rows = [
+            {"state": state, **_state_by_density(args, model, family, units, prunable, state)}
+            for state in range(states)
+        ]
+    table = format_table(
+        rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
+    )
+    remark = ""
+    if args.rank_by == "score_per_mac":
+        remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    elif units and family.counts_by == "density":
+        remark = "\nHow many filters a layer keeps follows its density; here all layers are taken as equally dense.\n"
+    return (
+        f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x "
+        f"{max(1, train_images // batch)} steps of {min(batch, train_images)} images "
+        f"({train_images:,} train, {val_images:,} validate)\n"
+        f"{count_vit_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
+        f"{remark}\n"
+        f"About {_disk(args, count_vit_parameters(model), prunable) / 1e6:,.0f} MB of disk."
+    )
+
+
+def _disk(args: argparse.Namespace, parameters: int, prunable: int) -> float:
+    """Bytes: two checkpoints, initial and best weights, those to rewind to, and three mask sets in each checkpoint."""
+    moments = 1 if args.opt == "sgd" else 2
+    copies = 2 * (1 + moments) + 2 + (args.prune_type == "rewind_lt")
+    return 4 * parameters * copies + 2 * 3 * prunable / 8
+
+
+def _state_by_density(
+    args: argparse.Namespace, model: nn.Module, family: Family, units: dict, prunable: int, state: int
+) -> dict:
+    """Density and cost of a state whose masks come from the element-wise step, every layer taken as equally dense."""
+    left = round(prunable * (1 - args.rate) ** state)
+    if units and state:
+        counts = {key: filter_count(group.count, left / prunable, args.fillback_rate) for key, group in units.items()}
+        weights = sum(count * unit_weights(model, units[key]) for key, count in counts.items())
+        kept = {key: range(count) for key, count in counts.items()}
+        return {"density": weights / prunable, **family.cost(model, kept)}
+    if args.struct in ("refill", "rsst") and state:
+        left += round((prunable - left) * args.fillback_rate)
+    cost = family.cost(model, {})
+    return {"density": left / prunable, **cost, "parameters": cost["parameters"] - (prunable - left)}

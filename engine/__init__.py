@@ -1,0 +1,5 @@
+"""What trains and prunes: run.py lives as long as a run, training.py as long as a state; choose.py says what goes.
+
+model.py builds what a run trains, optimizer.py what trains it, capture.py turns steps into CUDA graphs, evaluation.py
+measures, checkpoint.py, folder.py and tracking.py keep what is to last, journal.py finds the words and rows for it.
+"""

@@ -1,0 +1,99 @@
+"""Choosing: the trained network and the masks enforced now in, the target of the coming state out.
+
+The target is what the state ends with: masks by layer name, and the ids of the units that are kept. Three kinds of runs
+choose in three ways: single weights by magnitude, whole units by score and ratio, filters by score and density.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pruning_utils import select_filters
+from utils import RunError
+from vit_pruning_utils import Masks, density, elementwise_step, refill_rows, structured_masks
+from vit_pruning_utils_head_mlp import mark_removed, rank_units, target_ratios, units_report
+from vit_structured_pruning import row_units, scheduled_ratio, score_units
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+log = logging.getLogger(__name__)
+
+Target = tuple[Masks, dict[str, list[int]]]  # masks by layer name, kept ids by key of the units
+
+
+def choose_target(run: Run) -> Target:
+    """Choose by the trained weights that `run.dense` holds; also moves the element-wise masks on by a step."""
+    if run.args.struct == "oneshot" and run.progress.state > 1:
+        return run.progress.target, run.progress.target_kept
+    if not run.units:
+        return _choose_weights(run)
+    if run.family.counts_by == "density":
+        return _choose_filters(run)
+    return _choose_units(run)
+
+
+def _choose_weights(run: Run) -> Target:
+    args, progress, weights = run.args, run.progress, run.prunable()
+    progress.elementwise = target = elementwise_step(weights, progress.elementwise, args.rate, progress.state)
+    if args.fillback_rate and args.struct in ("refill", "rsst"):
+        rows = row_units({name: run.dense.get_submodule(name) for name in weights})
+        target = refill_rows(target, _score(run, rows), args.fillback_rate)
+    mask_density, trained_density = 100 * density(progress.elementwise), 100 * density(target)
+    log.info(f"state {progress.state} prunes to density {mask_density:.2f}%, trains {trained_density:.2f}%")
+    return target, {}
+
+
+def _choose_filters(run: Run) -> Target:
+    args, progress, weights = run.args, run.progress, run.prunable()
+    progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state)
+    scores = _score(run, run.units)
+    kept = select_filters(progress.elementwise, scores, args.fillback_rate)
+    target = structured_masks(weights, run.units, kept)
+    mask_density, trained_density = 100 * density(progress.elementwise), 100 * density(target)
+    log.info(f"state {progress.state} prunes by {args.criteria}: density {mask_density:.2f}% of single weights,")
+    log.info(f"  {trained_density:.2f}% in whole filters")
+    _log_units(run, scores, kept, target)
+    return target, kept
+
+
+def _choose_units(run: Run) -> Target:
+    args, progress, weights = run.args, run.progress, run.prunable()
+    if args.criteria == "remain" or not args.refill:
+        alive = structured_masks(weights, run.units, progress.kept)
+        progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state, alive)
+    scores = mark_removed(_score(run, run.units), progress.kept)
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    ratios = {
+        kind: scheduled_ratio(schedule, ratio, progress.state, run.states)
+        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
+    }
+    kept = rank_units(run.dense, run.units, scores, ratios, args.sorting_mode, args.min_units, args.rank_by)
+    target = structured_masks(weights, run.units, kept)
+    if not args.refill:
+        pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}
+        target = {name: mask * progress.elementwise[name] if name in pruned else mask for name, mask in target.items()}
+    log.info(f"state {progress.state} prunes by {args.criteria}:")
+    _log_units(run, scores, kept, target)
+    return target, kept
+
+
+def _log_units(run: Run, scores: dict[str, Tensor], kept: dict[str, list[int]], target: Masks) -> None:
+    before = run.progress
+    log.info(units_report(run.dense, run.units, scores, before.kept, kept, before.masks, target, run.family.cost))
+
+
+def _score(run: Run, units: dict) -> dict[str, Tensor]:
+    args, progress = run.args, run.progress
+    images = run.train_data.sequential(args.score_batches)
+    options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
+    try:
+        return score_units(run.dense, units, args.criteria, mask=progress.elementwise, **options)
+    except ValueError as error:  # activations that overflow
+        raise RunError(
+            f"state {progress.state}: the trained network is not finite ({error}); lower --lr or add --clip_grad 1",
+            code=1,
+        ) from error

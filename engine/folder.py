@@ -1,0 +1,149 @@
+"""The folder of a run: flags in, a folder that is this process's alone out, with the files that say what is run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+
+from utils import RunError, precision_name, write_csv, write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs go unlocked
+    fcntl = None
+
+RUN_FILES = (
+    "args.yaml", "environment.json", "run.log", "metrics.jsonl", "metrics.csv", "states.csv",
+    "units.csv", "penalty.csv", "report.md", "report.html", "tracking.json",
+    "init.pt", "rewind.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
+)  # fmt: skip
+
+
+class RunLock:
+    """A folder that only one process at a time may write: taken here, given back by `release` or by the process's end.
+
+    A record lock (POSIX fcntl): the system releases it however the process dies, and worker processes do not inherit
+    it. File systems without locks leave the folder unlocked.
+
+    Raises:
+        RunError: another process has it; the message names its number and host.
+    """
+
+    def __init__(self, save_dir: Path):
+        self.file = (save_dir / "run.lock").open("a+", encoding="utf-8")
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.file.seek(0)
+                owner = self.file.read().strip() or "another process"
+                self.file.close()
+                raise RunError(
+                    f"--save_dir {save_dir}: {owner} is running it; wait for its end, stop it or choose another"
+                ) from error
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def release(self) -> None:
+        self.file.close()
+
+
+def make_save_dir(args: argparse.Namespace) -> RunLock:
+    """Check the run's folder before any work, make it and lock it; fills in `save_dir`."""
+    if args.save_dir is None:
+        args.save_dir = str(free_dir(Path("results") / (args.exp_name or run_name(args))))
+    save_dir = Path(args.save_dir)
+    try:
+        holds_run = any((save_dir / name).exists() for name in RUN_FILES)
+        if holds_run and not args.resume and not args.overwrite:
+            raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
+        save_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(save_dir)
+        if holds_run and not args.resume:
+            for name in RUN_FILES:
+                (save_dir / name).unlink(missing_ok=True)
+            for name in ("plots", "model", "wandb"):
+                shutil.rmtree(save_dir / name, ignore_errors=True)
+        (save_dir / "run.log").touch()
+    except OSError as error:
+        raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
+    return lock
+
+
+def run_name(args) -> str:
+    """method_arch_dataset_criterion_rate[_pretrained][_struct_target]_monthday_hourminute."""
+    parts = [args.struct, args.arch.replace("/", "-"), args.dataset, "crit", args.criteria, "rate", f"{args.rate:g}"]
+    if args.pretrained:
+        parts.append("pretrained")
+    if args.vit_structured:
+        parts += ["struct", args.vit_prune_target]
+    return "_".join(parts) + time.strftime("_%m%d_%H%M")
+
+
+def free_dir(path: Path) -> Path:
+    """`path`, or with _2, _3 and so on behind it when that is taken."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
+    return candidate
+
+
+def environment(device: torch.device, amp: str) -> dict:
+    """Versions, device, precision and commit, for environment.json."""
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": str(device),
+        "device_name": name,
+        "precision": precision_name(amp, device),
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def plain_args(args) -> dict:
+    """The flags, without what only this process knows."""
+    return {name: value for name, value in vars(args).items() if name not in ("notes", "resumed_from")}
+
+
+def write_flags(save_dir: Path, args) -> None:
+    """args.yaml."""
+    fresh = {**plain_args(args), "resume": False, "checkpoint": None, "config": None}
+    write_text(save_dir / "args.yaml", yaml.safe_dump(fresh, sort_keys=False))
+
+
+def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
+    """args.yaml and environment.json."""
+    write_flags(save_dir, args)
+    write_text(save_dir / "environment.json", json.dumps(environment(device, args.amp), indent=2) + "\n")
+
+
+def write_metrics(save_dir: Path, history: Sequence[Mapping]) -> None:
+    """metrics.jsonl and metrics.csv, each epoch of `history` exactly once."""
+    write_text(save_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_csv(save_dir / "metrics.csv", history)

@@ -1,0 +1,135 @@
+"""The journal: what a run has done in; rows for its files, lines for its log and the closing tables out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.checkpoint import RunState
+from utils import format_table, write_csv, write_text
+from vit_pruning_utils import Masks, count_kept, density, sparsity_report
+from vit_structured_pruning import Units
+
+
+def write(save_dir: Path, progress: RunState) -> None:
+    """metrics.jsonl and metrics.csv, each epoch exactly once, and penalty.csv where something was doomed."""
+    write_text(save_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in progress.history))
+    write_csv(save_dir / "metrics.csv", progress.history)
+    if progress.penalty:
+        write_csv(save_dir / "penalty.csv", progress.penalty)
+
+
+def write_states(save_dir: Path, progress: RunState) -> None:
+    """states.csv and units.csv."""
+    write_csv(save_dir / "states.csv", progress.states)
+    write_csv(save_dir / "units.csv", progress.units)
+
+
+def check_rows(progress: RunState, steps_per_epoch: int) -> None:
+    """A sound checkpoint has all numbers that later lines and tables need.
+
+    Raises:
+        KeyError, TypeError, ValueError: it has not.
+    """
+    if bool(progress.step % steps_per_epoch) != bool(progress.sums):
+        raise ValueError("the sums of a broken-off epoch")
+    if progress.states:
+        states_table(progress.states)
+    for row in progress.history:
+        float(row["state"] + row["epoch"] + row["val_accuracy"])
+
+
+def epoch_line(row: Mapping, epochs: int, penalty_note: str) -> str:
+    top5 = f" (top-5 {100 * row['val_top5']:.2f}%)" if "val_top5" in row else ""
+    return (
+        f"state {row['state']} epoch {row['epoch'] + 1}/{epochs}  loss {row['train_loss']:.4f}"
+        f"  train {100 * row['train_accuracy']:.2f}%  val {100 * row['val_accuracy']:.2f}%{top5}  lr {row['lr']:.3g}"
+        f"{penalty_note}  {row['seconds']:.1f} s"
+    )
+
+
+def epoch_values(row: Mapping, cost: Mapping, fading: Mapping) -> dict:
+    """An epoch's numbers as tracking names them."""
+    values = {f"train/{name}": row[f"train_{name}"] for name in ("loss", "accuracy")}
+    values |= {f"train/{name}": row[name] for name in ("lr", "images_per_second")}
+    values |= {f"val/{name}": row[f"val_{name}"] for name in ("accuracy", "top5") if f"val_{name}" in row}
+    return {**values, **fading, **{f"prune/{name}": row[name] for name in ("density", *cost)}}
+
+
+def state_row(progress: RunState, cost: Mapping, units: Mapping[str, Units], test: Mapping) -> dict:
+    """A state's line of states.csv; `test` as `evaluation.accuracies` returns it."""
+    row = {"state": progress.state, "density": density(progress.masks), **cost}
+    if not units:
+        row["parameters"] -= sum(mask.numel() for mask in progress.masks.values()) - count_kept(progress.masks)
+    row |= {
+        "accuracy_before_cut": progress.cut.get("before", ""),
+        "accuracy_after_cut": progress.cut.get("after", ""),
+        "residual": progress.cut.get("residual", ""),
+        "accuracy_trained": progress.history[-1]["val_accuracy"],
+        "best_epoch": progress.best["epoch"],
+        "best_accuracy": progress.best["accuracy"],
+    }
+    return row | {f"test_{name}": share for name, share in test.items()} | {"seconds": progress.seconds}
+
+
+def state_line(row: Mapping) -> str:
+    top5 = f" (top-5 {100 * row['test_top5']:.2f}%)" if "test_top5" in row else ""
+    return (
+        f"state {row['state']} done: density {100 * row['density']:.2f}%, best val "
+        f"{100 * row['best_accuracy']:.2f}% (epoch {row['best_epoch'] + 1}), test {100 * row['test_accuracy']:.2f}%"
+        f"{top5}, {row['seconds']:.0f} s"
+    )
+
+
+def unit_rows(progress: RunState, units: Mapping[str, Units]) -> list[dict]:
+    """What is left of each layer: units in a run that removes units, single weights otherwise."""
+    if units:
+        rows = [(key, group.kind, len(progress.kept[key]), group.count) for key, group in units.items()]
+    else:
+        rows = [(name, "weight", int(mask.count_nonzero()), mask.numel()) for name, mask in progress.masks.items()]
+    return [dict(zip(("state", "layer", "kind", "kept", "total"), (progress.state, *row), strict=True)) for row in rows]
+
+
+def states_table(rows: Sequence[Mapping]) -> str:
+    """The table that a run ends with."""
+
+    def percent(key: str):
+        return lambda row: f"{100 * row[key]:.2f}%" if row[key] != "" else "-"
+
+    columns = {
+        "state": "state",
+        "density": percent("density"),
+        **cost_columns(rows[0]),
+        "before cut": percent("accuracy_before_cut"),
+        "after cut": percent("accuracy_after_cut"),
+        "trained": percent("accuracy_trained"),
+        "best": percent("best_accuracy"),
+        "test": percent("test_accuracy"),
+    }
+    if "test_top5" in rows[0]:
+        columns["top-5"] = percent("test_top5")
+    return format_table(rows, {**columns, "seconds": lambda row: f"{row['seconds']:.0f}"})
+
+
+def cost_columns(row: Mapping) -> dict:
+    """Columns of a table for what a family's `cost` counts in this row."""
+    units = [kind for kind in ("heads", "neurons", "filters") if kind in row]
+    columns = {kind: lambda row, kind=kind: f"{row[kind]:,}" for kind in units}
+    columns["parameters"] = lambda row: f"{row['parameters']:,}"
+    columns["MACs"] = lambda row: f"{row['macs'] / 1e9:.4f} G"
+    return columns
+
+
+def sparsity_by_kind(masks: Masks, title: str) -> str:
+    """The sparsity report with one line for all layers of a kind: blocks.*.attn.qkv."""
+    kinds: dict[str, Masks] = {}
+    for name, mask in masks.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = mask
+    head, *_, overall, remaining = sparsity_report(masks, title).splitlines()
+    lines = [
+        f"{f'{kind} ({len(layers)})':<38} | Sparsity: {100 * (1 - density(layers)):.2f}%"
+        for kind, layers in kinds.items()
+    ]
+    return "\n".join([head, *lines, overall, remaining])

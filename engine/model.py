@@ -1,0 +1,79 @@
+"""What a run trains and prunes: flags in; the model with its first weights, the units that go, the run's length out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torch import nn
+
+import models
+from dataset import dataset_facts
+from engine.optimizer import milestones_of
+from families import family_of
+from models.vit import PretrainedError
+from utils import RunError, load_state_file
+from vit_pruning_utils_head_mlp import KINDS
+from vit_structured_pruning import LayoutError, Units
+
+
+def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
+    try:
+        return models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
+    except (ValueError, PretrainedError) as error:
+        raise RunError(str(error)) from error
+
+
+def first_model(args: argparse.Namespace) -> nn.Module:
+    """The model of a fresh run with its initial weights; sets `pretrained_note`: why they are not pretrained ones."""
+    model = make_model(args)
+    args.pretrained_note = model.pretrained_report.failure if model.pretrained_report else ""
+    if args.pretrained_note and args.prune_type == "pt":
+        raise RunError(f"--prune_type pt: nothing pretrained to rewind to ({args.pretrained_note})")
+    if args.init:
+        try:
+            model.load_state_dict(load_state_file(Path(args.init), "--init"))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"--init {args.init}: does not fit this model ({reason})") from error
+    return model
+
+
+def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]:
+    """The units that this run removes: heads and neurons if structured, a CNN's filters; none element-wise.
+
+    Raises:
+        RunError: the model has no such units, or not as many as the flags ask for.
+    """
+    try:
+        family = family_of(model)
+    except LayoutError as error:
+        raise RunError(f"--arch {args.arch}: {error}") from error
+    if family.counts_by == "density":
+        if args.vit_structured:
+            raise RunError(
+                f"--vit_structured: {args.arch} has no heads and neurons; "
+                "--struct refill and rsst remove a CNN's filters, so leave it out"
+            )
+        if args.struct == "oneshot":
+            raise RunError(
+                f"--struct oneshot: removes heads and neurons; {args.arch} has filters, use --struct refill or rsst"
+            )
+        return family.units(model, first=args.prune_patch_embed) if args.struct in ("refill", "rsst") else {}
+    if not args.vit_structured:
+        if args.struct == "oneshot":
+            raise RunError("--struct oneshot: removes heads and neurons; add --vit_structured")
+        return {}
+    units = family.units(model, KINDS[args.vit_prune_target])
+    smallest = min(group.count for group in units.values())
+    if args.min_units > smallest:
+        raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
+    return units
+
+
+def run_length(args: argparse.Namespace) -> tuple[int, int, list[int]]:
+    """States, epochs per state and milestones; `dense` spends the same epochs in one schedule."""
+    milestones = milestones_of(args)
+    if args.struct == "dense":
+        return 1, args.epochs * args.pruning_times, [epoch * args.pruning_times for epoch in milestones]
+    return args.pruning_times, args.epochs, milestones

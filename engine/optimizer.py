@@ -1,0 +1,145 @@
+"""Optimizer and learning rate: flags and a model in; groups, a schedule over a state's steps, moments by name out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.capture import GRAPHS
+from utils import RunError
+from vit_structured_pruning import Kept, Units, scatter_tensors, slice_tensors
+
+
+def milestones_of(args: argparse.Namespace) -> list[int]:
+    """The epochs of `--decreasing_lr`.
+
+    Raises:
+        RunError: they are not increasing whole numbers above 0.
+    """
+    try:
+        found = [int(epoch) for epoch in args.decreasing_lr.split(",") if args.decreasing_lr]
+    except ValueError:
+        found = [0]
+    if any(epoch < 1 for epoch in found) or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+        raise RunError(f"--decreasing_lr {args.decreasing_lr}: give increasing epochs such as 60,90")
+    return found
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of a state: linear warm-up per step, then x0.1 at the milestones or half a cosine.
+
+    `milestones` and `warmup` are in epochs.
+    """
+
+    kind: str  # --sched
+    lr: float
+    warmup: int
+    milestones: tuple[int, ...]
+    steps_per_epoch: int
+    total_steps: int
+
+    def rate(self, step: int) -> float:
+        """The rate of the optimizer step that follows `step` others of its state."""
+        warmup = self.warmup * self.steps_per_epoch
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        if self.kind == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+        return self.lr * 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module, rate: Tensor) -> torch.optim.Optimizer:
+    """SGD or AdamW whose learning rate is the scalar `rate`, on the model's device and changed in place.
+
+    Weight decay acts on the weights of linear and convolution layers only. Fused kernels read the rate on the device,
+    and on a CPU they are twice to six times as fast (measured).
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    decayed = {id(module.weight) for module in layers}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) in decayed], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    if args.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=args.compile in GRAPHS)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=args.momentum, fused=True)
+    if args.momentum:
+        # PyTorch makes them uninitialised in the first step and leaves them so when the scaler of fp16 skips that step
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def moments_by_name(
+    optimizer: torch.optim.Optimizer, model: nn.Module, units: Mapping[str, Units], kept: Kept
+) -> dict[str, dict]:
+    """The optimizer's state by parameter name, in dense shapes; `kept` are the units that `model` still holds."""
+    names = [name for name, _ in model.named_parameters()]
+    states = [optimizer.state[parameter] for parameter in model.parameters()]
+    found: dict[str, dict] = {name: {} for name in names}
+    for entry in {key for state in states for key in state}:
+        tensors = {name: state[entry] for name, state in zip(names, states, strict=True) if entry in state}
+        if any(tensor.ndim for tensor in tensors.values()) and kept:
+            tensors = scatter_tensors(tensors, units, kept)
+        for name, tensor in tensors.items():
+            found[name][entry] = tensor
+    return found
+
+
+def put_moments(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    units: Mapping[str, Units],
+    kept: Kept,
+    moments: Mapping[str, dict],
+    masks: Mapping[str, Tensor],
+) -> None:
+    """The inverse of `moments_by_name`, in place, for another `kept`; `masks` by parameter name zero what is cut."""
+    for entry in {key for state in moments.values() for key in state}:
+        tensors = {name: state[entry] for name, state in moments.items() if entry in state}
+        if any(tensor.ndim for tensor in tensors.values()):
+            tensors = {name: tensor * masks.get(name, 1) for name, tensor in tensors.items()}
+            tensors = slice_tensors(tensors, units, kept)
+        for name, tensor in tensors.items():
+            parameter = model.get_parameter(name)
+            optimizer.state[parameter][entry] = laid_out_like(parameter, tensor)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, args: argparse.Namespace, moments: dict) -> None:
+    """Take a checkpoint's moments, in place; the settings stay those of flags and device.
+
+    `load_state_dict` takes moments of any kind, number, shape and layout, so they are checked here.
+
+    Raises:
+        ValueError: moments that this optimizer does not have.
+    """
+    groups, settings = optimizer.param_groups, optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": settings})
+    optimizer.param_groups = groups
+    expected = {"step", "exp_avg", "exp_avg_sq"} if args.opt == "adamw" else {"momentum_buffer"}
+    if args.opt == "sgd" and not args.momentum:
+        expected = set()
+    for parameter in model.parameters():
+        found = optimizer.state[parameter]
+        if found.keys() != expected:
+            raise ValueError(f"optimizer: moments {', '.join(map(str, found)) or 'missing'}")
+        for name, value in found.items():
+            if value.shape != (torch.Size() if name == "step" else parameter.shape):
+                raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
+            found[name] = laid_out_like(parameter, value)
+
+
+def laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor with the parameter's strides; scalars stay.
+
+    Fused optimizers run over the memory of weights and moments as it lies, whatever the strides say; operations on
+    lists of tensors go one by one where strides differ.
+    """
+    same = not tensor.ndim or tensor.stride() == parameter.stride()
+    return tensor if same else torch.empty_like(parameter).copy_(tensor)

@@ -1,0 +1,287 @@
+"""The run: flags, device, data and a first model in; between states weights are cut, doomed and rewound here.
+
+What lives as long as the run stands in `Run`; of that, what changes is `progress`, which a checkpoint holds together
+with the weights. What lives as long as a state is `training.StateTraining`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import Splits, make_batches
+from engine import journal
+from engine.checkpoint import Background, RunState, save_checkpoint
+from engine.choose import Target
+from engine.evaluation import accuracies
+from engine.folder import plain_args, write_flags
+from engine.model import run_length, units_of_run
+from engine.optimizer import Schedule, load_moments
+from engine.tracking import Tracker
+from engine.training import StateTraining
+from families import family_of
+from utils import (
+    RunError,
+    StopSignals,
+    cpu_copy,
+    load_tensors,
+    pick_precision,
+    random_states,
+    restore_random_states,
+    save_tensors,
+    sha256,
+    weights_of,
+)
+from vit_pruning_utils import Masks, full_masks
+from vit_structured_pruning import unit_masks
+
+log = logging.getLogger(__name__)
+
+EVAL_BATCH = 256
+
+
+class Run:
+    """One run: its dense model, data, files and progress.
+
+    `dense` has the original shapes and holds the weights between states.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device, splits: Splits, dense: nn.Module, save_dir: Path
+    ):
+        self.args, self.device, self.save_dir = args, device, save_dir
+        self.precision = pick_precision(args.amp, device)
+        self.family = family_of(dense)
+        self.dense = dense.to(device)
+        layout = self.family.memory_format(False, self.precision)
+        if layout is not None:
+            self.dense.to(memory_format=layout)
+        self.units = units_of_run(args, dense)
+        batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
+        self.facts = facts
+        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
+        self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
+        self.states, self.epochs, milestones = run_length(args)
+        self.steps_per_epoch = self.train_data.steps_per_epoch
+        self.total_steps = self.steps_per_epoch * self.epochs
+        self.schedule = Schedule(
+            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        self.rewind_weights: dict[str, Tensor] = {}
+        self.progress = RunState()
+        self.training: StateTraining | None = None
+        self.signals, self.bar = StopSignals(), tqdm(disable=True)
+        self.writer = Background()
+        self.tracker: Tracker | None = None
+
+    # -- start, go on, end
+
+    def start(self) -> None:
+        """A fresh run: initial weights on disk, nothing pruned."""
+        self.keep_for_rewind("init.pt")
+        masks = full_masks(self.prunable())
+        everything = {key: list(range(group.count)) for key, group in self.units.items()}
+        self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
+        self.start_tracking()
+
+    def resume(self, content: dict) -> None:
+        """Take over where a checkpoint stands; nothing is written before it proves sound."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
+                self._take_over(content)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+
+    def _take_over(self, content: dict) -> None:
+        self.progress = RunState.unpack(content["run"], self.device)
+        journal.check_rows(self.progress, self.steps_per_epoch)
+        path = self.save_dir / content["rewind_file"]
+        self.rewind_weights = load_tensors(path, "--resume")
+        self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
+        if self.rewind_sha256 != content["rewind_sha256"]:
+            raise RunError(f"--resume: {path} is not the file that this run started from")
+        self.dense.load_state_dict(content["weights"])
+        restore_random_states(content["random"])
+        if self.progress.begun:
+            self.training = StateTraining(self)
+            load_moments(self.training.optimizer, self.training.model, self.args, content["moments"])
+            if content["scaler"]:  # empty unless the run trained in fp16 so far
+                self.scaler.load_state_dict(content["scaler"])
+
+    def go_on(self) -> None:
+        """What a resumed run writes first: files as they were at the checkpoint."""
+        write_flags(self.save_dir, self.args)  # more states, other devices
+        journal.write(self.save_dir, self.progress)
+        self.start_tracking()
+        log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
+
+    def start_tracking(self) -> None:
+        args = self.args
+        self.tracker = Tracker(
+            args.wandb_mode, self.save_dir, self.progress.wandb_id, project=args.wandb_project,
+            entity=args.wandb_entity, name=self.save_dir.resolve().name, config=plain_args(args),
+        )  # fmt: skip
+        self.progress.wandb_id = self.tracker.run_id
+
+    def whole_run_bar(self) -> tqdm:
+        """Steps of all states with the time left, on a terminal."""
+        total, done = self.states * self.total_steps, self.progress.state * self.total_steps + self.progress.step
+        quiet = not sys.stdout.isatty()
+        self.bar = tqdm(
+            total=total, initial=done, desc="run", unit=" steps", position=1, leave=False, disable=quiet
+        )  # fmt: skip
+        return self.bar
+
+    def close(self) -> None:
+        """Give back processes and threads, whatever happened; all that was written is on disk afterwards."""
+        self.train_data.close()
+        if self.tracker:
+            self.tracker.finish()
+        self.writer.wait()
+
+    # -- between states
+
+    def begin_state(self) -> None:
+        progress = self.progress
+        progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
+        progress.cut, progress.best = {}, {}
+        self.training = None
+
+    def prunes(self) -> bool:
+        """Whether something goes before, or in, the state that begins."""
+        return self.progress.state > 0 and self.args.struct != "dense"
+
+    def doom(self, target: Target) -> None:
+        """RSST: what goes trains on until the cut, under the penalty; what refill returns comes back now."""
+        progress = self.progress
+        progress.target, progress.target_kept = target
+        progress.masks = {name: torch.maximum(mask, progress.target[name]) for name, mask in progress.masks.items()}
+        progress.kept = {key: sorted({*ids, *progress.target_kept[key]}) for key, ids in progress.kept.items()}
+
+    def cut_at_once(self, target: Target) -> None:
+        """Refill: what goes is zero from now on. Measured before the rewind: trained weights without and with masks."""
+        progress = self.progress
+        progress.target, progress.target_kept = target
+        progress.masks, progress.kept = target
+        enforce(self.dense, self.parameter_masks(*target))
+        after = self.evaluate(self.dense, "val")["accuracy"]
+        progress.cut = {"before": progress.history[-1]["val_accuracy"], "after": after}
+
+    def rewind(self) -> None:
+        """Put `dense` where the next state starts; see --prune_type."""
+        if self.args.prune_type == "finetune":
+            if self.args.struct == "refill" and not self.units:
+                # refilled weights start at zero
+                enforce(self.dense, {f"{name}.weight": mask for name, mask in self.progress.elementwise.items()})
+            return
+        stays = () if self.args.fc else (self.family.classifier,)
+        start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
+        self.dense.load_state_dict(start, strict=False)
+
+    def set_up_state(self) -> StateTraining:
+        """What trains the state that has begun; a resumed one is there already."""
+        self.training = self.training or StateTraining(self)
+        self.clock = self.last_checkpoint = time.perf_counter()
+        return self.training
+
+    def end_state(self) -> None:
+        """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
+        progress = self.progress
+        last = weights_of(self.dense)
+        self.writer.wait()
+        best = load_tensors(self.save_dir / "best.pt", "best.pt")
+        if best["state"] == progress.state:
+            self.dense.load_state_dict(best["weights"])
+        else:
+            log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+        test = self.evaluate(self.dense, "test")
+        self.dense.load_state_dict(last)
+        row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
+        progress.states.append(row)
+        progress.units += journal.unit_rows(progress, self.units)
+        journal.write_states(self.save_dir, progress)
+        test_values = {f"test/{name}": value for name, value in test.items()}
+        self.track(test_values | {"val/best_accuracy": progress.best["accuracy"]}, after=1)
+        log.info(journal.state_line(row))
+        progress.state, progress.step, progress.begun = progress.state + 1, 0, False
+        self.checkpoint()
+
+    # -- at any time
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.dense.parameters()).dtype
+
+    def prunable(self) -> dict[str, Tensor]:
+        """The prunable weights of `dense` by layer name, detached."""
+        layers = self.family.prunable_layers(self.dense, self.args.prune_patch_embed)
+        return {name: module.weight.detach() for name, module in layers.items()}
+
+    def parameter_masks(self, masks: Masks, kept: dict) -> dict[str, Tensor]:
+        """Masks by parameter name, in dense shapes, with all that belongs to removed units; whole ones are left out."""
+        found = {f"{name}.weight": mask for name, mask in masks.items()}
+        others = {name: p for name, p in self.dense.named_parameters() if name not in found}
+        found |= unit_masks(self.units, kept, others)
+        return {name: mask.detach() for name, mask in found.items() if not mask.all()}
+
+    def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Shares classified right of the images that validate ("val") or test ("test"); see `evaluation.accuracies`."""
+        return accuracies(model, self.val_data if part == "val" else self.test_data, self.precision)
+
+    def track(self, values: dict[str, float], after: int = 0) -> None:
+        """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
+        self.tracker.log(values, self.progress.state * (self.total_steps + 1) + self.progress.step + after)
+
+    def keep_for_rewind(self, name: str) -> None:
+        """The weights of now are those that later states start from."""
+        self.rewind_weights, self.rewind_file = weights_of(self.dense), name
+        save_tensors(self.save_dir / name, self.rewind_weights)
+        self.rewind_sha256 = sha256(self.save_dir / name)
+
+    def checkpoint_due(self) -> bool:
+        every = self.args.checkpoint_every
+        if every is None:
+            return False
+        if every.endswith("m"):
+            return time.perf_counter() - self.last_checkpoint >= 60 * int(every[:-1])
+        return self.progress.step % int(every) == 0
+
+    def checkpoint(self) -> None:
+        """Take a copy of everything that the run needs to go on; a thread writes it."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.clock
+        self.clock = self.last_checkpoint = now
+        self.writer.wait()  # no more than one copy at a time
+        content = {
+            "weights": weights_of(self.dense),
+            "moments": cpu_copy(self.training.optimizer.state_dict()["state"]),
+            "scaler": self.scaler.state_dict(),
+            "rewind_file": self.rewind_file,
+            "rewind_sha256": self.rewind_sha256,
+            "random": random_states(),
+            "args": plain_args(self.args),
+        }
+        self.writer.submit(_write_checkpoint, self.save_dir, self.progress.snapshot(), content)
+
+
+def _write_checkpoint(save_dir: Path, progress: RunState, content: dict) -> None:
+    save_checkpoint(save_dir, {"run": progress.pack(), **content})
+
+
+@torch.no_grad()
+def enforce(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Masked weights become zero, in place; `masks` by parameter name."""
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)

@@ -1,0 +1,361 @@
+"""One state's training: the masks and units of `run.progress` and the weights of `run.dense` in, trained weights out.
+
+What lives as long as a state stands here: the network that trains, its optimizer, masks and penalty, and the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import rsst
+from engine import journal
+from engine.capture import GRAPHS, CapturedStep
+from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments
+from utils import RunError, autocast, save_tensors, weights_of
+from vit_pruning_utils import density
+from vit_structured_pruning import follower_masks, remove_units, scatter_tensors, slice_tensors
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class StateTraining:
+    """The training of the state that `run.progress` is in; `run.dense` gets the weights back at every `sync_dense`.
+
+    `model` is what trains: `run.dense` itself, or the smaller network without the units that are cut already.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.args, self.progress = run, run.args, run.progress
+        device = run.device
+        # read and written by every step, hence on the device and never replaced: a captured step knows their addresses
+        self.rate = torch.zeros((), dtype=run.dtype, device=device)  # learning rate
+        self.sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else None, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # all losses so far
+        self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # steps of this epoch while that held
+        self.bar: tqdm | None = None
+        self.residuals = rsst.Trace()
+        self.build()
+
+    # -- the network that trains and what acts on it
+
+    def build(self) -> None:
+        """Model, penalty and optimizer for the masks and units enforced now; `run.dense` holds the weights."""
+        run, progress = self.run, self.progress
+        masks = run.parameter_masks(progress.masks, progress.kept)
+        target = run.parameter_masks(progress.target, progress.target_kept)
+        for name, mask in masks.items():
+            run.dense.get_parameter(name).detach().mul_(mask)
+        doomed = {name: masks.get(name, 1) * (1 - mask) for name, mask in target.items()}
+        self.model, self.model_kept = self._network()
+        if self.model_kept:
+            masks, doomed = (slice_tensors(tensors, run.units, progress.kept) for tensors in (masks, doomed))
+        parameters = dict(self.model.named_parameters())
+        # what follows removed units takes no part in training and keeps its values, in full size as in small
+        whole = run.dense.state_dict()
+        followers = follower_masks(run.units, progress.kept, whole)
+        self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
+        self.forward = self._compiled()
+        self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
+        masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
+        self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
+        self.optimizer = make_optimizer(self.args, self.model, self.rate)
+        doomed = {name: laid_out_like(parameters[name], mask) for name, mask in doomed.items()}
+        self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
+        if self.penalty:
+            self._plan_penalty()
+
+    def _network(self) -> tuple[nn.Module, dict[str, list[int]]]:
+        """The network that trains, and the units that it holds when it is smaller than the dense one."""
+        run, kept = self.run, self.progress.kept
+        removed = any(len(kept[key]) < group.count for key, group in run.units.items())
+        if not removed or not (self.args.compact_training or self.args.struct == "oneshot"):
+            return run.dense, {}
+        model = remove_units(copy.deepcopy(run.dense), run.units, kept)
+        layout = run.family.memory_format(True, run.precision)
+        return model if layout is None else model.to(memory_format=layout), kept
+
+    def _compiled(self) -> nn.Module:
+        mode = self.args.compile
+        if not mode or mode == "graph":
+            return self.model
+        torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
+        return torch.compile(self.model, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+
+    def _plan_penalty(self) -> None:
+        args, run = self.args, self.run
+        self.progress.start_norm = self.penalty.start_norm
+        self.cut_after = rsst.cut_step(run.total_steps, run.steps_per_epoch, args.reg_finish)
+        sawtooth = args.reg_form == "gradient" and args.reg_clock != "state"
+        period = run.steps_per_epoch if sawtooth else self.cut_after
+        self.ramp = rsst.Ramp(args.RST_schedule, args.reg_granularity_prune, self.cut_after, period, args.exponents)
+        self.doses = self._predict_dose()
+
+    def _predict_dose(self) -> list[float]:
+        """Dose after each step of this state, logged before it trains; empty when it cannot be known."""
+        args, ramp = self.args, self.ramp
+        if args.reg_form == "decay":
+            doses = [ramp.dose(step) for step in range(ramp.steps + 1)]
+            log.info(f"rsst: doomed weights shrink by exp(-{doses[-1]:.3g}) in {ramp.steps} steps, then they are cut")
+            return doses
+        if args.opt == "adamw":
+            log.info("rsst: adamw normalises the penalty's gradient, so its dose is unknown; watch the residual")
+            return []
+        rates = [self.run.schedule.rate(step) for step in range(ramp.steps)]
+        doses = rsst.predicted_dose(ramp, rates, args.momentum)
+        lethal = next((step for step, dose in enumerate(doses) if dose >= rsst.LETHAL_DOSE), None)
+        when = f"it passes {rsst.LETHAL_DOSE:g} at step {lethal} of {ramp.steps}" if lethal else "too little"
+        log.info(f"rsst: predicted dose {doses[-1]:.3g} over this state, {when}")
+        if lethal is None:
+            log.warning(
+                f"rsst: a dose below {rsst.LETHAL_DOSE:g} leaves much of the doomed weights; "
+                "raise --reg_granularity_prune, --lr or --epochs, or use --reg_form decay"
+            )
+        return doses
+
+    # -- a step
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.run.total_steps
+
+    @property
+    def at_cut(self) -> bool:
+        """Whether the step just done is the last one of the penalty."""
+        return bool(self.penalty) and self.progress.step == self.cut_after
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.progress.step % self.run.steps_per_epoch == 0
+
+    def step(self) -> None:
+        """One optimizer step: the rate and the penalty's strength of now, then all that the device does."""
+        run, progress = self.run, self.progress
+        epoch, batch = divmod(progress.step, run.steps_per_epoch)
+        if self.bar is None:
+            self._start_epoch(epoch, batch)
+        images, labels = run.train_data.batch(progress.state, epoch, batch)
+        rate = run.schedule.rate(progress.step)
+        self.rate.fill_(rate)
+        self.strength = 0.0  # lambda
+        if self.penalty:
+            self.strength = self.ramp.value(progress.step + 1)
+            decays = self.args.reg_form == "decay"
+            self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
+        self.update(images.to(run.dtype), labels)
+        progress.step += 1
+        if self.penalty and self.ramp.is_recorded(progress.step):
+            self.residuals.add(progress.step, self.strength, self.penalty.measure())
+        self.bar.update()
+        run.bar.update()
+        if (batch + 1) % self.args.print_freq == 0:
+            self._log_batch(epoch, batch, rate)
+
+    def _start_epoch(self, epoch: int, batch: int) -> None:
+        run = self.run
+        self.model.train()
+        self.sums.copy_(torch.tensor(self.progress.sums if batch else [0.0, 0.0], dtype=self.sums.dtype))
+        self.finite_steps.zero_()
+        self.epoch_started, self.first_batch, self.first_step = time.perf_counter(), batch, self.progress.step
+        title, quiet = f"state {self.progress.state} epoch {epoch + 1}/{run.epochs}", not sys.stdout.isatty()
+        self.bar = tqdm(
+            total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
+        )  # fmt: skip
+
+    def device_step(self, images: Tensor, labels: Tensor) -> None:
+        """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
+
+        Args:
+            images: [B, 3, H, W], B = batch_size * accum_steps.
+            labels: [B].
+        """
+        args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
+        parts = zip(images.chunk(args.accum_steps), labels.chunk(args.accum_steps), strict=True)
+        for part, truth in parts:
+            with autocast(self.run.device, self.run.precision):
+                logits = self.forward(part)
+                loss = F.cross_entropy(logits, truth, label_smoothing=args.label_smoothing)
+            loss = loss * (len(truth) / len(labels))
+            scaler.scale(loss).backward()
+            self._count(loss.detach(), (logits.detach().argmax(1) == truth).sum() / len(labels))
+        self.finite_steps += self.finite
+        scaler.unscale_(optimizer)
+        self.mask_gradients()  # before clipping: dead weights have no say in the norm
+        if self.penalty and args.block_loss_grad:
+            self.penalty.block_gradients_()
+        if args.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_grad)
+        if self.penalty and args.reg_form == "gradient":
+            self.penalty.add_to_gradients_()
+        scaler.step(optimizer)
+        scaler.update()
+        self.mask_weights()
+        if self.penalty and args.reg_form == "decay":
+            self.penalty.shrink_(self.ramp.parts)
+        optimizer.zero_grad(set_to_none=True)  # here: gradients that outlive a graph would hold its memory
+
+    def _count(self, loss: Tensor, accuracy: Tensor) -> None:
+        """Add to the epoch's sums on the device; nothing here waits for it."""
+        self.sums += torch.stack((loss, accuracy.to(loss.dtype)))
+        self.finite &= loss.isfinite()
+
+    def mask_gradients(self) -> None:
+        gradients = [parameter.grad for parameter in self.masked]
+        if gradients:
+            torch._foreach_mul_(gradients, self.masks)
+
+    @torch.no_grad()
+    def mask_weights(self) -> None:
+        if self.masked:
+            torch._foreach_mul_(self.masked, self.masks)
+
+    # -- what comes between steps
+
+    def cut(self) -> None:
+        """RSST: the doomed weights become zero for good; optimizer state goes with them."""
+        run, progress = self.run, self.progress
+        before, residual = run.evaluate(self.model, "val")["accuracy"], self.penalty.residual()
+        self.sync_dense()
+        moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
+        progress.masks, progress.kept = progress.target, progress.target_kept
+        self.build()
+        masks = run.parameter_masks(progress.masks, progress.kept)
+        put_moments(self.optimizer, self.model, run.units, self.model_kept, moments, masks)
+        after = run.evaluate(self.model, "val")["accuracy"]
+        progress.cut = {"before": before, "after": after, "residual": residual}
+        log.info(
+            f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
+            f"residual {residual:.2g}"
+        )
+        if residual > 0.1:
+            log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")
+        self.model.train()
+
+    def end_epoch(self) -> None:
+        """Validate, write the epoch's line, keep the best, checkpoint."""
+        run, progress = self.run, self.progress
+        epoch = progress.step // run.steps_per_epoch - 1
+        self.bar.close()
+        self.bar = None
+        self.check_finite()
+        seconds = time.perf_counter() - self.epoch_started
+        val, fading = run.evaluate(self.model, "val"), self._fading()
+        cost = run.family.cost(run.dense, progress.kept)
+        row = self._epoch_row(epoch, val, cost, fading, seconds)
+        progress.history.append(row)
+        progress.sums = []
+        self._record_residuals()
+        log.info(journal.epoch_line(row, run.epochs, self._fading_note(fading)))
+        run.track(journal.epoch_values(row, cost, fading))
+        self.sync_dense()
+        self.check_weights()
+        # before the cut the model is not yet what the state ends with
+        if not self.penalty and val["accuracy"] > progress.best.get("accuracy", -1.0):
+            progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
+            best = {"weights": weights_of(run.dense), "state": progress.state, "kept": progress.kept, **progress.best}
+            run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
+        if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
+            run.keep_for_rewind("rewind.pt")
+        journal.write(run.save_dir, progress)
+        run.checkpoint()
+
+    def break_off(self) -> None:
+        """A checkpoint within an epoch."""
+        self.check_finite()
+        self.progress.sums = self.sums.tolist()
+        self._record_residuals()
+        self.sync_dense()
+        self.run.checkpoint()
+
+    def sync_dense(self) -> None:
+        """Carry the weights of the network that trains back into `run.dense`."""
+        run = self.run
+        if self.model is run.dense and not self.frozen:
+            return
+        weights = self.model.state_dict()
+        if self.model is not run.dense:
+            weights = scatter_tensors(weights, run.units, self.model_kept)
+        for name, (frozen, value) in self.frozen.items():
+            weights[name] = torch.where(frozen, value, weights[name])
+        run.dense.load_state_dict(weights)
+
+    def check_finite(self) -> None:
+        if not self.finite:
+            step = self.first_step + int(self.finite_steps)
+            raise RunError(
+                f"the loss is not finite at step {step} of state {self.progress.state}; the last checkpoint is good: "
+                "lower --lr, add --clip_grad 1 or use --amp off",
+                code=1,
+            )
+
+    def check_weights(self) -> None:
+        """The last step of a state may break weights without a loss that shows it."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.run.dense.parameters()):
+            raise RunError(
+                f"weights are not finite after step {self.progress.step} of state {self.progress.state}; the last "
+                "checkpoint is good: lower --lr, add --clip_grad 1 or use --amp off",
+                code=1,
+            )
+
+    # -- what is written down
+
+    def _epoch_row(self, epoch: int, val: dict, cost: dict, fading: dict, seconds: float) -> dict:
+        run, progress = self.run, self.progress
+        loss, train_accuracy = (self.sums / run.steps_per_epoch).tolist()
+        images = min(self.args.batch_size * self.args.accum_steps, len(run.train_data))
+        return {
+            "state": progress.state,
+            "epoch": epoch,
+            "lr": run.schedule.rate(progress.step - 1),
+            "train_loss": loss,
+            "train_accuracy": train_accuracy,
+            **{f"val_{name}": share for name, share in val.items()},
+            "density": density(progress.masks),
+            **cost,
+            "lambda": self.strength,
+            "residual": fading.get("rsst/residual", 0.0),
+            "seconds": seconds,
+            "images_per_second": (run.steps_per_epoch - self.first_batch) * images / seconds,
+        }
+
+    def _log_batch(self, epoch: int, batch: int, rate: float) -> None:
+        run = self.run
+        self.check_finite()
+        mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
+        fading = self._fading()
+        log.info(
+            f"state {self.progress.state} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
+            f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self._fading_note(fading)}"
+        )
+        if batch + 1 < run.steps_per_epoch:  # the last one is logged with its epoch
+            run.track({"train/loss": mean_loss, "train/accuracy": accuracy, "train/lr": rate} | fading)
+
+    def _fading(self) -> dict[str, float]:
+        """lambda and residual norm of the doomed weights, while there are any; measuring waits for the device."""
+        if not self.penalty:
+            return {}
+        return {"rsst/lambda": self.ramp.value(self.progress.step), "rsst/residual": self.penalty.residual()}
+
+    def _fading_note(self, fading: dict[str, float]) -> str:
+        """What `_fading` found and the dose so far, for a line of the log."""
+        if not fading:
+            return ""
+        dose = f"{self.doses[self.progress.step]:.3g}" if self.doses else "unknown"
+        return f"  lambda {fading['rsst/lambda']:.4g}  dose {dose}  residual {fading['rsst/residual']:.2g}"
+
+    def _record_residuals(self) -> None:
+        steps, start = self.run.steps_per_epoch, self.progress.start_norm
+        for step, strength, norm in self.residuals.take():
+            row = {"state": self.progress.state, "epoch": step / steps, "step": step, "lambda": strength}
+            self.progress.penalty.append({**row, "residual": norm / start if start else 0.0})
