@@ -27,6 +27,9 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+# PyTorch's CPU threads spin for one another: beside another busy process a step took 5.2 s, with this 0.8 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -35,13 +38,37 @@ from torch import Tensor, nn
 
 import utils
 from dataset import DATASETS, Batches, DataError, DatasetFacts, FolderBatches, dataset_facts, load_dataset, make_batches
-from models import BUILDERS, build_model, from_flags
-from models.resnet import BUILDERS as RESNETS
-from models.resnet import ResNet
-from models.vit import VisionTransformer
-from pruning_utils import cost_of, image_size, is_cnn, units_of, working_units_
+from families import family_of, family_of_config
+from families.vit import LOADING_SNIPPETS
+from models import BUILDERS, from_flags, from_weights, load_weights
+from models.vit import MisfitError
+from pruning.masks import plain_weights
+from pruning.removal import remove_units
+from pruning.scores import evaluating
+from pruning.units import Kept, count_parameters
 from utils import RunError
-from vit_structured_pruning import Kept, count_vit_parameters, evaluating, plain_weights, remove_units
+
+__all__ = [
+    "LOADING_SNIPPETS",
+    "accuracy",
+    "check_folder",
+    "check_onnx",
+    "compact",
+    "describe",
+    "latency_table",
+    "load",
+    "macs",
+    "main",
+    "model_card",
+    "parity",
+    "proof_line",
+    "read_config",
+    "run_provenance",
+    "size_table",
+    "throughput",
+    "to_onnx",
+    "write",
+]
 
 log = logging.getLogger("export")
 
@@ -60,9 +87,10 @@ def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict
             biases of dead heads and neurons emit into their branch's output bias.
     """
     small = copy.deepcopy(model)
-    units = units_of(small)
+    family = family_of(small)
+    units = family.units(small)
     if kept is None:
-        kept = working_units_(small)
+        kept = family.working_units_(small)
     kept = {key: list(kept[key]) if key in kept else list(range(group.count)) for key, group in units.items()}
     return remove_units(small, units, kept), kept
 
@@ -150,7 +178,7 @@ def write(
             code=1,
         )
     config = describe(small, kept, facts)
-    config["parameters"] = {"dense": count_vit_parameters(masked), "removed": count_vit_parameters(small)}
+    config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(masked), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
@@ -172,7 +200,7 @@ def write(
 
 def macs(model: nn.Module) -> int:
     """Forward multiply-accumulates per image of the model as it is."""
-    return cost_of(model, {})["macs"]
+    return family_of(model).cost(model, {})["macs"]
 
 
 def _affordable(model: nn.Module) -> int:
@@ -188,45 +216,8 @@ def check_folder(folder: Path) -> None:
 
 
 def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
-    """The architecture of a removed model as plain values, enough to build it again.
-
-    `vit` holds the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
-    `timm.create_model`; `resnet` the arguments of ResNet.
-    """
-    if is_cnn(small):
-        config = {
-            "resnet": {
-                "depths": list(small.depths),
-                "widths": list(small.widths),
-                "projected": small.projected,
-                "num_classes": small.num_classes,
-                "img_size": small.img_size,
-            },
-            "kept_filters": dict(kept),
-        }
-    else:
-        blocks = list(small.blocks)
-        if isinstance(small, VisionTransformer):
-            width = small.embed_dim
-            config = {
-                "vit": {
-                    "img_size": small.patch_embed.img_size[0],
-                    "patch_size": small.patch_embed.patch_size[0],
-                    "num_classes": small.head.out_features,
-                    "embed_dim": width,
-                    "depth": len(blocks),
-                    "num_heads": width // blocks[0].attn.head_dim,
-                }
-            }
-        else:
-            config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
-        config |= {
-            "head_dim": blocks[0].attn.head_dim,
-            "heads": [block.attn.num_heads for block in blocks],
-            "neurons": [block.mlp.fc1.out_features for block in blocks],
-            "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
-            "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
-        }
+    """A removed model as plain values, enough to build it again (its family's share) and to feed it images."""
+    config = family_of(small).describe(small, kept)
     mean, std = ([], []) if facts is None else (facts.mean, facts.std)
     # per channel; grey images become three equal ones
     config["mean"] = list(mean) * (3 // len(mean)) if mean else None
@@ -247,23 +238,11 @@ def load(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config = read_config(folder)
-    if "resnet" in config:
-        model, kept = ResNet(**config["resnet"]), config["kept_filters"]
-    else:
-        model = VisionTransformer(**config["vit"]) if "vit" in config else _timm_model(config["timm"])
-        kept = {f"blocks.{layer}.attn": range(heads) for layer, heads in enumerate(config["heads"])}
-        kept |= {f"blocks.{layer}.mlp": range(neurons) for layer, neurons in enumerate(config["neurons"])}
-    remove_units(model, units_of(model), kept)
+    family = family_of_config(config)
+    model, kept = family.rebuild(config)
+    remove_units(model, family.units(model), kept)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
     return model.eval()
-
-
-def _timm_model(arguments: Mapping) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise RunError("this model was made from a timm model: pip install timm") from error
-    return timm.create_model(**arguments)
 
 
 def read_config(folder: Path) -> dict:
@@ -296,30 +275,6 @@ def proof_line(folder: Path) -> str:
     )
 
 
-_SNIPPET = """\
-import json
-import timm
-from safetensors.torch import load_file
-from torch import nn
-
-with open("config.json") as file:
-    config = json.load(file)
-{build}
-for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
-    attn, mlp, width = block.attn, block.mlp, heads * config["head_dim"]
-    dim, bias = attn.proj.out_features, attn.qkv.bias is not None
-    attn.num_heads, attn.attn_dim, attn.fused_attn = heads, width, heads > 0
-    attn.qkv, attn.proj = nn.Linear(dim, 3 * width, bias=bias), nn.Linear(width, dim)
-    mlp.fc1, mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
-model.load_state_dict(load_file("model.safetensors"))
-model.eval()
-"""
-LOADING_SNIPPETS = {
-    "vit": _SNIPPET.format(build='model = timm.models.vision_transformer.VisionTransformer(**config["vit"])'),
-    "timm": _SNIPPET.format(build='model = timm.create_model(**config["timm"])'),
-}
-
-
 def model_card(config: Mapping, proof: Mapping) -> str:
     """README.md of an exported model."""
     provenance, metrics = config["provenance"], config["metrics"]
@@ -335,15 +290,7 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
     if config["mean"] is None:
         normalisation = "How its images are normalised is not known: the weights came without their data set."
-    if "resnet" in config:
-        left = "\n".join(f"- {name}: {len(ids)}" for name, ids in config["kept_filters"].items())
-        left = f"Filters per convolution:\n\n{left}"
-        loading = "## Loading it\n\n```python\nimport export  # of the program that wrote this folder\n\n"
-        loading += 'model = export.load("model")\n```\n'
-    else:
-        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
-        snippet = LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
-        loading = f"## Loading it with timm alone\n\n```python\n{snippet}```\n"
+    left, loading = family_of_config(config).card(config)
     return (
         f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
         f"The removed model computes what the masked one does: largest difference "
@@ -380,7 +327,7 @@ def to_onnx(model: nn.Module, path: Path) -> float:
     check_onnx()
     import onnxruntime
 
-    size = image_size(model)
+    size = family_of(model).image_size(model)
     generator = torch.Generator().manual_seed(0)
     inputs = {batch: torch.randn(batch, 3, size, size, generator=generator) for batch in (2, 1, 3)}
     draft = path.with_name(f".{path.name}.tmp")
@@ -422,7 +369,7 @@ def throughput(
     """
     model = next(iter(models.values()))
     parameter = next(model.parameters())
-    size = image_size(model)
+    size = family_of(model).image_size(model)
     images = torch.randn(batch_size, 3, size, size, device=parameter.device, dtype=parameter.dtype)
 
     def timed(model: nn.Module) -> float:
@@ -485,9 +432,9 @@ def size_table(masked: nn.Module, small: nn.Module) -> str:
     models = {"dense": dense, "masked": masked, "removed": small}
     speed = throughput(models, _affordable(masked))
     parameters = {
-        "dense": count_vit_parameters(masked),
+        "dense": count_parameters(masked),
         "masked": in_use,
-        "removed": count_vit_parameters(small),
+        "removed": count_parameters(small),
     }
     rows = [
         {
@@ -540,35 +487,11 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
 def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
     """The model that the run's flags describe, with these weights."""
     model = from_flags(args, dataset_facts(args.dataset, args.data), weights=False)
-    _fill(model, args.arch, weights)
-    return model.eval()
-
-
-def _model_like(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The architecture with classes, pixels and patch size as the weights have them."""
     try:
-        if arch in RESNETS:
-            model = build_model(arch, len(weights["fc.weight"]))
-        else:
-            patch = weights["patch_embed.proj.weight"].shape[-1]
-            grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise _misfit(arch, error) from error
-    _fill(model, arch, weights)
+        load_weights(model, args.arch, weights)
+    except MisfitError as error:
+        raise RunError(str(error)) from error
     return model.eval()
-
-
-def _fill(model: nn.Module, arch: str, weights: Mapping[str, Tensor]) -> None:
-    try:
-        model.load_state_dict(weights)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise _misfit(arch, error) from error
-
-
-def _misfit(arch: str, error: Exception) -> RunError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    return RunError(f"--arch {arch}: the weights do not fit ({reason})")
 
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
@@ -579,7 +502,10 @@ def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
         weights = plain_weights(tensors)
     except RuntimeError as error:
         raise RunError(f"--from_checkpoint {path}: a mask does not fit its weight ({error})") from error
-    return _model_like(arch, {name.removeprefix("module."): value for name, value in weights.items()})
+    try:
+        return from_weights(arch, {name.removeprefix("module."): value for name, value in weights.items()})
+    except MisfitError as error:
+        raise RunError(str(error)) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -619,7 +545,7 @@ def _export(args: argparse.Namespace) -> None:
         folder = Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
     device = utils.pick_device(args.device)
-    masked, size = masked.to(device), image_size(masked)
+    masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
         splits = load_dataset(dataset, data, size, val_fraction)
         facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential()

@@ -1,21 +1,93 @@
-"""Stub until the merge."""
-from types import SimpleNamespace
+"""Families of models: what the rest of the program asks of any model, and the table of those that answer.
+
+    family = family_of(model)
+    units, cost = family.units(model), family.cost(model, kept)
+
+A new family is one file beside vit.py and resnet.py that answers `Family`, and one line in `FAMILIES`. Nothing outside
+this package asks which family a model has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
 import torch
-import pruning_utils as p
-from vit_structured_pruning import LayoutError, layout_problem, vit_units
+from torch import nn
+
+from families.resnet import CNN
+from families.vit import VIT
+from pruning.units import Kept, LayoutError, Units
 
 
-Family = SimpleNamespace
+class Family(Protocol):
+    """What is different from one kind of model to the next; values without state."""
+
+    title: str  # heads the sparsity report
+    kinds: tuple[str, ...]  # of its units
+    # "ratio": units go by ratios of all of them, in structured runs; "density": a layer keeps as many units as its
+    # density in the element-wise masks asks for
+    counts_by: str
+    classifier: str  # what the names of the classifier's parameters start with
+    config_keys: tuple[str, ...]  # an exported config.json with one of them describes a model of this family
+
+    def problem(self, model: nn.Module) -> str | None:
+        """Why this is no model of the family; None when it is."""
+
+    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
+        """Layers whose weights count as prunable, in order; `first` adds patch embedding or first convolution."""
+
+    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
+        """The units of these kinds, all when None; `first` as above, where the first layer has units."""
+
+    def cost(self, model: nn.Module, kept: Kept) -> dict[str, int]:
+        """Units of each kind ("heads", "filters", ...), "parameters" and "macs" once only the kept units are left."""
+
+    def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
+        """The units that still work where single weights were pruned; what dead ones emit is folded away, in place."""
+
+    def image_size(self, model: nn.Module) -> int:
+        """Pixels a side of the images that the model is built for."""
+
+    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
+        """The faster layout of weights to train in, None as they are; `removed`: units are cut out of the model."""
+
+    def describe(self, model: nn.Module, kept: Kept) -> dict:
+        """A removed model's architecture and kept units as plain values, for config.json."""
+
+    def rebuild(self, config: Mapping) -> tuple[nn.Module, Kept]:
+        """The inverse of `describe`: the dense model and what to keep of it."""
+
+    def card(self, config: Mapping) -> tuple[str, str]:
+        """Two paragraphs of the model card: what is left, and how to load it."""
 
 
-def family_of(model):
-    cnn = p.is_cnn(model)
-    if not cnn and layout_problem(model):
-        raise LayoutError(layout_problem(model))
-    def fmt(removed, precision):
-        return torch.channels_last if cnn and (not removed or precision is None) else None
-    def units(model, kinds=None, first=True):
-        return p.filter_units(model, first) if cnn else vit_units(model, kinds or ("head", "neuron"))
-    return SimpleNamespace(title=p.family(model), counts_by="density" if cnn else "ratio", classifier="fc." if cnn else "head",
-        kinds=("filter",) if cnn else ("head", "neuron"), prunable_layers=p.prunable_layers, units=units, cost=p.cost_of,
-        working_units_=p.working_units_, image_size=p.image_size, memory_format=fmt)
+FAMILIES: tuple[Family, ...] = (
+    VIT,
+    CNN,
+)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that a model belongs to.
+
+    Raises:
+        LayoutError: none; the message gives the first family's reason.
+    """
+    for family in FAMILIES:
+        if family.problem(model) is None:
+            return family
+    raise LayoutError(FAMILIES[0].problem(model))
+
+
+def family_of_config(config: Mapping) -> Family:
+    """The family of the model that an exported config.json describes.
+
+    Raises:
+        LayoutError: none.
+    """
+    for family in FAMILIES:
+        if config.keys() & set(family.config_keys):
+            return family
+    known = ", ".join(key for family in FAMILIES for key in family.config_keys)
+    raise LayoutError(f"config.json describes no known model: it has none of {known}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from models import resnet, vit
 
@@ -187,3 +188,35 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
         pretrained_fallback=args.pretrained_fallback,
         **overrides,
     )
+
+
+def from_weights(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model that `arch` names with these weights, in eval mode; classes, pixels and patch size are theirs.
+
+    Raises:
+        MisfitError: they belong to another architecture.
+    """
+    try:
+        if arch in resnet.BUILDERS:
+            model = build_model(arch, len(weights["fc.weight"]))
+        else:
+            patch = weights["patch_embed.proj.weight"].shape[-1]
+            grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _misfit(arch, error) from error
+    load_weights(model, arch, weights)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, arch: str, weights: Mapping[str, Tensor]) -> None:
+    """Load weights into the model that `arch` names; raises MisfitError when they are not exactly its own."""
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise _misfit(arch, error) from error
+
+
+def _misfit(arch: str, error: Exception) -> vit.MisfitError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return vit.MisfitError(f"--arch {arch}: the weights do not fit ({reason})")

@@ -17,13 +17,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn.utils import prune
 
 import export
 import main_imp_fillback
 from dataset import DATASETS, load_dataset
 from models import build_model
+from models.resnet import ResNet
 from models.vit import CONFIGS, VisionTransformer
 from utils import RunError
 from vit_structured_pruning import (
@@ -1378,13 +1378,11 @@ def test_latency_table_arithmetic(no_timing):
     assert torch.__version__ in head
 
 
-class Clocked(nn.Module):
-    """Looks like a ViT and takes the next of its `seconds` on a clock that only such models move."""
+class Clocked(ResNet):
+    """A model for 8 pixels that takes the next of its `seconds` on a clock that only such models move."""
 
     def __init__(self, name, seconds, calls, clock):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.patch_embed = SimpleNamespace(img_size=(8, 8))
+        super().__init__((1,), (2,), projected=False, img_size=8)
         self.name, self.seconds, self.calls, self.clock = name, iter(seconds), calls, clock
 
     def forward(self, images):

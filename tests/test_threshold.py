@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import vit_pruning_utils
+from pruning import threshold
 from vit_pruning_utils import count_kept, full_masks, magnitude_step
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -36,14 +36,14 @@ def assert_masks(masks, expected):
 def way(request, monkeypatch):
     """The accelerator's way, run on CPU tensors, beside the host's."""
     if request.param == "accelerator":
-        monkeypatch.setattr(vit_pruning_utils, "_on_host", lambda tensor: False)
+        monkeypatch.setattr(threshold, "_on_host", lambda tensor: False)
     return request.param
 
 
 def both_ways(weights, masks, keep):
     host = magnitude_step(weights, masks, keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit_pruning_utils, "_on_host", lambda tensor: False)
+        patch.setattr(threshold, "_on_host", lambda tensor: False)
         accelerator = magnitude_step(weights, masks, keep)
     assert_masks(accelerator, {name: mask.double().numpy() for name, mask in host.items()})
     return host
@@ -105,7 +105,7 @@ def test_many_weights_equal_a_stable_sort(seed, dtype, spread, density, fraction
 
 def test_pieces_of_one_layer_join_seamlessly(monkeypatch):
     """A layer longer than a piece, ties on both sides of the border."""
-    piece = vit_pruning_utils._Keys(torch.ones(1), torch.ones(1), torch.float32).piece
+    piece = threshold._Keys(torch.ones(1), torch.ones(1), torch.float32).piece
     weights = {"a": torch.full((2 * piece + 5,), 0.25), "b": torch.full((9,), -0.25)}
     weights["a"][piece - 3] = 0.5
     weights["b"][2] = -0.5
@@ -126,15 +126,15 @@ def test_pieces_of_one_layer_join_seamlessly(monkeypatch):
 def test_a_sample_that_misleads_costs_nothing_but_time(direction, dtype, way):
     """Every sampled weight is an outlier: the threshold lies outside what the sample promises."""
     stride = 4
-    size = stride * vit_pruning_utils._SAMPLE
+    size = stride * threshold._SAMPLE
     generator = torch.Generator().manual_seed(0)
     weight = 1 + torch.rand(size, generator=generator, dtype=torch.float64)
     weight[stride // 2 :: stride] = 1e-3 if direction == "far above" else 1e3
     weights = {"a": weight.to(dtype)}
     keep = size // 8 if direction == "far above" else size // 2
-    low, high = vit_pruning_utils._bracket([vit_pruning_utils._Keys(weights["a"], torch.ones(size), dtype)], keep)
+    low, high = threshold._bracket([threshold._Keys(weights["a"], torch.ones(size), dtype)], keep)
     cut = np.sort(weights["a"].double().numpy())[::-1][keep - 1]
-    promised = torch.tensor([low, high]).to(vit_pruning_utils._INTEGERS[dtype.itemsize]).view(dtype).double()
+    promised = torch.tensor([low, high]).to(threshold._INTEGERS[dtype.itemsize]).view(dtype).double()
     assert not promised[0] <= cut <= promised[1]
     assert_masks(magnitude_step(weights, full_masks(weights), keep), stable_sort(weights, full_masks(weights), keep))
 

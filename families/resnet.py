@@ -1,0 +1,167 @@
+"""ResNets of `models.resnet`: their filters, what these cost, which work, how they are saved.
+
+    units = filter_units(model)                                 # {"layer1.0.conv1": Units(...), ...}
+    CNN.cost(model, kept)                                       # filters, parameters and MACs that are left
+
+A model comes in; units, counts and plain values go out. `CNN` is the family's entry in `families.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from models.resnet import ResNet
+from pruning.units import Kept, Layout, Tap, Units
+
+# ----------------------------------------------------------------------------------------------- filters as units
+
+
+def prunable_convolutions(model: nn.Module, conv1: bool = False) -> dict[str, nn.Conv2d]:
+    """All convolutions by name, in the model's order, without the first one unless `conv1`."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    return dict(list(found.items())[0 if conv1 else 1 :])
+
+
+def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:
+    """The filters of each prunable convolution as units, keyed by its name.
+
+    A filter is its kernel with the gain and bias of the batch norm behind it: batch norm divides a kernel's scale out
+    again, so that a kernel alone cannot fade. Physically removable are the filters of a residual block: those of its
+    first convolution together with what reads them, those of its second one because the block places what is left in
+    the residual stream, whose width stays. Stem and projections keep theirs.
+    """
+    modules = dict(model.named_modules())
+    units = {}
+    for layer, (name, convolution) in enumerate(prunable_convolutions(model, conv1).items()):
+        count, block = convolution.out_channels, name.rpartition(".")[0]
+        rows = Layout(0, 1, count, 1)
+        norm = _norm_behind(name)
+        parts, followers, place = {f"{name}.weight": rows}, {}, None
+        if isinstance(modules.get(norm), nn.BatchNorm2d):
+            parts |= {f"{norm}.weight": rows, f"{norm}.bias": rows}
+            followers = {f"{norm}.running_mean": rows, f"{norm}.running_var": rows}
+        if convolution.bias is not None:
+            parts[f"{name}.bias"] = rows
+        in_block = hasattr(modules[block], "out_index")
+        if in_block and name.endswith("conv1"):
+            followers[f"{block}.conv2.weight"] = Layout(1, 1, count, 1)
+        elif in_block and name.endswith("conv2"):
+            place = f"{block}.out_index"
+        output = Tap(name, "output", Layout(1, 1, count, 1))
+        units[name] = Units("filter", layer, count, parts, output, output, followers, place, removable=in_block)
+    return units
+
+
+def _norm_behind(name: str) -> str:
+    """The batch norm's name: bn2 behind conv2, downsample.1 behind downsample.0."""
+    path, _, leaf = name.rpartition(".")
+    sibling = str(int(leaf) + 1) if leaf.isdigit() else leaf.replace("conv", "bn")
+    return f"{path}.{sibling}" if path else sibling
+
+
+# ------------------------------------------------------------------------------------- what it costs, which of it works
+
+
+def cnn_cost(model: ResNet, kept: Kept) -> dict[str, int]:
+    """Filters, parameters and MACs per image of `model` once the other filters are removed (keys absent: all stay).
+
+    MACs are those of convolutions and classifier: output pixels x weights. Filters that cannot be removed count as
+    gone among the filters, and in full among parameters and MACs.
+    """
+    units = filter_units(model, conv1=True)
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for key, ids in kept.items():
+        for name, layout in units[key].cut_out:
+            if name in shapes:
+                shapes[name][layout.dim] = len(ids)
+    macs = math.prod(shapes["fc.weight"])
+    for name, convolution in prunable_convolutions(model, conv1=True).items():
+        side = model.img_size
+        for _ in range(int(name[len("layer")]) - 1 if name.startswith("layer") else 0):
+            side = (side + 1) // 2  # the first block of each stage after the first has stride 2
+        macs += math.prod(shapes[f"{name}.weight"]) * side**2 // convolution.groups
+    return {
+        "filters": sum(len(kept.get(key, range(group.count))) for key, group in units.items()),
+        "parameters": sum(map(math.prod, shapes.values())),
+        "macs": macs,
+    }
+
+
+@torch.no_grad()
+def find_working_filters(model: nn.Module) -> dict[str, list[int]]:
+    """Which filters still work: {layer: ids}; dead is one whose kernel, gain and bias are all zero.
+
+    A bias left alone emits a constant that zero padding cuts off at the border, so such a filter cannot be folded away.
+    """
+    alive = {}
+    for name, group in filter_units(model, conv1=True).items():
+        tensors = [layout.per_unit(model.get_parameter(part)) for part, layout in group.parts.items()]
+        alive[name] = torch.cat(tensors, dim=1).any(1).nonzero().flatten().tolist() or [0]
+    return alive
+
+
+# ------------------------------------------------------------------------------------------- on disk and back
+
+
+def describe(small: ResNet, kept: Kept) -> dict:
+    """The architecture of a removed model as plain values: the arguments of ResNet and the filters that stayed."""
+    return {
+        "resnet": {
+            "depths": list(small.depths),
+            "widths": list(small.widths),
+            "projected": small.projected,
+            "num_classes": small.num_classes,
+            "img_size": small.img_size,
+        },
+        "kept_filters": dict(kept),
+    }
+
+
+def rebuild(config: Mapping) -> tuple[ResNet, dict[str, list[int]]]:
+    """The dense model that `describe` knew, with random weights, and the filters of it to keep."""
+    return ResNet(**config["resnet"]), config["kept_filters"]
+
+
+class CnnFamily:
+    """ResNets as `families.Family` asks for them."""
+
+    title = "CNN"
+    kinds = ("filter",)
+    counts_by = "density"
+    classifier = "fc."
+    config_keys = ("resnet",)
+
+    cost = staticmethod(cnn_cost)
+    working_units_ = staticmethod(find_working_filters)
+    describe = staticmethod(describe)
+    rebuild = staticmethod(rebuild)
+
+    def problem(self, model: nn.Module) -> str | None:
+        return None if isinstance(model, ResNet) else f"{type(model).__name__} is no ResNet of models.resnet"
+
+    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Conv2d]:
+        return prunable_convolutions(model, conv1=first)
+
+    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
+        return filter_units(model, conv1=first) if kinds is None or "filter" in kinds else {}
+
+    def image_size(self, model: nn.Module) -> int:
+        return model.img_size
+
+    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
+        # Measured on a CPU: channels last is 1.3x as fast for a dense res20s. Once filters are removed it is 1.1x as
+        # fast as they are cut, but 0.84x in bf16.
+        return None if removed and precision is not None else torch.channels_last
+
+    def card(self, config: Mapping) -> tuple[str, str]:
+        left = "\n".join(f"- {name}: {len(ids)}" for name, ids in config["kept_filters"].items())
+        loading = "## Loading it\n\n```python\nimport export  # of the program that wrote this folder\n\n"
+        loading += 'model = export.load("model")\n```\n'
+        return f"Filters per convolution:\n\n{left}", loading
+
+
+CNN = CnnFamily()

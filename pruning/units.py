@@ -1,0 +1,173 @@
+"""What a unit is: the share of each tensor that belongs to a head, a neuron, a filter or any row, as data.
+
+    Layout    how one dimension of one tensor is divided among units
+    Units     all units of one kind in one layer: their parts, their followers, where they show as activations
+
+Everything that has to know which rows and columns belong to a unit asks its `parts`: masks, penalty, removal and
+scores alike. A unit of another kind is one more list of parts. Names and tensors come in; masks and counts go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+Kept = Mapping[str, Sequence[int]]  # units key -> ids that stay, ascending
+
+
+class LayoutError(ValueError):
+    """A model whose blocks cannot be pruned by unit; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor dimension is divided among units: `dim` has length lead * count * width, in that order.
+
+    The rows of `attn.qkv` are (3, heads, head_dim), its consumer's columns (1, heads, head_dim), the neurons of
+    an MLP (1, hidden, 1).
+    """
+
+    dim: int
+    lead: int
+    count: int
+    width: int
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[..., lead * count * width, ...] -> [..., lead, count, width, ...]."""
+        return tensor.unflatten(self.dim, (self.lead, self.count, self.width))
+
+    def per_unit(self, tensor: Tensor) -> Tensor:
+        """A weight tensor as [count, elements of each unit]."""
+        return self.split(tensor).movedim(self.dim + 1, 0).flatten(1)
+
+    def per_image(self, activation: Tensor) -> Tensor:
+        """An activation [images, ...] as [images, count, values of each unit]; `dim` counts from the end."""
+        dim = self.dim % activation.ndim
+        split = activation.unflatten(dim, (self.lead, self.count, self.width))
+        return split.movedim(dim + 1, 1).flatten(2)
+
+    def select(self, tensor: Tensor, kept: Tensor) -> Tensor:
+        """Only the kept units' share of `tensor`, in the same order of dimensions."""
+        return self.split(tensor).index_select(self.dim + 1, kept).flatten(self.dim, self.dim + 2)
+
+    def scatter_(self, tensor: Tensor, small: Tensor, kept: Tensor) -> Tensor:
+        """Write `small`, as `select` returned it, back into `tensor` in place."""
+        share = small.unflatten(self.dim, (self.lead, len(kept), self.width))
+        self.split(tensor).index_copy_(self.dim + 1, kept, share)
+        return tensor
+
+    def mask(self, like: Tensor, kept: Sequence[int]) -> Tensor:
+        """0/1 tensor of `like`'s shape, 1 on the kept units' elements."""
+        mask = torch.zeros_like(like)
+        index = torch.as_tensor(kept, dtype=torch.long, device=like.device)
+        self.split(mask).index_fill_(self.dim + 1, index, 1)
+        return mask
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place in the network where units show as activations: a module's input or output."""
+
+    module: str
+    side: str  # "input" or "output"
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of one kind in one layer.
+
+    `parts` maps parameter names to the layout of the units in them. The first one is the weight that weight
+    criteria score. `output` is where l1 and l2 look, `contribution` where saliency looks.
+
+    `followers` are tensors that do not belong to a unit but go with it when it is physically cut out: what reads it,
+    and statistics of it. `place` names a buffer that says where the outputs of the kept units go in a wider tensor.
+    Units that are not `removable` stay in the smaller network, at zero.
+
+    `resize(module, count)` tells the module that the units' key names how many are left in it. `macs(model, units)`
+    counts what one unit costs; None where that depends on what else is left. Units that are `listed` are few enough
+    for reports to name each of them.
+    """
+
+    kind: str  # "head", "neuron", "filter", "row"
+    layer: int
+    count: int
+    parts: Mapping[str, Layout]
+    output: Tap
+    contribution: Tap
+    followers: Mapping[str, Layout] = field(default_factory=dict)
+    place: str | None = None
+    removable: bool = True
+    resize: Callable[[nn.Module, int], None] | None = None
+    macs: Callable[[nn.Module, Units], int] | None = None
+    listed: bool = False
+
+    @property
+    def scored(self) -> tuple[str, Layout]:
+        return next(iter(self.parts.items()))
+
+    @property
+    def cut_out(self) -> Iterator[tuple[str, Layout]]:
+        """All tensors that get shorter when units are physically removed."""
+        return chain(self.parts.items(), self.followers.items()) if self.removable else iter(())
+
+
+def row_units(layers: Mapping[str, nn.Module]) -> dict[str, Units]:
+    """The output rows of each layer as units, keyed by the layer's name; what element-wise refill ranks."""
+    units = {}
+    for index, (name, module) in enumerate(layers.items()):
+        rows = module.weight.shape[0]
+        tap = Tap(name, "output", Layout(-1 if isinstance(module, nn.Linear) else 1, 1, rows, 1))
+        units[name] = Units("row", index, rows, {f"{name}.weight": Layout(0, 1, rows, 1)}, tap, tap)
+    return units
+
+
+def unit_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """0/1 masks by parameter name, 1 on the kept units, for those parameters of theirs that `tensors` holds."""
+    return {
+        name: layout.mask(tensors[name], kept[key])
+        for key, group in units.items()
+        if key in kept
+        for name, layout in group.parts.items()
+        if name in tensors
+    }
+
+
+def follower_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """0/1 masks by name of what goes with units when they are cut out, 1 where it stays; only where something goes."""
+    return {
+        name: layout.mask(tensors[name], kept[key])
+        for key, group in units.items()
+        if group.removable and len(kept.get(key, range(group.count))) < group.count
+        for name, layout in group.followers.items()
+        if name in tensors
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of the model as it is."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def unit_weights(model: nn.Module, group: Units) -> int:
+    """Prunable weights that one unit of the group holds (biases not counted)."""
+    return _elements(model, group, [name for name in group.parts if _tensor(model, name).ndim > 1])
+
+
+def unit_parameters(model: nn.Module, group: Units) -> int:
+    """Parameters that go with one unit of the group, biases included."""
+    return _elements(model, group, list(group.parts))
+
+
+def _elements(model: nn.Module, group: Units, names: list[str]) -> int:
+    return sum(_tensor(model, name).numel() for name in names) // max(1, group.count)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    # under torch.nn.utils.prune a weight is no parameter but an attribute
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
