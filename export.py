@@ -37,7 +37,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import utils
-from dataset import DATASETS, Batches, DataError, DatasetFacts, FolderBatches, dataset_facts, load_dataset, make_batches
+from dataset import DATASETS, DataError, DatasetFacts, dataset_facts, load_dataset, make_batches
+from engine.evaluation import accuracy
 from families import family_of, family_of_config
 from families.vit import LOADING_SNIPPETS
 from models import BUILDERS, from_flags, from_weights, load_weights
@@ -133,17 +134,6 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
         "bound_float32": FLOAT32_BOUND * max(1.0, largest),
         "top1_agreement": agreed / images_seen,
     }
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Batches | FolderBatches, precision: torch.dtype | None = None) -> float:
-    """Fraction of images classified right; `precision` is the autocast type, None the model's own."""
-    parameter = next(model.parameters())
-    correct = torch.zeros((), dtype=torch.long, device=parameter.device)
-    with evaluating(model), utils.autocast(parameter.device, precision):
-        for images, labels in data.sequential():
-            correct += (model(images.to(parameter.dtype)).argmax(1) == labels).sum()
-    return int(correct) / len(data)
 
 
 # ------------------------------------------------------------------------------------------- on disk and back

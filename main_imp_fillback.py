@@ -43,8 +43,9 @@ from engine.model import first_model, make_model, run_length, units_of_run
 from engine.run import Run
 from engine.training import StateTraining
 from families import family_of
+from pruning.reports import sparsity_by_kind, sparsity_report
+from pruning.units import count_parameters
 from utils import RunError
-from vit_structured_pruning import count_vit_parameters
 
 log = logging.getLogger("main")
 
@@ -88,8 +89,8 @@ def finish(run: Run) -> None:
     if unreadable:
         log.warning("%d images could not be read and were skipped; their names stand above", unreadable)
     masks, title = run.progress.masks, run.family.title
-    log.info("\n%s", journal.sparsity_report(masks, title), extra=utils.FILE_ONLY)
-    log.info("\n%s\n\n%s\n", journal.sparsity_by_kind(masks, title), journal.states_table(run.progress.states))
+    log.info("\n%s", sparsity_report(masks, title), extra=utils.FILE_ONLY)
+    log.info("\n%s\n\n%s\n", sparsity_by_kind(masks, title), journal.states_table(run.progress.states))
     hand_over(run)
     write_report(run)
 
@@ -183,7 +184,7 @@ def start_or_go_on(args: argparse.Namespace) -> None:
 
 def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, splits: Splits) -> None:
     """The log's first lines: what is run on what."""
-    parameters, pixels = count_vit_parameters(model), family_of(model).image_size(model)
+    parameters, pixels = count_parameters(model), family_of(model).image_size(model)
     precision = utils.precision_name(args.amp, device)
     log.info(
         f"{args.struct} on {args.arch}: {parameters:,} parameters, {pixels} pixels, {device}, {precision}, "

@@ -9,8 +9,8 @@ import re
 import models
 from dataset import DATASETS
 from engine.optimizer import milestones_of
+from pruning.scores import CRITERIA
 from utils import RunError
-from vit_structured_pruning import CRITERIA
 
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
 

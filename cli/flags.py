@@ -8,9 +8,9 @@ import rsst
 from dataset import DATASETS
 from engine.capture import GRAPHS
 from models import BUILDERS
+from pruning.ranking import KINDS
+from pruning.scores import CRITERIA, SCORE_BATCHES
 from utils import OneLineParser
-from vit_pruning_utils_head_mlp import KINDS
-from vit_structured_pruning import CRITERIA, SCORE_BATCHES
 
 Group = argparse._ArgumentGroup
 

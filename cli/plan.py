@@ -11,10 +11,10 @@ from dataset import split_sizes
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
-from pruning_utils import filter_count
+from pruning.ranking import filter_count, target_ratios
+from pruning.units import count_parameters, unit_weights
 from utils import format_table
-from vit_pruning_utils_head_mlp import target_ratios
-from vit_structured_pruning import count_vit_parameters, plan_structured, unit_weights
+from vit_structured_pruning import plan_structured
 
 
 def plan(args: argparse.Namespace) -> str:
@@ -48,9 +48,9 @@ def plan(args: argparse.Namespace) -> str:
         f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x "
         f"{max(1, train_images // batch)} steps of {min(batch, train_images)} images "
         f"({train_images:,} train, {val_images:,} validate)\n"
-        f"{count_vit_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
+        f"{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
         f"{remark}\n"
-        f"About {_disk(args, count_vit_parameters(model), prunable) / 1e6:,.0f} MB of disk."
+        f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk."
     )
 
 

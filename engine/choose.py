@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pruning_utils import select_filters
+from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
+from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
+from pruning.reports import units_report
+from pruning.scores import score_units
+from pruning.units import row_units
 from utils import RunError
-from vit_pruning_utils import Masks, density, elementwise_step, refill_rows, structured_masks
-from vit_pruning_utils_head_mlp import mark_removed, rank_units, target_ratios, units_report
-from vit_structured_pruning import row_units, scheduled_ratio, score_units
 
 if TYPE_CHECKING:
     from engine.run import Run

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dataset import Batches, FolderBatches
+from pruning.scores import evaluating
 from utils import autocast
-from vit_structured_pruning import evaluating
 
 TOP5_CLASSES = 20  # with fewer classes, five guesses say little
 

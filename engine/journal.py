@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.checkpoint import RunState
+from pruning.masks import count_kept, density
+from pruning.units import Units
 from utils import format_table, write_csv, write_text
-from vit_pruning_utils import Masks, count_kept, density, sparsity_report
-from vit_structured_pruning import Units
 
 
 def write(save_dir: Path, progress: RunState) -> None:
@@ -120,16 +119,3 @@ def cost_columns(row: Mapping) -> dict:
     columns["parameters"] = lambda row: f"{row['parameters']:,}"
     columns["MACs"] = lambda row: f"{row['macs'] / 1e9:.4f} G"
     return columns
-
-
-def sparsity_by_kind(masks: Masks, title: str) -> str:
-    """The sparsity report with one line for all layers of a kind: blocks.*.attn.qkv."""
-    kinds: dict[str, Masks] = {}
-    for name, mask in masks.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = mask
-    head, *_, overall, remaining = sparsity_report(masks, title).splitlines()
-    lines = [
-        f"{f'{kind} ({len(layers)})':<38} | Sparsity: {100 * (1 - density(layers)):.2f}%"
-        for kind, layers in kinds.items()
-    ]
-    return "\n".join([head, *lines, overall, remaining])

@@ -12,9 +12,9 @@ from dataset import dataset_facts
 from engine.optimizer import milestones_of
 from families import family_of
 from models.vit import PretrainedError
+from pruning.ranking import KINDS
+from pruning.units import LayoutError, Units
 from utils import RunError, load_state_file
-from vit_pruning_utils_head_mlp import KINDS
-from vit_structured_pruning import LayoutError, Units
 
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:

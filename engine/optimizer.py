@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from engine.capture import GRAPHS
+from pruning.removal import scatter_tensors, slice_tensors
+from pruning.units import Kept, Units
 from utils import RunError
-from vit_structured_pruning import Kept, Units, scatter_tensors, slice_tensors
 
 
 def milestones_of(args: argparse.Namespace) -> list[int]:

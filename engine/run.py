@@ -28,6 +28,8 @@ from engine.optimizer import Schedule, load_moments
 from engine.tracking import Tracker
 from engine.training import StateTraining
 from families import family_of
+from pruning.masks import Masks, full_masks
+from pruning.units import unit_masks
 from utils import (
     RunError,
     StopSignals,
@@ -40,8 +42,6 @@ from utils import (
     sha256,
     weights_of,
 )
-from vit_pruning_utils import Masks, full_masks
-from vit_structured_pruning import unit_masks
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ import rsst
 from engine import journal
 from engine.capture import GRAPHS, CapturedStep
 from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments
+from pruning.masks import density
+from pruning.removal import remove_units, scatter_tensors, slice_tensors
+from pruning.units import follower_masks
 from utils import RunError, autocast, save_tensors, weights_of
-from vit_pruning_utils import density
-from vit_structured_pruning import follower_masks, remove_units, scatter_tensors, slice_tensors
 
 if TYPE_CHECKING:
     from engine.run import Run

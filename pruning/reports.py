@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -19,6 +20,19 @@ def sparsity_report(masks: Mapping[str, Tensor], family: str = "ViT") -> str:
     remaining = 100 * density(masks)
     lines += [f"Overall sparsity: {100 - remaining:.2f}%", f"Remaining weights: {remaining:.2f}%"]
     return "\n".join(lines)
+
+
+def sparsity_by_kind(masks: Masks, title: str) -> str:
+    """The sparsity report with one line for all layers of a kind: blocks.*.attn.qkv."""
+    kinds: dict[str, Masks] = {}
+    for name, mask in masks.items():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = mask
+    head, *_, overall, remaining = sparsity_report(masks, title).splitlines()
+    lines = [
+        f"{f'{kind} ({len(layers)})':<38} | Sparsity: {100 * (1 - density(layers)):.2f}%"
+        for kind, layers in kinds.items()
+    ]
+    return "\n".join([head, *lines, overall, remaining])
 
 
 def print_sparsity(layers: Mapping[str, nn.Module], family: str) -> float:
