@@ -1,0 +1,13 @@
+"""Images: what the data sets are, how they are read and split, and batches that can be replayed.
+
+    facts.py     what is known of each data set, and what a split holds     a new data set: its entry here
+    orders.py    which image comes when: in a data set, an epoch, a step    who takes which share of a batch
+    reading.py   small data sets from files, downloaded when missing        and its reader here
+    trees.py     folders of images, listed                                  or its layout here
+    splits.py    train, validation and test cut from what was read          `load_dataset`
+    augment.py   crops, flips and more as batched tensor code               a new augmentation
+    folders.py   batches of image files, by worker processes                `FolderBatches`
+    batches.py   batches of pixels that live on the device                  `Batches`, `make_batches`
+
+Each imports from those above it only. The names that others call are in `dataset.py`, the door.
+"""

@@ -1,0 +1,150 @@
+"""What the data sets are, known without reading them, and what a split of one holds once it is read.
+
+A data set's entry in `DATASETS` and its reader (in `READERS` of reading.py, or in `TREES` of trees.py for a folder
+of images) are all that a new one needs.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+class DataError(RuntimeError):
+    """One line that says what is wrong with the data and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a data set without reading it. Mean and std are per stored channel, on the 0..1 scale,
+    over the training set at its native size; `train_images` counts the training set before validation is
+    taken from it; `vit_image_size` is what a ViT built for 32 pixels is shown when the user names no size.
+    For folders of images, whose files differ in size, `image_size` is what they are commonly cropped to, and
+    `dataset_facts` replaces the counts by those found.
+    """
+
+    classes: int
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    vit_image_size: int
+    train_images: int
+
+
+_IMAGENET_FACTS = DatasetFacts(
+    classes=1_000,
+    channels=3,
+    image_size=224,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    flip=True,
+    vit_image_size=224,
+    train_images=1_281_167,
+)
+
+DATASETS = {
+    "cifar10": DatasetFacts(
+        classes=10,
+        channels=3,
+        image_size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        flip=True,
+        vit_image_size=32,
+        train_images=50_000,
+    ),
+    "cifar100": DatasetFacts(
+        classes=100,
+        channels=3,
+        image_size=32,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        flip=True,
+        vit_image_size=32,
+        train_images=50_000,
+    ),
+    "fashionmnist": DatasetFacts(
+        classes=10,
+        channels=1,
+        image_size=28,
+        mean=(0.2860,),
+        std=(0.3530,),
+        flip=True,
+        vit_image_size=32,
+        train_images=60_000,
+    ),
+    "digits": DatasetFacts(
+        classes=10,
+        channels=1,
+        image_size=8,
+        mean=(0.3058,),
+        std=(0.3762,),
+        flip=False,
+        vit_image_size=16,
+        train_images=1_438,
+    ),
+    "imagenet": _IMAGENET_FACTS,
+    "tiny-imagenet": DatasetFacts(
+        classes=200,
+        channels=3,
+        image_size=64,
+        mean=(0.4802, 0.4481, 0.3975),
+        std=(0.2770, 0.2691, 0.2821),
+        flip=True,
+        vit_image_size=64,
+        train_images=100_000,
+    ),
+    "folder": dataclasses.replace(_IMAGENET_FACTS, classes=0, train_images=0),  # known once it is listed
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images uint8 [N, C, H, W] and labels int64 [N], both on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSplit:
+    """Image files that are read when a batch needs them, and their labels int64 [N] on the CPU.
+
+    `paths` are bytes [N], relative to `root` and as the file system spells them: one block of memory, which
+    worker processes share, where a million strings would be copied to each by their reference counts.
+    """
+
+    paths: np.ndarray
+    labels: Tensor
+    root: Path
+    image_size: int
+    dataset: str
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Train and validation are cut from the official training set, test is the official test set. Folders of
+    one's own images may bring a validation set."""
+
+    train: Split | FolderSplit
+    val: Split | FolderSplit
+    test: Split | FolderSplit
+    facts: DatasetFacts
+
+
+def known_facts(name: str) -> DatasetFacts:
+    if name not in DATASETS:
+        raise DataError(f"--dataset {name}: unknown; choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]

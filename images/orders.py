@@ -1,0 +1,59 @@
+"""Which image comes when: in a data set that is to be cut, in an epoch, in a step.
+
+In come labels, counts and the key (seed, state, epoch, ...); out go permutations, positions and generators.
+Nothing here depends on a device, on the number of workers or on what was drawn before.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def balanced_order(labels: Tensor | Sequence[int], seed: int = 0) -> Tensor:
+    """A fixed permutation, int64 [N], any prefix of which holds the classes in their proportions.
+
+    Image r of the n of its class (after a seeded shuffle) stands at (r + 0.5) / n; images are sorted by that
+    and then by class. With classes of equal size, counts in a prefix differ by at most one.
+    """
+    labels = np.asarray(labels)
+    # RandomState's stream is frozen by NumPy's compatibility policy; Generator's may change with a release,
+    # and with it every validation set.
+    shuffled = np.random.RandomState(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, counts)
+    position = (rank + 0.5) / np.repeat(counts, counts)
+    return torch.from_numpy(by_class[np.lexsort((labels[by_class], position))].astype(np.int64))
+
+
+def count_steps(images: int, batch_size: int) -> int:
+    """Of a training epoch: the last incomplete batch is dropped unless it is the only one."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    return max(images // batch_size, min(images, 1))
+
+
+def step_positions(step: int, batch_size: int, images: int) -> slice:
+    """The positions in an epoch's order that a training step shows.
+
+    Raises IndexError for a step outside 0..count_steps-1.
+    """
+    steps = count_steps(images, batch_size)
+    if not 0 <= step < steps:
+        raise IndexError(f"step {step}: an epoch has {steps} steps")
+    return slice(step * batch_size, min((step + 1) * batch_size, images))
+
+
+def random_seed(seed: int, *key: int) -> int:
+    # The key is a spawn key, because words of one entropy list can run into each other; the modulus admits
+    # negative seeds.
+    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=key)
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def epoch_order(seed: int, state: int, epoch: int, images: int) -> tuple[Tensor, torch.Generator]:
+    """The epoch's permutation, int64 [N] on the CPU, and the generator that draws what else is random about it."""
+    generator = torch.Generator().manual_seed(random_seed(seed, state, epoch))
+    return torch.randperm(images, generator=generator), generator

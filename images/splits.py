@@ -1,0 +1,137 @@
+"""Train, validation and test of a data set, cut the same way whatever the seed of the run.
+
+In come a name, the data folder, the validation fraction and a limit; out go `Splits`, or without reading any image
+their sizes and facts.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, Splits, known_facts
+from images.orders import balanced_order
+from images.reading import READERS
+from images.trees import TREES, Files, found_facts, read_tree, tree_if_there
+
+logger = logging.getLogger(__name__)
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path,
+    image_size: int | None = None,
+    val_fraction: float = 0.1,
+    train_limit: int | None = None,
+) -> Splits:
+    """Reads a data set, downloading it into `data_dir` when it is missing, and splits it.
+
+    Validation is the prefix of `balanced_order` of the official training set; the rest is train, in its own
+    balanced order, of which `train_limit` keeps the first. `image_size` (pixels) other than the native one
+    resizes bilinearly with antialiasing, once. No argument depends on the seed of a run.
+
+    Folders of images (imagenet, tiny-imagenet, folder) are never downloaded, and only listed here: their
+    splits are `FolderSplit`s. In `folder`, where only one of val/ and test/ is there, it is the test set;
+    where neither is, a fixed class-balanced fifth of train/ is, before validation is cut.
+
+    Raises DataError, in one line, for a bad argument and for data that is missing (with no network), damaged
+    or labelled outside the classes. A failed download leaves `data_dir` as it was.
+    """
+    facts, root = known_facts(name), Path(data_dir).expanduser()
+    if image_size is not None and image_size < 1:
+        raise DataError(f"--img_size {image_size}: must be at least 1 pixel")
+    _check_arguments(val_fraction, train_limit)
+    if name in TREES:
+        return _load_folders(name, root, image_size or facts.image_size, val_fraction, train_limit)
+
+    _count_split(facts.train_images, val_fraction, train_limit)
+    official_train, test = READERS[name](name, root)
+    train_order, val_order = _cut(official_train.labels, val_fraction, train_limit)
+
+    def finish(split: Split) -> Split:
+        return Split(_resize(split.images, image_size or facts.image_size), split.labels)
+
+    train, val = (Split(official_train.images[o], official_train.labels[o]) for o in (train_order, val_order))
+    return Splits(finish(train), finish(val), finish(test), facts)
+
+
+def split_sizes(
+    name: str, val_fraction: float = 0.1, train_limit: int | None = None, data_dir: str | Path | None = None
+) -> tuple[int, int]:
+    """Images in train and val as `load_dataset` would return them, without any data; a folder of images that
+    is there is listed and counted.
+
+    Raises DataError for an unknown name, a fraction outside (0, 1), a limit below 1, and for `folder` where
+    there is none.
+    """
+    facts, tree = known_facts(name), tree_if_there(name, data_dir)
+    if tree and tree.val:
+        return _count_split(len(tree.train.labels), val_fraction, train_limit, cut_val=False)[0], len(tree.val.labels)
+    return _count_split(len(tree.train.labels) if tree else facts.train_images, val_fraction, train_limit)
+
+
+def dataset_facts(name: str, data_dir: str | Path | None = None) -> DatasetFacts:
+    """What `DATASETS` says; for a folder of images that is there, with its own numbers of classes and images.
+
+    Raises DataError for an unknown name, a tree that cannot be used, and for `folder` where there is none.
+    """
+    facts, tree = known_facts(name), tree_if_there(name, data_dir)
+    return found_facts(facts, tree) if tree else facts
+
+
+def _check_arguments(val_fraction: float, train_limit: int | None) -> None:
+    if not 0 < val_fraction < 1:
+        raise DataError(f"--val_fraction {val_fraction}: must lie between 0 and 1, such as 0.1")
+    if train_limit is not None and train_limit < 1:
+        raise DataError(f"--train_limit {train_limit}: must be at least 1; leave it out to train on all images")
+
+
+def _count_split(images: int, val_fraction: float, train_limit: int | None, cut_val: bool = True) -> tuple[int, int]:
+    _check_arguments(val_fraction, train_limit)
+    val = max(1, round(images * val_fraction)) if cut_val else 0
+    available = images - val
+    if available < 1:
+        raise DataError(f"--val_fraction {val_fraction}: leaves nothing to train on of {images} images; lower it")
+    return (available if train_limit is None else min(available, train_limit)), val
+
+
+def _cut(labels: Tensor, val_fraction: float, train_limit: int | None, cut_val: bool = True) -> tuple[Tensor, Tensor]:
+    """Indices of train and val, int64; val is empty without `cut_val`."""
+    train_images, val_images = _count_split(len(labels), val_fraction, train_limit, cut_val)
+    order = balanced_order(labels)
+    val, rest = order[:val_images], order[val_images:]
+    if train_limit is not None and train_limit > len(rest):
+        logger.warning("--train_limit %d: only %d training images, all are used", train_limit, len(rest))
+    return rest[balanced_order(labels[rest])][:train_images], val
+
+
+def _load_folders(name: str, root: Path, image_size: int, val_fraction: float, train_limit: int | None) -> Splits:
+    tree = read_tree(name, root)
+    known, facts = DATASETS[name], found_facts(DATASETS[name], tree)
+    if known.classes not in (0, facts.classes):
+        logger.info("--dataset %s: %d classes found, the full set has %d", name, facts.classes, known.classes)
+    if tree.roles:
+        logger.info("--dataset %s: %s", name, tree.roles)
+    train_order, val_order = _cut(tree.train.labels, val_fraction, train_limit, cut_val=tree.val is None)
+
+    def finish(files: Files) -> FolderSplit:
+        return FolderSplit(files.paths, files.labels, root, image_size, name)
+
+    val = tree.val or tree.train.take(val_order)
+    return Splits(finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """uint8 [N, C, H, H] to uint8 [N, C, size, size], in chunks whose float copies stay around 64 MiB."""
+    count, channels, height, _ = images.shape
+    if size == height:
+        return images
+    resized = torch.empty(count, channels, size, size, dtype=torch.uint8)
+    chunk = max(1, 2**24 // (channels * max(size, height) ** 2))
+    for start in range(0, count, chunk):
+        part = images[start : start + chunk].float()
+        part = functional.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+        resized[start : start + chunk] = part.round_().clamp_(0, 255).to(torch.uint8)
+    return resized
