@@ -21,7 +21,8 @@ from pathlib import Path
 import utils
 from reporting.compare import compare
 from reporting.flags import command, flags_without_effect
-from reporting.run_report import state_columns, write, write_report
+from reporting.results import state_columns
+from reporting.run_report import write, write_report
 from reporting.runs import Run, load_run
 from utils import RunError
 

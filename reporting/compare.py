@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -83,6 +83,8 @@ def compare_rows(data: str, group: Group) -> list[dict]:
         accuracies = zip(("val_mean", "val_sd", "test_mean", "test_sd"), (*point.val, *point.test), strict=True)
         row = {"dataset": data, "label": group.label, "n": point.n, "state": point.state, "density": point.density}
         row |= {**point.counts, **dict(accuracies)}
+        if math.isfinite(point.top5[0]):
+            row |= {"test_top5_mean": point.top5[0], "test_top5_sd": point.top5[1]}
         rows.append(
             {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
         )
@@ -93,15 +95,22 @@ def _points_sd(value: float) -> str:
     return f"{100 * value:.2f}" if math.isfinite(value) else "-"
 
 
-_ACCURACY_COLUMNS = {
-    "n": lambda row: row[1].n,
-    "test": lambda row: percent(row[1].test[0]),
-    "test sd": lambda row: _points_sd(row[1].test[1]),
-    "val": lambda row: percent(row[1].val[0]),
-    "val sd": lambda row: _points_sd(row[1].val[1]),
-    "parameters": lambda row: thousands(row[1].counts.get("parameters")),
-    "MACs": lambda row: giga(row[1].counts.get("macs")),
-}
+def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence], object]]:
+    """Title to a function of (group, point): what all tables of points end with."""
+    top5 = {}
+    if any(math.isfinite(point.top5[0]) for group in groups for point in group.points):
+        top5["top-5"] = lambda row: percent(row[1].top5[0])
+        top5["top-5 sd"] = lambda row: _points_sd(row[1].top5[1])
+    return {
+        "n": lambda row: row[1].n,
+        "test": lambda row: percent(row[1].test[0]),
+        "test sd": lambda row: _points_sd(row[1].test[1]),
+        **top5,
+        "val": lambda row: percent(row[1].val[0]),
+        "val sd": lambda row: _points_sd(row[1].val[1]),
+        "parameters": lambda row: thousands(row[1].counts.get("parameters")),
+        "MACs": lambda row: giga(row[1].counts.get("macs")),
+    }
 
 
 def comparison_text(blocks: Sequence[tuple[str, list[Group]]], notes: Sequence[str]) -> str:
@@ -123,28 +132,33 @@ def comparison_text(blocks: Sequence[tuple[str, list[Group]]], notes: Sequence[s
     for data, groups in blocks:
         if len(blocks) > 1:
             parts.append(f"## Data set: {escaped(data)}")
-        columns = {
-            "group": lambda group: group.label,
-            "runs": lambda group: ", ".join(run.name for run in group.runs),
-            "n": lambda group: len(group.runs),
-            "seeds": lambda group: ", ".join(str(run.args["seed"]) for run in group.runs),
-            "time": lambda group: duration(sum(run.seconds for run in group.runs)),
-        }
-        parts += [f"### Groups: {escaped(data)}", md_table(groups, columns, left=2)]
-        noted = [run for group in groups for run in group.runs if run.args.get("pretrained_note")]
-        parts += [f"> **Note:** {escaped(run.name)}: {escaped(run.args['pretrained_note'])}" for run in noted]
-        parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups)]
-        counts = [name for name in COUNTS if any(name in point.counts for group in groups for point in group.points)]
-        columns = {
-            "group": lambda row: row[0].label,
-            "state": lambda row: row[1].state,
-            "density": lambda row: percent(row[1].density),
-            **{name: lambda row, name=name: thousands(row[1].counts.get(name)) for name in counts},
-            **_ACCURACY_COLUMNS,
-        }
-        rows = [(group, point) for group in groups for point in group.points]
-        parts += [f"### All states: {escaped(data)}", md_table(rows, columns, left=1)]
+        parts += _data_set_text(data, groups)
     return "\n\n".join(parts) + "\n"
+
+
+def _data_set_text(data: str, groups: Sequence[Group]) -> list[str]:
+    """Its groups, who reaches which density, and all states."""
+    columns = {
+        "group": lambda group: group.label,
+        "runs": lambda group: ", ".join(run.name for run in group.runs),
+        "n": lambda group: len(group.runs),
+        "seeds": lambda group: ", ".join(str(run.args["seed"]) for run in group.runs),
+        "time": lambda group: duration(sum(run.seconds for run in group.runs)),
+    }
+    parts = [f"### Groups: {escaped(data)}", md_table(groups, columns, left=2)]
+    noted = [run for group in groups for run in group.runs if run.args.get("pretrained_note")]
+    parts += [f"> **Note:** {escaped(run.name)}: {escaped(run.args['pretrained_note'])}" for run in noted]
+    parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups)]
+    counts = [name for name in COUNTS if any(name in point.counts for group in groups for point in group.points)]
+    columns = {
+        "group": lambda row: row[0].label,
+        "state": lambda row: row[1].state,
+        "density": lambda row: percent(row[1].density),
+        **{name: lambda row, name=name: thousands(row[1].counts.get(name)) for name in counts},
+        **_accuracy_columns(groups),
+    }
+    rows = [(group, point) for group in groups for point in group.points]
+    return [*parts, f"### All states: {escaped(data)}", md_table(rows, columns, left=1)]
 
 
 def _equal_density_text(groups: Sequence[Group]) -> list[str]:
@@ -164,7 +178,7 @@ def _equal_density_text(groups: Sequence[Group]) -> list[str]:
             "method": lambda row: row[0].label,
             "state": lambda row: row[1].state,
             "its density": lambda row: percent(row[1].density),
-            **_ACCURACY_COLUMNS,
+            **_accuracy_columns(groups),
         }
         reference = (
             " A dense run spends all its epochs on one schedule; it stands in every block to compare with."

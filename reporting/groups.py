@@ -26,6 +26,7 @@ class Point:
     counts: dict[str, float]  # heads, neurons or filters, parameters, macs
     val: tuple[float, float]
     test: tuple[float, float]
+    top5: tuple[float, float] = (math.nan, math.nan)  # of the test images; NaN where not measured
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Group:
                     {name: mean_and_sd(cells)[0] for name, cells in values.items()},
                     mean_and_sd(row.get("best_accuracy", math.nan) for row in rows),
                     mean_and_sd(row.get("test_accuracy", math.nan) for row in rows),
+                    mean_and_sd(row.get("test_top5", math.nan) for row in rows),
                 )
             )
         return points

@@ -19,7 +19,7 @@ from reporting.figures import (
     width_of,
 )
 from reporting.runs import Run
-from reporting.timeline import cut_epochs, state_spans
+from reporting.timeline import cut_epochs, penalty_curves, state_spans
 
 
 def plot_accuracy(run: Run) -> bytes:
@@ -87,27 +87,23 @@ def plot_density(run: Run) -> bytes:
 
 
 def plot_penalty(run: Run) -> bytes:
-    cuts = cut_epochs(run)
-    at_cut = {row["state"]: row.get("residual", math.nan) for row in run.states}
+    curves, cuts = penalty_curves(run), cut_epochs(run)
+    end = max([len(run.history), *(points[-1][0] for points in curves.values())])  # within an epoch, maybe
 
     def paint(figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        marker = {"marker": "o", "markersize": 4, "clip_on": False} if len(run.history) <= 60 else {}
-        lowest = 0.1
+        few = len(run.history) <= 60 and not run.penalty
+        marker = {"marker": "o", "markersize": 4, "clip_on": False} if few else {}
         for ax in (upper, lower):
             band_states(ax, run, labels=ax is upper)
             for place in cuts.values():
                 ax.axvline(place, color=VERMILLION, linestyle=":", linewidth=1.3, zorder=2)
-        for state, before, rows in state_spans(run):
-            doomed = [(before + i, row) for i, row in enumerate(rows, 1) if row.get("lambda", 0.0) > 0]
-            if not doomed:
-                continue
-            strengths = [(before, 0.0), *((epoch, row["lambda"]) for epoch, row in doomed)]
+        upper.set_xlim(0, end)
+        lowest = 0.1
+        for points in curves.values():
+            strengths = [(place, value) for place, value, _ in points if math.isfinite(value)]
             upper.plot(*zip(*strengths, strict=True), color=PURPLE, linewidth=1.5, **marker)
-            # a cut within an epoch leaves nothing to measure at its end
-            left = [(before, 1.0), *((epoch, row.get("residual", math.nan)) for epoch, row in doomed)]
-            left += [(cuts.get(state, math.nan), at_cut.get(state, math.nan))]
-            left = sorted((epoch, value) for epoch, value in left if 0 < value < math.inf and math.isfinite(epoch))
+            left = [(place, value) for place, _, value in points if 0 < value < math.inf]
             lowest = min(lowest, *(value for _, value in left))
             lower.plot(*zip(*left, strict=True), color=BLUE, linewidth=1.5, **marker)
         lower.set_yscale("log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from reporting import need
 from reporting.flags import command, flags_without_effect, has_filters
 from reporting.page import publish, to_html, write_bytes
 from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_units
+from reporting.results import key_results, legend, state_columns
 from reporting.runs import METHODS, Run, load_run
-from reporting.words import code, duration, escaped, giga, md_table, percent, plural, thousands
+from reporting.timeline import penalty_curves
+from reporting.words import code, duration, escaped, md_table, percent, plural
 
 STARTS = {
     "lt": "from the initial weights",
@@ -42,7 +44,7 @@ def write_report(run: Run) -> None:
         plots["plots/accuracy.png"] = plot_accuracy(run)
     if run.states:
         plots["plots/density.png"] = plot_density(run)
-    if any(row.get("lambda", 0.0) > 0 for row in run.history):
+    if penalty_curves(run):
         plots["plots/penalty.png"] = plot_penalty(run)
     if run.units:
         plots["plots/units.png"] = plot_units(run)
@@ -61,8 +63,6 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
     if run.args.get("pretrained_note"):
         parts.append(f"> **Note:** {escaped(run.args['pretrained_note'])}")
     states = run.length[0]
-    where = _shown_path(run)
-    resume = f"python main_imp_fillback.py --save_dir {shlex.quote(where)} --resume"
     if not run.finished:
         epochs = plural(len(run.history), "epoch")
         parts.append(
@@ -71,8 +71,8 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
         )
     parts.append(describe(run))
     if run.states:
-        parts += ["## States", md_table(run.states, state_columns(run)), _legend(run)]
-        parts += ["## Key results", *_key_results(run)]
+        parts += ["## States", md_table(run.states, state_columns(run)), legend(run)]
+        parts += ["## Key results", *key_results(run)]
     elif not run.history:
         parts.append("No epoch has been trained yet.")
     if run.latency:
@@ -86,17 +86,23 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
     if plots:
         parts.append("## Plots")
         parts += [f"### {captions[name][0]}\n\n{captions[name][1]}\n\n![{captions[name][0]}]({name})" for name in plots]
-    parts += ["## Going on", "All commands run in the folder of the program."]
+    parts += ["## Going on", "All commands run in the folder of the program.", *_going_on(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _going_on(run: Run) -> list[str]:
+    """The commands for what comes next."""
+    where = _shown_path(run)
     if not run.finished:
-        parts += ["Go on where the last checkpoint stands:", code(resume, "bash")]
+        resume = f"python main_imp_fillback.py --save_dir {shlex.quote(where)} --resume"
+        parts = ["Go on where the last checkpoint stands:", code(resume, "bash")]
     else:
         export = f"python export.py {shlex.quote(where)} --onnx --latency --evaluate"
         again = " again" if run.config else ""
-        parts += [f"Write the small model{again}, with ONNX, speeds and its test accuracy:", code(export, "bash")]
+        parts = [f"Write the small model{again}, with ONNX, speeds and its test accuracy:", code(export, "bash")]
         loading = f"import export\n\nmodel = export.load({os.path.join(where, 'model')!r})"
         parts += ["Load it (model/README.md says more):", code(loading, "python")]
-    parts += ["Repeat this run in a new folder:", code(command(run), "bash")]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "Repeat this run in a new folder:", code(command(run), "bash")]
 
 
 def _shown_path(run: Run) -> str:
@@ -169,110 +175,3 @@ def _pruning_words(run: Run) -> str:
         )
     start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
     return f"{cut}. Every state starts {start}." if start else f"{cut}."
-
-
-def _legend(run: Run) -> str:
-    """What the columns of the table of states mean, as far as that is not plain."""
-    soft = run.method == "rsst"
-    before = "just before the cut" if soft else "at the end of the state before"
-    after = "just after it" if soft else "of the same weights once they are cut, before they are rewound"
-    cut = f"Before cut: {before}; after cut: {after}. " if run.method != "dense" else ""
-    counts = ""
-    if run.method != "dense" and not run.args.get("vit_structured") and (run.method == "imp" or not has_filters(run)):
-        counts = " Parameters are those not zero; single zeros do not make the model faster, so MACs count whole units."
-    return (
-        f"Accuracy is on validation images, but for the test column. {cut}Trained: after the last epoch; selected: "
-        f"after the epoch that is best on validation, the model whose test accuracy is shown.{counts}"
-    )
-
-
-def _key_results(run: Run) -> list[str]:
-    first, last = run.states[0], run.states[-1]
-    parts = []
-    if len(run.states) > 1:
-        rows = [("test accuracy", "test_accuracy", percent), ("validation accuracy", "best_accuracy", percent)]
-        rows += [("density", "density", percent)] + [(name, name, thousands) for name in run.counts]
-        rows += [("parameters", "parameters", thousands), ("MACs per image", "macs", giga)]
-
-        def change(key: str) -> str:
-            a, b = first.get(key, math.nan), last.get(key, math.nan)
-            if not (math.isfinite(a) and math.isfinite(b)):
-                return "-"
-            if key.endswith("accuracy"):
-                return f"{100 * (b - a):+.2f} points"
-            return (
-                "same" if a == b else f"{a / b:.2f}x {'less' if key == 'density' else 'fewer'}" if b > 0 else "all gone"
-            )
-
-        columns = {
-            "measure": lambda row: row[0],
-            f"dense (state {first['state']})": lambda row: row[2](first.get(row[1])),
-            f"{'final' if run.finished else 'so far'} (state {last['state']})": lambda row: row[2](last.get(row[1])),
-            "change": lambda row: change(row[1]),
-        }
-        parts.append(md_table(rows, columns, left=1))
-    else:
-        parts.append(
-            f"Dense, {percent(last.get('density'))} of the weights: validation {percent(last.get('best_accuracy'))}, "
-            f"test {percent(last.get('test_accuracy'))}, {thousands(last.get('parameters'))} parameters, "
-            f"{giga(last.get('macs'))} MACs per image."
-        )
-    cuts = []
-    for row in run.states:
-        before, after = row.get("accuracy_before_cut", math.nan), row.get("accuracy_after_cut", math.nan)
-        if math.isfinite(before) and math.isfinite(after):
-            residual = row.get("residual", math.nan)
-            left = f", residual {residual:.2g}" if math.isfinite(residual) else ""
-            cuts.append(
-                (after - before, f"state {row['state']}: {percent(before)} before, {percent(after)} after{left}")
-            )
-    if cuts:
-        worst = min(cuts)
-        most = f"changed accuracy by {100 * worst[0]:+.2f} points at worst" if worst[0] < 0 else "lost no accuracy"
-        cut = "The cut" if len(cuts) == 1 else f"The {len(cuts)} cuts"
-        parts.append(f"{cut}{'' if run.method == 'rsst' else ', before any retraining,'} {most} ({worst[1]}).")
-    if run.proof:
-        parts.append(_proof(run))
-    return parts
-
-
-def _proof(run: Run) -> str:
-    """What parity.json and config.json of model/ say."""
-
-    def value(source: Mapping, *keys: str) -> float:
-        for key in keys:
-            source = source.get(key, {}) if isinstance(source, dict) else {}
-        return float(source) if isinstance(source, int | float) else math.nan
-
-    proof = partial(value, run.proof)
-    text = (
-        f"**Proof:** the small model in model/ computes what the masked one does: its logits differ by at most "
-        f"{proof('max_difference_float32'):.2g} in float32 (allowed: {proof('bound_float32'):.2g}) and "
-        f"{proof('max_difference_float64'):.2g} in float64, and it gives the same class for "
-        f"{percent(proof('top1_agreement'))} of {thousands(proof('images'))} validation images."
-    )
-    sizes = [value(run.config, key, part) for key in ("parameters", "macs") for part in ("dense", "removed")]
-    if all(math.isfinite(size) and size > 0 for size in sizes):
-        text += (
-            f" It has {thousands(sizes[1])} of {thousands(sizes[0])} parameters ({sizes[0] / sizes[1]:.2f}x fewer) and "
-            f"takes {giga(sizes[3])} of {giga(sizes[2])} MACs per image ({sizes[2] / sizes[3]:.2f}x fewer)."
-        )
-    return text
-
-
-def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
-    """Columns of the table of states: title to a function of a row of states.csv."""
-    counts = {name: lambda row, name=name: thousands(row.get(name)) for name in run.counts}
-    return {
-        "state": lambda row: row["state"],
-        "density": lambda row: percent(row.get("density")),
-        **counts,
-        "parameters": lambda row: thousands(row.get("parameters")),
-        "MACs": lambda row: giga(row.get("macs")),
-        "before cut": lambda row: percent(row.get("accuracy_before_cut")),
-        "after cut": lambda row: percent(row.get("accuracy_after_cut")),
-        "trained": lambda row: percent(row.get("accuracy_trained")),
-        "selected": lambda row: percent(row.get("best_accuracy")),
-        "test": lambda row: percent(row.get("test_accuracy")),
-        "time": lambda row: duration(row.get("seconds", math.nan)),
-    }

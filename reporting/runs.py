@@ -35,6 +35,7 @@ class Run:
     history: list[dict]  # a row an epoch
     states: list[dict]  # a row a state
     units: list[dict]  # a row per state and layer; empty for older runs
+    penalty: list[dict]  # many rows per state in which something is doomed, up to its cut; empty for older runs
     config: dict  # of model/, empty when not exported
     proof: dict
     latency: str
@@ -66,6 +67,11 @@ class Run:
         return sum(row["seconds"] for row in rows if math.isfinite(row.get("seconds", math.nan)))
 
     @property
+    def has_top5(self) -> bool:
+        """Whether its top-5 accuracy was measured, as it is for data sets of many classes."""
+        return any(math.isfinite(row.get("test_top5", math.nan)) for row in self.states)
+
+    @property
     def counts(self) -> list[str]:
         """Kinds of units that its tables count."""
         return [name for name in COUNTS if any(name in row for row in [*self.states, *self.history])]
@@ -87,6 +93,7 @@ def load_run(folder: Path) -> Run:
         _read(folder / "metrics.jsonl", _parse_history, []),
         _read(folder / "states.csv", partial(_parse_rows, whole=("state",), words=()), []),
         _read(folder / "units.csv", partial(_parse_rows, whole=("state",), words=("layer", "kind")), []),
+        _read(folder / "penalty.csv", _parse_penalty, []),
         _read(folder / "model" / "config.json", _parse_object, {}),
         _read(folder / "model" / "parity.json", _parse_object, {}),
         _read(folder / "model" / "latency.txt", str.rstrip, ""),
@@ -139,6 +146,15 @@ def _parse_rows(text: str, whole: Sequence[str], words: Sequence[str]) -> list[d
         if None in row or None in row.values():
             raise ValueError(f"row {number} has another number of cells than the header")
     return [_numbers(row, whole, words) for row in rows]
+
+
+def _parse_penalty(text: str) -> list[dict]:
+    rows = _parse_rows(text, whole=("state", "step"), words=())
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("epoch", "lambda", "residual") if name not in row]
+        if missing or not math.isfinite(row["epoch"]):
+            raise ValueError(f"row {number} has no {' and no '.join(missing or ['epoch'])}")
+    return rows
 
 
 def _numbers(row: Mapping, whole: Sequence[str], words: Sequence[str]) -> dict:

@@ -34,3 +34,25 @@ def cut_epochs(run: Run) -> dict[int, float]:
                 cuts[state] = before + place
             density = row.get("density", math.nan) if math.isfinite(row.get("density", math.nan)) else density
     return cuts
+
+
+def penalty_curves(run: Run) -> dict[int, list[tuple[float, float, float]]]:
+    """{state: its points (epochs over the run, lambda, residual)} where something is doomed, from start to cut.
+
+    Points are the rows of penalty.csv; for states that it does not know, as in older runs, those of metrics.jsonl.
+    """
+    cuts, at_cut = cut_epochs(run), {row["state"]: row.get("residual", math.nan) for row in run.states}
+    spans = {state: (before, rows) for state, before, rows in state_spans(run)}
+    curves = {}
+    for state in sorted({*spans, *(row["state"] for row in run.penalty)}):
+        before, epochs = spans.get(state, (len(run.history), []))
+        rows = [(before + row["epoch"], row) for row in run.penalty if row["state"] == state]
+        rows = rows or [(before + i, row) for i, row in enumerate(epochs, 1) if row.get("lambda", 0.0) > 0]
+        if not rows:
+            continue
+        points = [(before, 0.0, 1.0), *((place, row["lambda"], row.get("residual", math.nan)) for place, row in rows)]
+        # a cut within an epoch leaves nothing to measure at its end
+        if state in cuts and not any(place >= cuts[state] and residual > 0 for place, _, residual in points):
+            points.append((cuts[state], math.nan, at_cut.get(state, math.nan)))
+        curves[state] = sorted(points, key=lambda point: point[0])
+    return curves
