@@ -21,12 +21,17 @@ from pathlib import Path
 import utils
 from reporting.compare import compare
 from reporting.flags import command, flags_without_effect
+from reporting.groups import Point, equal_density, group_runs
 from reporting.results import state_columns
 from reporting.run_report import write, write_report
 from reporting.runs import Run, load_run
+from reporting.timeline import cut_epochs
 from utils import RunError
 
-__all__ = ["Run", "command", "compare", "flags_without_effect", "load_run", "main", "write"]
+__all__ = [
+    "Point", "Run", "build_parser", "command", "compare", "cut_epochs", "equal_density", "flags_without_effect",
+    "group_runs", "load_run", "main", "write",
+]  # fmt: skip
 
 
 def build_parser() -> utils.OneLineParser:
