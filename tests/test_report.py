@@ -8,17 +8,18 @@ import math
 import os
 import shlex
 import struct
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import yaml
 
-import main_imp_fillback
+import main_imp_fillback as entry
 import report
 import rsst
-import utils
 from utils import RunError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -44,7 +45,9 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def make_run(folder, densities=(1.0, 0.7, 0.4), test=None, val=None, model=True, units=True, done=None, **flags):
+def make_run(
+    folder, densities=(1.0, 0.7, 0.4), test=None, val=None, top5=None, model=True, units=True, done=None, **flags
+):
     """A run's folder as training leaves it; `done` states of it are finished, all when None."""
     args = {"save_dir": str(folder), **FLAGS, **flags}
     counted = ("filters",) if args["arch"].startswith("res") else ("heads", "neurons")
@@ -63,11 +66,13 @@ def make_run(folder, densities=(1.0, 0.7, 0.4), test=None, val=None, model=True,
             doomed = soft and epoch + 1 <= args.get("reg_finish", 1) * epochs
             row = {"state": state, "epoch": epoch, "train_accuracy": 0.5, "val_accuracy": 0.4 + 0.1 * epoch / epochs}
             row |= {"density": densities[state - 1] if before_cut else density, **common, "lambda": float(doomed)}
+            row |= {"val_top5": 0.9 + 0.01 * epoch} if top5 else {}
             history.append(row | {"residual": 0.5 if before_cut else 0.0, "seconds": 10.0})
         row = {"state": state, "density": density, **common}
         row |= {"accuracy_before_cut": 0.5 if state else "", "accuracy_after_cut": 0.5 - 0.01 * state if state else ""}
         row |= {"residual": 1e-4 if soft else "", "accuracy_trained": 0.475, "best_epoch": 3}
         row |= {"best_accuracy": val[state] if val else 0.6, "test_accuracy": test[state] if test else 0.55}
+        row |= {"test_top5": top5[state]} if top5 else {}
         states.append(row | {"seconds": 40.5})
         if "filters" in counted:
             layers.append({"state": state, "layer": "layer1.0.conv1", "kind": "filter", "kept": 8, "total": 16})
@@ -88,31 +93,6 @@ def make_run(folder, densities=(1.0, 0.7, 0.4), test=None, val=None, model=True,
         (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
         (folder / "model" / "parity.json").write_text(json.dumps(PARITY))
     return folder
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """Pictures of nothing, for tests that look at words."""
-    monkeypatch.setattr(report, "_draw", lambda width, height, paint: PNG + b"drawn")
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that a test draws, in order."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    found = []
-
-    def draw(width, height, paint):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure)
-        found.append(figure)
-        return PNG + b"drawn"
-
-    monkeypatch.setattr(report, "_draw", draw)
-    return found
 
 
 class Page(HTMLParser):
@@ -150,6 +130,23 @@ def table_rows(text, header):
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
+def read_csv(path):
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def change_states(folder, changes):
+    """Cells of states.csv: {row: {column: value}}."""
+    rows = read_csv(folder / "states.csv")
+    for index, cells in changes.items():
+        rows[index] |= cells
+    write_csv(folder / "states.csv", rows)
+
+
+def written(folder):
+    report.write(folder)
+    return (folder / "report.md").read_text()
+
+
 def one_line(capsys):
     """What went to standard error, which must be one line."""
     text = capsys.readouterr().err
@@ -158,66 +155,35 @@ def one_line(capsys):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------- small things
+def curves(ax):
+    """(x, y) of what is drawn, without borders and cuts."""
+    found = [(line.get_xdata(), line.get_ydata()) for line in ax.lines]
+    return [(list(x), list(y)) for x, y in found if len(set(x)) > 1]
 
 
-def test_sample_standard_deviation_by_hand():
-    # mean 4, deviations -3, -1, 4: (9 + 1 + 16) / 2 = 13
-    mean, sd = report.mean_and_sd([1.0, 3.0, 8.0])
-    assert mean == pytest.approx(4.0)
-    assert sd == pytest.approx(math.sqrt(13.0))
+def cuts(ax):
+    return [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
 
 
-def test_one_value_has_no_standard_deviation_and_nan_is_no_value():
-    mean, sd = report.mean_and_sd([math.nan, 0.25])
-    assert mean == 0.25
-    assert math.isnan(sd)
-    assert all(map(math.isnan, report.mean_and_sd([])))
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test draws, in order; none is rendered."""
+    found = []
 
+    def keep(figure, file, **_):
+        found.append(figure)
+        file.write(PNG + b"%d" % len(found))
 
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (report.percent(0.123456), "12.35%"),
-        (report.percent(1.0), "100.00%"),
-        (report.percent(math.nan), "-"),
-        (report.percent(None), "-"),
-        (report.thousands(2688394.0), "2,688,394"),
-        (report.thousands(math.nan), "-"),
-        (report.giga(46_269_696), "0.0463 G"),
-        (report.duration(59.4), "59 s"),
-        (report.duration(61), "1 min 01 s"),
-        (report.duration(3599.7), "1 h 00 min"),
-        (report.duration(5400), "1 h 30 min"),
-        (report.duration(math.nan), "-"),
-    ],
-)
-def test_numbers_as_words(shown, expected):
-    assert shown == expected
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 8, 10, 13, 60])
-def test_cut_is_drawn_where_training_cuts(tmp_path, epochs):
-    steps = 40
-    expected = rsst.cut_step(steps * epochs, steps, 0.25) / steps
-    run = report.load_run(make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2))
-    for epoch, row in enumerate(run.history[epochs:]):
-        row["density"] = 0.7 if epoch + 1 >= expected else 1.0
-    assert report.cut_epochs(run) == {1: pytest.approx(epochs + expected)}
-
-
-def test_cut_of_refill_lies_on_the_border_of_states(tmp_path):
-    run = report.load_run(make_run(tmp_path / "run", struct="refill"))
-    assert report.cut_epochs(run) == {1: 4.0, 2: 8.0}
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- report of one run
 
 
-def test_report_says_what_the_files_hold(tmp_path, no_drawing):
+def test_report_says_what_the_files_hold(tmp_path, figures):
     folder = make_run(tmp_path / "rsst_run")
-    report.write(folder)
-    text = (folder / "report.md").read_text()
+    text = written(folder)
     assert text.startswith("# rsst_run\n")
     assert table_rows(text, "state")[2] == {
         "state": "2", "density": "40.00%", "heads": "40", "neurons": "40", "parameters": "800,000",
@@ -225,24 +191,47 @@ def test_report_says_what_the_files_hold(tmp_path, no_drawing):
         "selected": "60.00%", "test": "55.00%", "time": "40 s",
     }  # fmt: skip
     assert table_rows(text, "state")[0]["before cut"] == "-"
-    key = {row["measure"]: row for row in table_rows(text, "measure")}
-    assert key["parameters"]["change"] == "2.50x fewer"  # 2,000,000 over 800,000
-    assert key["MACs per image"]["final (state 2)"] == "0.0160 G"
-    assert key["test accuracy"]["change"] == "+0.00 points"
-    assert key["heads"]["dense (state 0)"] == "100"
-    assert "The 2 cuts changed accuracy by -2.00 points at worst (state 2: 50.00% before, 48.00% after" in text
-    assert "9.5e-07 in float32 (allowed: 3.9e-05) and 2e-15 in float64" in text
-    assert "100.00% of 1,440 validation images" in text
-    assert "800,000 of 2,000,000 parameters (2.50x fewer)" in text
-    assert "0.0100 G of 0.0400 G MACs per image (4.00x fewer)" in text
-    for words in ("vit_tiny", "digits", "3 states of 4 epochs each", "seed 42", "34.00% of all heads",
-                  "50.00% of all neurons", "criterion magnitude", "torch 2.15.0", "cpu EPYC (2 threads)",
-                  "augmentation none, bf16", "commit 0123456789", "Training took 2 min 02 s"):  # fmt: skip
+    assert {row["measure"]: list(row.values())[1:] for row in table_rows(text, "measure")} == {
+        "test accuracy": ["55.00%", "55.00%", "+0.00 points"],
+        "validation accuracy": ["60.00%", "60.00%", "+0.00 points"],
+        "density": ["100.00%", "40.00%", "2.50x less"],
+        "heads": ["100", "40", "2.50x fewer"],
+        "neurons": ["100", "40", "2.50x fewer"],
+        "parameters": ["2,000,000", "800,000", "2.50x fewer"],
+        "MACs per image": ["0.0400 G", "0.0160 G", "2.50x fewer"],
+    }
+    for words in (
+        "3 states of 4 epochs each, from scratch, seed 42", "on vit_tiny and digits", "34.00% of all heads",
+        "50.00% of all neurons", "layer-wise by criterion magnitude", "on a geometric schedule",
+        "Every state starts from the initial weights", "Training: AdamW, learning rate 0.0005, cosine schedule",
+        "augmentation none, bf16", "cpu EPYC (2 threads), Linux; Python 3.11.7, torch 2.15.0", "commit 0123456789.",
+        "Training took 2 min 02 s", "at worst (state 2: 50.00% before, 48.00% after, residual 0.0001)",
+        "The 2 cuts changed accuracy by -2.00 points", "9.5e-07 in float32 (allowed: 3.9e-05) and 2e-15 in float64",
+        "100.00% of 1,440 validation images", "800,000 of 2,000,000 parameters (2.50x fewer)",
+        "0.0100 G of 0.0400 G MACs per image (4.00x fewer)", f"python export.py {folder} --onnx",
+    ):  # fmt: skip
         assert words in text, words
     assert "not finished" not in text
+    assert "op-5" not in text
     for name in ("accuracy", "density", "penalty", "units"):
         assert f"](plots/{name}.png)" in text
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_numbers_are_rounded_and_absent_ones_are_dashes(tmp_path, figures):
+    folder = make_run(tmp_path / "run")
+    text = (folder / "metrics.jsonl").read_text().replace('"val_accuracy": 0.4,', '"val_accuracy": NaN,')
+    (folder / "metrics.jsonl").write_text(text)
+    odd = {"density": 0.123456, "macs": 46_269_696, "parameters": 1234.6, "seconds": 3599.7}
+    missing = {"test_accuracy": "nan", "macs": "", "accuracy_before_cut": "", "density": "", "parameters": ""}
+    change_states(folder, {0: odd, 1: missing | {"seconds": 61}, 2: {"seconds": "", "accuracy_after_cut": 0.51}})
+    text = written(folder)
+    first, second, third = table_rows(text, "state")
+    assert (first["density"], first["MACs"], first["parameters"]) == ("12.35%", "0.0463 G", "1,235")
+    assert {second[name] for name in ("test", "MACs", "before cut", "density", "parameters")} == {"-"}
+    assert (first["time"], second["time"], third["time"]) == ("1 h 00 min", "1 min 01 s", "-")
+    assert "Training took 1 h 01 min" in text
+    assert "The cut lost no accuracy (state 2" in text
 
 
 def test_web_page_needs_nothing_but_itself(tmp_path):
@@ -253,17 +242,14 @@ def test_web_page_needs_nothing_but_itself(tmp_path):
     pictures = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     expected = [(folder / "plots" / f"{name}.png").read_bytes() for name in ("accuracy", "density", "penalty", "units")]
     head = "data:image/png;base64,"
-    assert all(source.startswith(head) for source in pictures)
     assert [base64.b64decode(source.removeprefix(head), validate=True) for source in pictures] == expected
     for png in expected:
         assert png.startswith(PNG)
         assert png.endswith(b"IEND\xaeB`\x82")
-        width, height = struct.unpack(">II", png[16:24])
-        assert 600 <= width <= 4000
-        assert 200 <= height <= 4000
+        assert all(200 <= pixels <= 4000 for pixels in struct.unpack(">II", png[16:24]))
     assert not [tag for tag, _ in page.tags if tag in ("link", "script", "iframe", "object")]
-    references = [attrs.get(key) for _, attrs in page.tags for key in ("href", "src") if key in attrs]
-    assert all(reference.startswith(("data:", "#")) for reference in references)
+    references = [attrs[key] for _, attrs in page.tags for key in ("href", "src") if key in attrs]
+    assert all(reference.startswith((head, "#")) for reference in references)
     assert "url(" not in text
     assert "@import" not in text
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
@@ -271,33 +257,22 @@ def test_web_page_needs_nothing_but_itself(tmp_path):
     assert page.boxed == [True, True]
 
 
-def test_finished_run_without_model_or_units(tmp_path, no_drawing):
-    folder = make_run(tmp_path / "run", model=False, units=False)
-    report.write(folder)
-    text = (folder / "report.md").read_text()
+def test_finished_run_without_model_or_units(tmp_path, figures):
+    text = written(make_run(tmp_path / "run", model=False, units=False))
     assert "Proof" not in text
     assert "units.png" not in text
-    assert not (folder / "plots" / "units.png").exists()
+    assert len(figures) == 3
 
 
-def test_unfinished_run_says_so_and_how_to_go_on(tmp_path, no_drawing):
+def test_unfinished_run_says_so_and_how_to_go_on(tmp_path, figures):
     folder = make_run(tmp_path / "run", done=2, model=False)
-    report.write(folder)
-    text = (folder / "report.md").read_text()
-    assert "**This run is not finished:** 2 of 3 states done, 8 epochs trained." in text
-    assert f"python main_imp_fillback.py --save_dir {folder} --resume" in text
-    assert "so far (state 1)" in text
-    assert "export.py" not in text
-
-
-def test_epochs_of_an_unfinished_state_count(tmp_path, figures):
-    folder = make_run(tmp_path / "run", done=2, model=False)
-    rows = list(csv.DictReader(io.StringIO((folder / "states.csv").read_text())))
-    write_csv(folder / "states.csv", rows[:1])
-    report.write(folder)
-    text = (folder / "report.md").read_text()
-    assert "1 of 3 states done, 8 epochs trained" in text
+    write_csv(folder / "states.csv", read_csv(folder / "states.csv")[:1])
+    text = written(folder)
+    assert "**This run is not finished:** 1 of 3 states done, 8 epochs trained." in text
     assert "Training took 1 min 20 s so far" in text  # 40.5 s of state 0, four epochs of 10 s
+    assert f"python main_imp_fillback.py --save_dir {folder} --resume" in text
+    assert "export.py" not in text
+    assert "so far (state 1)" in written(make_run(tmp_path / "two", done=2))
 
 
 def test_run_that_has_only_begun(tmp_path, capsys):
@@ -315,65 +290,57 @@ def test_dense_run_has_one_state_and_no_penalty(tmp_path, figures, flags):
     folder = make_run(tmp_path / "run", densities=(1.0,), **flags)
     (folder / "plots").mkdir()
     (folder / "plots" / "penalty.png").write_bytes(b"of an earlier run")
-    report.write(folder)
-    text = (folder / "report.md").read_text()
-    epochs = 4 if "pruning_times" in flags else 12
-    assert f"1 state of {epochs} epochs, from scratch" in text
+    text = written(folder)
+    assert f"1 state of {4 if 'pruning_times' in flags else 12} epochs, from scratch" in text
     assert "not finished" not in text
     assert "validation 60.00%, test 55.00%, 2,000,000 parameters, 0.0400 G MACs" in text
     assert not (folder / "plots" / "penalty.png").exists()
 
 
 def test_network_of_convolutions_counts_filters(tmp_path, figures):
-    folder = make_run(tmp_path / "run", arch="res20s", vit_structured=False)
-    report.write(folder)
-    row = table_rows((folder / "report.md").read_text(), "state")[1]
+    row = table_rows(written(make_run(tmp_path / "run", arch="res20s", vit_structured=False)), "state")[1]
     assert row["filters"] == "70"
     assert "heads" not in row
     assert figures[-1].axes[0].get_title() == "filters kept"
 
 
-def test_empty_and_nan_cells_are_dashes(tmp_path, figures):
-    folder = make_run(tmp_path / "run")
-    text = (folder / "metrics.jsonl").read_text().replace('"val_accuracy": 0.4,', '"val_accuracy": NaN,')
-    (folder / "metrics.jsonl").write_text(text)
-    rows = list(csv.DictReader(io.StringIO((folder / "states.csv").read_text())))
-    rows[1] |= {"test_accuracy": "nan", "macs": "", "accuracy_before_cut": ""}
-    rows[2] |= {"density": "", "parameters": ""}
-    write_csv(folder / "states.csv", rows)
-    report.write(folder)
-    shown = table_rows((folder / "report.md").read_text(), "state")
-    assert (shown[1]["test"], shown[1]["MACs"], shown[1]["before cut"]) == ("-", "-", "-")
-    assert (shown[2]["density"], shown[2]["parameters"]) == ("-", "-")
+def test_top5_is_shown_where_it_was_measured(tmp_path, figures):
+    text = written(make_run(tmp_path / "run", top5=(0.9, 0.85, 0.8125)))
+    assert [row["top-5"] for row in table_rows(text, "state")] == ["90.00%", "85.00%", "81.25%"]
+    key = {row["measure"]: list(row.values())[1:] for row in table_rows(text, "measure")}
+    assert key["test top-5"] == ["90.00%", "81.25%", "-8.75 points"]
+    assert key["validation top-5"] == ["93.00%", "93.00%", "+0.00 points"]  # of epoch 3, the selected one
+    text = written(make_run(tmp_path / "dense", top5=(0.9,), densities=(1.0,), struct="dense", epochs=2))
+    assert "validation 60.00% (top-5 93.00%), test 55.00% (top-5 90.00%)" in text
 
 
-def test_names_are_shown_literally(tmp_path, no_drawing):
+def test_names_are_shown_literally(tmp_path, figures):
     name = "<b>a|b*c*_d_[x](y)`z` &amp; $t$"
     folder = make_run(tmp_path / name, pretrained_note="<script>alert(1)</script> | *random* weights", criteria="<i>")
     (folder / "model" / "latency.txt").write_text("```\n<b>fast</b>\n")
-    report.write(folder)
+    text = written(folder)
+    assert text.split("\n\n")[1].startswith("> **Note:** ")
     page = Page((folder / "report.html").read_text())
     assert not {tag for tag, _ in page.tags} & {"b", "i", "em", "script", "a"}
     assert page.text.count(name) >= 3  # title, heading, commands
-    assert "<script>alert(1)</script> | *random* weights" in page.text
-    assert "criterion <i>" in page.text
-    assert "<b>fast</b>" in page.text
+    for words in ("<script>alert(1)</script> | *random* weights", "criterion <i>", "<b>fast</b>"):
+        assert words in page.text, words
 
 
-def test_fallback_to_random_weights_stands_before_all_else(tmp_path, no_drawing):
-    folder = make_run(tmp_path / "run", pretrained_note="no network: random weights")
-    report.write(folder)
-    assert (folder / "report.md").read_text().split("\n\n")[1] == "> **Note:** no network: random weights"
-
-
-def test_legend_counts_single_weights_only_where_they_go(tmp_path, no_drawing):
-    flags = {"units": {}, "weights": {"vit_structured": False}, "filters": {"arch": "res20s", "vit_structured": False}}
-    flags["kernels"] = {**flags["filters"], "struct": "imp"}
-    said = {}
-    for name, each in flags.items():
-        report.write(make_run(tmp_path / name, **each))
-        said[name] = "single zeros do not make the model faster" in (tmp_path / name / "report.md").read_text()
-    assert said == {"units": False, "weights": True, "filters": False, "kernels": True}
+@pytest.mark.parametrize(
+    ("flags", "single", "words"),
+    [
+        ({}, False, "are gone in the end"),
+        ({"fillback_rate": 0.0}, True, "Each of 2 prunings takes 34.00% of the prunable weights that are left. "),
+        ({"fillback_rate": 0.1}, True, "left, and refill gives back 10.00%, chosen by criterion magnitude. "),
+        ({"arch": "res20s"}, False, "of the prunable weights that are left, chosen by criterion magnitude. "),
+        ({"arch": "res20s", "struct": "imp"}, True, "of the prunable weights that are left. "),
+    ],
+)
+def test_what_goes_is_said(tmp_path, figures, flags, single, words):
+    text = written(make_run(tmp_path / "run", vit_structured=not flags, **flags))
+    assert words in text
+    assert ("single zeros do not make the model faster" in text) == single
 
 
 @pytest.mark.parametrize(
@@ -385,38 +352,49 @@ def test_legend_counts_single_weights_only_where_they_go(tmp_path, no_drawing):
         "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
         "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
         "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b'",
+        "--arch res20s --criteria l2 --score_batches 3",
     ],
 )
 def test_printed_command_repeats_the_run(tmp_path, words):
     folder = make_run(tmp_path / "run", done=0)
-    given = utils.plain_args(main_imp_fillback.parse_args(shlex.split(words)))
+    given = vars(entry.parse_args(shlex.split(words)))
     (folder / "args.yaml").write_text(yaml.safe_dump(given | {"save_dir": str(folder)}, sort_keys=False))
     run = report.load_run(folder)
     command = report.command(run)
     assert max(map(len, command.splitlines())) <= 110
     program, *again = shlex.split(command.replace("\\\n", " "))[1:]
     assert program == "main_imp_fillback.py"
-    repeated = utils.plain_args(main_imp_fillback.parse_args(again))
-    differs = {name for name in given if repeated[name] != given[name]}
-    assert differs <= report.idle_flags(run)
+    repeated = vars(entry.parse_args(again))
+    assert {name for name in given if repeated[name] != given[name]} <= report.flags_without_effect(run)
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
 
 
 def test_accuracy_plot_has_states_in_a_row(tmp_path, figures):
-    folder = make_run(tmp_path / "run", struct="refill")
-    report.write(folder)
+    report.write(make_run(tmp_path / "run", struct="refill"))
     ax = figures[0].axes[0]
-    curves = [line.get_xdata().tolist() for line in ax.lines if line.get_color() == report.BLUE]
-    assert curves == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    color = next(line.get_color() for line in ax.lines if line.get_label() == "validation")
+    found = [line for line in ax.lines if line.get_color() == color]
+    assert [line.get_xdata().tolist() for line in found] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert found[2].get_ydata() == pytest.approx([40, 42.5, 45, 47.5])
     labels = [text.get_text() for axis in ax.child_axes for text in axis.get_xticklabels()]
     assert labels == ["state 0\n100%", "state 1\n70%", "state 2\n40%"]
     before = next(line for line in ax.lines if line.get_label() == "before the cut (dotted)")
     after = next(line for line in ax.lines if line.get_label() == "after the cut")
-    assert before.get_xdata().tolist() == [4.0, 8.0]
+    assert before.get_xdata().tolist() == cuts(ax) == [4.0, 8.0]
     assert before.get_ydata() == pytest.approx([50.0, 50.0])
     assert after.get_ydata() == pytest.approx([49.0, 48.0])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 8, 10, 13, 60])
+def test_cut_is_drawn_where_training_cuts(tmp_path, epochs):
+    steps = 40
+    expected = rsst.cut_step(steps * epochs, steps, 0.25) / steps
+    run = report.load_run(make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2))
+    for epoch, row in enumerate(run.history[epochs:]):
+        row["density"] = 0.7 if epoch + 1 >= expected else 1.0
+    assert report.cut_epochs(run) == {1: pytest.approx(epochs + expected)}
 
 
 def test_density_falls_to_the_right(tmp_path, figures):
@@ -428,16 +406,47 @@ def test_density_falls_to_the_right(tmp_path, figures):
     assert test.get_ydata() == pytest.approx([50, 60, 55])
 
 
-def test_penalty_plot_ends_at_the_cut_on_a_logarithmic_axis(tmp_path, figures):
-    report.write(make_run(tmp_path / "run", epochs=8))
+def penalty_rows(state, cut, rows=50, until=50):
+    """What a state's ramp leaves in penalty.csv: linear lambda, residual falling to 1e-3 at the cut, in epochs."""
+    steps = [(step, step / rows) for step in range(1, until + 1)]
+    return [{"state": state, "epoch": cut * u, "step": k, "lambda": u, "residual": 1e-3**u} for k, u in steps]
+
+
+def test_penalty_of_short_states_is_drawn_from_its_steps(tmp_path, figures):
+    folder = make_run(tmp_path / "run", epochs=2)
+    write_csv(folder / "penalty.csv", penalty_rows(1, 0.5) + penalty_rows(2, 0.5))
+    report.write(folder)
+    strength, residual = figures[2].axes
+    ramp = [step / 50 for step in range(51)]
+    for before, strengths, left in zip((2, 4), curves(strength), curves(residual), strict=True):
+        assert strengths[0] == left[0] == pytest.approx([before + 0.5 * u for u in ramp])
+        assert strengths[1] == pytest.approx(ramp)
+        assert left[1] == pytest.approx([1e-3**u for u in ramp])
+    assert cuts(strength) == cuts(residual) == [2.5, 4.5]
+    assert residual.get_yscale() == "log"
+    assert strength.get_xlim() == (0, 6)
+
+
+def test_penalty_of_older_states_is_drawn_from_their_epochs(tmp_path, figures):
+    folder = make_run(tmp_path / "run", epochs=8)
+    report.write(folder)
     strength, residual = figures[2].axes
     assert residual.get_yscale() == "log"
-    curves = [line for line in residual.lines if line.get_color() == report.BLUE]
-    assert [line.get_xdata().tolist() for line in curves] == [[8, 9, 10], [16, 17, 18]]
-    assert curves[0].get_ydata() == pytest.approx([1.0, 0.5, 1e-4])  # start, one epoch, states.csv at the cut
-    assert [line.get_ydata().tolist() for line in strength.lines if line.get_color() == report.PURPLE] == [
-        [0, 1, 1], [0, 1, 1]
-    ]  # fmt: skip
+    assert [x for x, _ in curves(residual)] == [[8, 9, 10], [16, 17, 18]]
+    assert curves(residual)[0][1] == pytest.approx([1.0, 0.5, 1e-4])  # start, one epoch, states.csv at the cut
+    assert [y for _, y in curves(strength)] == [[0, 1, 1], [0, 1, 1]]
+    write_csv(folder / "penalty.csv", penalty_rows(2, 2.0))  # resumed by a program that writes the file
+    report.write(folder)
+    assert [len(x) for x, _ in curves(figures[-2].axes[1])] == [3, 51]
+
+
+def test_penalty_within_the_first_epoch_of_a_state_has_room(tmp_path, figures):
+    folder = make_run(tmp_path / "run", epochs=2, done=2)
+    write_csv(folder / "penalty.csv", penalty_rows(1, 0.5) + penalty_rows(2, 0.5, until=30))
+    report.write(folder)
+    strength, _ = figures[2].axes
+    assert curves(strength)[1][0][-1] == pytest.approx(4.3)
+    assert strength.get_xlim() == (0, pytest.approx(4.3))
 
 
 def test_heat_map_has_a_panel_per_kind_and_its_shares(tmp_path, figures):
@@ -450,32 +459,24 @@ def test_heat_map_has_a_panel_per_kind_and_its_shares(tmp_path, figures):
 
 
 def test_many_states_and_layers_stay_readable(tmp_path, figures):
-    states, layers = 20, ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    densities = [0.8**state for state in range(states)]
-    folder = make_run(tmp_path / ("long_" * 30), densities=densities, pruning_times=states, vit_structured=False)
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    densities = [0.8**state for state in range(20)]
+    folder = make_run(tmp_path / ("long_" * 30), densities=densities, pruning_times=20, vit_structured=False)
+    cells = [(state, block, layer) for state in range(20) for block in range(24) for layer in layers]
     write_csv(
         folder / "units.csv",
         [
-            {
-                "state": state,
-                "layer": f"blocks.{block}.{layer}",
-                "kind": "weight",
-                "kept": 1000 * density,
-                "total": 1000,
-            }
-            for state, density in enumerate(densities)
-            for block in range(24)
-            for layer in layers
+            {"state": state, "layer": f"blocks.{block}.{layer}", "kind": "weight", "kept": 0.8**state, "total": 1}
+            for state, block, layer in cells
         ],
     )
     report.write(folder)
-    accuracy, density, penalty, units = figures
+    accuracy, density, _, units = figures
     assert all(figure.get_size_inches().max() <= 20 for figure in figures)
     assert len(accuracy.axes[0].child_axes[0].get_xticks()) == 10
     assert density.axes[0].get_xscale() == "log"
-    panels = units.axes[:4]
-    assert [panel.get_title() for panel in panels] == [f"{layer}: weights kept" for layer in layers]
-    assert all(panel.images[0].get_array().shape == (24, 20) for panel in panels)
+    assert [panel.get_title() for panel in units.axes[:4]] == [f"{layer}: weights kept" for layer in layers]
+    assert all(panel.images[0].get_array().shape == (24, 20) for panel in units.axes[:4])
 
 
 # ----------------------------------------------------------------------------------------------- damage, and atomicity
@@ -495,32 +496,29 @@ def test_many_states_and_layers_stay_readable(tmp_path, figures):
         ("states.csv", "state,density\n0,1.0\n1\n"),
         ("states.csv", "state,density\n0,1.0,3\n"),
         ("states.csv", "state,density\n0,dense\n"),
-        ("states.csv", "density\n1.0\n"),
         ("states.csv", "state,density\n,1.0\n"),
+        ("states.csv", b"\xff\xfe\x00"),
         ("units.csv", "state,layer,kept,total\n0,blocks.0.attn,1,2\n"),
+        ("penalty.csv", "state,step,lambda,residual\n1,1,0.1,1.0\n"),
+        ("penalty.csv", "state,epoch,step,lambda,residual\n1,,1,0.1,1.0\n"),
         ("environment.json", "{"),
         ("model/parity.json", "[]"),
         ("model/config.json", '{"parameters": '),
     ],
 )
-def test_damaged_file_is_one_line_and_changes_nothing(tmp_path, capsys, no_drawing, name, content):
+def test_damaged_file_is_one_line_and_changes_nothing(tmp_path, capsys, figures, name, content):
     folder = make_run(tmp_path / "run")
-    (folder / name).write_text(content)
-    before = sorted(path for path in tmp_path.rglob("*"))
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = sorted(tmp_path.rglob("*"))
     assert report.main([str(folder)]) == 2
-    assert str(folder / name) in one_line(capsys)
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-def test_bytes_that_are_no_text(tmp_path, capsys):
-    folder = make_run(tmp_path / "run")
-    (folder / "states.csv").write_bytes(b"\xff\xfe\x00")
-    assert report.main([str(folder)]) == 2
-    assert "states.csv" in one_line(capsys)
+    line = one_line(capsys)
+    assert f"{folder / name} is damaged" in line
+    assert "restore the file, or run again" in line
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_folder_that_is_no_run(tmp_path, capsys, no_drawing, others):
+def test_folder_that_is_no_run(tmp_path, capsys, others):
     runs = [str(make_run(tmp_path / f"run{i}")) for i in range(others)]
     (tmp_path / "empty").mkdir()
     assert report.main([*runs, str(tmp_path / "empty")]) == 2
@@ -529,9 +527,8 @@ def test_folder_that_is_no_run(tmp_path, capsys, no_drawing, others):
 
 
 def test_out_belongs_to_comparisons(tmp_path, capsys):
-    folder = make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
-        report.main([str(folder), "--out", "x"])
+        report.main([str(make_run(tmp_path / "run")), "--out", "x"])
     assert stop.value.code == 2
     assert "--out x" in one_line(capsys)
 
@@ -539,24 +536,19 @@ def test_out_belongs_to_comparisons(tmp_path, capsys):
 @pytest.mark.parametrize("package", ["matplotlib", "markdown"])
 def test_missing_package_says_what_to_install(tmp_path, capsys, monkeypatch, package):
     folder = make_run(tmp_path / "run")
-    for name in [name for name in sys.modules if name.partition(".")[0] == package] or [package]:
+    for name in {package, *(name for name in sys.modules if name.partition(".")[0] == package)}:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, package, None)
     assert report.main([str(folder)]) == 2
     assert "pip install matplotlib markdown" in one_line(capsys)
     assert not (folder / "report.md").exists()
 
 
-@pytest.mark.parametrize("failing", range(6))  # four plots, report.md, report.html
-def test_failing_write_leaves_the_old_report(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("failing", [0, 3, 5])  # four plots, report.md, report.html
+def test_failing_write_leaves_the_old_report(tmp_path, monkeypatch, figures, failing):
     folder = make_run(tmp_path / "run")
-    monkeypatch.setattr(report, "_draw", lambda width, height, paint: PNG + b"old")
     report.write(folder)
+    change_states(folder, {0: {"test_accuracy": 0.56}})
     old = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(report, "_draw", lambda width, height, paint: PNG + b"new")
-    rows = (folder / "states.csv").read_text()
-    (folder / "states.csv").write_text(rows.replace("0.55", "0.56"))
-    old[folder / "states.csv"] = (folder / "states.csv").read_bytes()
     calls, fsync = [], os.fsync
 
     def break_off(descriptor):
@@ -566,23 +558,32 @@ def test_failing_write_leaves_the_old_report(tmp_path, monkeypatch, failing):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.os, "fsync", break_off)
-        with pytest.raises(RunError, match="No space left"):
+        patch.setattr(os, "fsync", break_off)
+        with pytest.raises(RunError, match="No space left") as stop:
             report.write(folder)
+    assert stop.value.code == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == old
-    report.write(folder)
-    assert "56.00%" in (folder / "report.md").read_text()
+    assert "56.00%" in written(folder)
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
 
 
-def test_current_folder_changes_nothing(tmp_path, monkeypatch, no_drawing):
-    folder = make_run(tmp_path / "runs" / "run")
-    contents = []
+def test_current_folder_changes_nothing(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "runs" / "run", densities=(1.0,), pruning_times=1, units=False)
+    contents = set()
     for here, argument in ((tmp_path, "runs/run"), (folder, "."), (Path("/"), str(folder))):
         monkeypatch.chdir(here)
         assert report.main([argument]) == 0
-        contents.append((folder / "report.html").read_bytes())
-    assert contents[0] == contents[1] == contents[2]
+        contents.add((folder / "report.html").read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_wait_without_spinning_unless_told_otherwise(tmp_path, given, expected):
+    (tmp_path / "torch.py").write_text("import os\nprint(os.environ['OMP_WAIT_POLICY'])\nos._exit(0)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    environment |= {"PYTHONPATH": str(Path(report.__file__).parent), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", "import report"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.stdout.decode().split() == [expected], done.stderr.decode()
 
 
 # ------------------------------------------------------------------------------------------------ groups of runs
@@ -593,30 +594,46 @@ def groups_of(tmp_path, *flags):
     return report.group_runs([report.load_run(folder) for folder in folders])
 
 
-def test_circumstances_and_seeds_do_not_part_runs(tmp_path):
-    groups = groups_of(
-        tmp_path,
-        {},
-        {"seed": 1, "exp_name": "again", "device": "cuda", "gpu": 3, "workers": 0, "print_freq": 1, "verbose": True},
-        {"seed": 2, "resume": True, "checkpoint": "x", "overwrite": True, "wandb_mode": "offline", "config": "y"},
-        {"seed": 3, "data": "/elsewhere", "export": False, "label_smoothing": 0.0, "clip_grad": None},
-    )
-    assert [len(group.runs) for group in groups] == [4]
-    assert groups[0].label == "RSST"
+ELEMENTS = {"struct": "imp", "vit_structured": False}
 
 
-def test_flags_without_effect_do_not_part_runs(tmp_path):
-    imp = {"struct": "imp", "vit_structured": False}
-    groups = groups_of(tmp_path, imp, {**imp, "criteria": "l2", "mlp_prune_ratio": 0.9, "reg_finish": 1.0, "seed": 1})
-    assert [len(group.runs) for group in groups] == [2]
-
-
-def test_flags_with_effect_part_runs(tmp_path):
-    assert len(groups_of(tmp_path / "a", {"rate": 0.3}, {"rate": 0.4})) == 2
-    assert len(groups_of(tmp_path / "b", {"mlp_prune_ratio": None}, {"mlp_prune_ratio": 0.34, "seed": 1})) == 1
-    imp = {"struct": "imp", "vit_structured": False}
-    assert len(groups_of(tmp_path / "c", imp, {**imp, "prune_patch_embed": True})) == 2
-    assert len(groups_of(tmp_path / "d", {}, {"pretrained_note": "random weights"})) == 2
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (
+            [  # circumstances and seeds
+                {},
+                {
+                    "seed": 1,
+                    "exp_name": "x",
+                    "device": "cuda",
+                    "gpu": 3,
+                    "workers": 0,
+                    "print_freq": 1,
+                    "verbose": True,
+                },
+                {"seed": 2, "resume": True, "checkpoint": "x", "overwrite": True, "wandb_mode": "off", "config": "y"},
+                {"seed": 3, "data": "/elsewhere", "export": False, "label_smoothing": 0.0, "clip_grad": None},
+            ],
+            [4],
+        ),
+        ([ELEMENTS, {**ELEMENTS, "criteria": "l2", "mlp_prune_ratio": 0.9, "reg_finish": 1.0}], [2]),
+        ([{"mlp_prune_ratio": None}, {"mlp_prune_ratio": 0.34}], [2]),  # the neurons' ratio is --rate
+        ([{"vit_prune_target": "head"}, {"vit_prune_target": "head", "mlp_prune_ratio": 0.9}], [2]),
+        ([{"fillback_rate": 0.1}, {"fillback_rate": 0.2}], [2]),  # structured survivors are whole
+        ([{"rewind_epoch": 1, "momentum": 0.5}, {"decreasing_lr": "1,2", "exponents": 2}], [2]),
+        ([{"rate": 0.3}, {"rate": 0.4}], [1, 1]),
+        ([{"lr": 0.1}, {"lr": 0.01}, {"lr": 0.1, "seed": 7}], [2, 1]),
+        ([ELEMENTS, {**ELEMENTS, "prune_patch_embed": True}], [1, 1]),
+        ([{"prune_type": "rewind_lt", "rewind_epoch": epoch} for epoch in (1, 2)], [1, 1]),
+        ([{"vit_structured": False, "arch": "res20s", "criteria": name} for name in ("l1", "l2")], [1, 1]),
+        ([{"vit_structured": False, "criteria": name} for name in ("l1", "l2")], [2]),  # weights go by their size
+        ([{"pretrained_note": "random weights"}, {}], [1, 1]),
+    ],
+)
+def test_only_flags_with_effect_part_runs(tmp_path, flags, sizes):
+    groups = groups_of(tmp_path, *flags)
+    assert [len(group.runs) for group in groups] == sizes
 
 
 def test_labels_name_the_method_and_what_differs(tmp_path):
@@ -626,69 +643,56 @@ def test_labels_name_the_method_and_what_differs(tmp_path):
         {"criteria": "magnitude"},
         {"criteria": "l1", "struct": "refill"},
         {"criteria": "l1", "block_loss_grad": True},
-        {"struct": "imp", "vit_structured": False},
+        ELEMENTS,
         {"struct": "dense"},
         {"criteria": "l1", "struct": "oneshot"},
     )
     labels = [group.label for group in groups]
-    assert len(set(labels)) == 7
     assert labels[0].startswith("RSST (")
     assert "l1" in labels[0]
     assert "magnitude" in labels[1]
-    assert labels[2] == "Refill (l1, heads+neurons)"
     assert "block_loss_grad" in labels[3]
+    assert labels[2] == "Refill (l1, heads+neurons)"
     assert labels[4:] == ["IMP (weights)", "Dense", "One-shot (l1, heads+neurons)"]
-
-
-def test_learning_rates_make_groups(tmp_path):
-    groups = groups_of(tmp_path, {"lr": 0.1}, {"lr": 0.01}, {"lr": 0.1, "seed": 7})
-    assert [(group.label, len(group.runs)) for group in groups] == [("RSST (lr 0.1)", 2), ("RSST (lr 0.01)", 1)]
-
-
-def points(*densities):
-    return [report.Point(i, 1, d, {}, (0.5, math.nan), (0.5, math.nan)) for i, d in enumerate(densities)]
+    assert [group.label for group in groups_of(tmp_path / "lr", {"lr": 0.1}, {"lr": 0.01})] == [
+        "RSST (lr 0.1)", "RSST (lr 0.01)"
+    ]  # fmt: skip
 
 
 class Reached:
     """A group for matching: its label and the densities of its states."""
 
     def __init__(self, label, *densities):
-        self.label, self.points = label, points(*densities)
+        half = (0.5, math.nan)
+        self.label, self.points = label, [report.Point(i, 1, d, {}, half, half) for i, d in enumerate(densities)]
 
 
-def levels(*groups):
-    found = report.equal_density(groups)
-    return [[(group.label, point.state) for group, point in members] for members in found]
+SCHEDULE = [0.8**state for state in range(20)]
 
 
-def test_equal_density_is_within_one_point():
-    assert levels(Reached("a", 1.0, 0.50), Reached("b", 1.0, 0.49)) == [[("a", 0), ("b", 0)], [("a", 1), ("b", 1)]]
-    assert levels(Reached("a", 0.50), Reached("b", 0.489)) == []
-
-
-def test_a_level_holds_a_group_once_and_takes_the_closest():
-    # b's states 0 and 1 are both within a point of a's; 0.503 is closer, 0.509 stays with its own neighbour
-    found = levels(Reached("a", 0.50), Reached("b", 0.509, 0.503))
-    assert [("a", 0), ("b", 1)] in found
-    assert all(len({label for label, _ in members}) == len(members) for members in found)
-
-
-def test_low_densities_of_one_schedule_match_state_by_state():
-    schedule = [0.8**state for state in range(20)]
-    assert levels(Reached("a", *schedule), Reached("b", *schedule), Reached("c", *schedule)) == [
-        [("a", state), ("b", state), ("c", state)] for state in range(20)
-    ]
-
-
-def test_no_pair_within_a_point_is_lost():
-    found = levels(Reached("a", 0.500), Reached("b", 0.492), Reached("c", 0.485))
-    assert found == [[("a", 0), ("b", 0)], [("b", 0), ("c", 0)]]
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        # within a point of each other, and no further
+        ([(1.0, 0.50), (1.0, 0.49)], [["a0", "b0"], ["a1", "b1"]]),
+        ([(0.50,), (0.489,)], []),
+        # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
+        ([(0.50,), (0.509, 0.503)], [["a0", "b0"], ["a0", "b1"]]),
+        # low densities of one schedule match state by state
+        ([SCHEDULE] * 3, [[f"a{state}", f"b{state}", f"c{state}"] for state in range(20)]),
+        # no pair within a point is lost
+        ([(0.500,), (0.492,), (0.485,)], [["a0", "b0"], ["b0", "c0"]]),
+    ],
+)
+def test_equal_density_is_within_one_point(groups, expected):
+    found = report.equal_density([Reached(label, *each) for label, each in zip("abc", groups, strict=False)])
+    assert [[f"{group.label}{point.state}" for group, point in members] for members in found] == expected
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
 
 
-def test_comparison_by_hand(tmp_path, no_drawing, capsys):
+def test_comparison_by_hand(tmp_path, figures, capsys):
     runs = tmp_path / "runs"
     make_run(runs / "r1", test=(0.50, 0.60, 0.40), val=(0.5, 0.7, 0.6))
     make_run(runs / "r2", test=(0.54, 0.62, 0.44), val=(0.5, 0.7, 0.6), seed=1)
@@ -696,8 +700,12 @@ def test_comparison_by_hand(tmp_path, no_drawing, capsys):
     make_run(runs / "d1", test=(0.66,), densities=(1.0,), struct="dense")
     assert report.main([str(runs / name) for name in ("r1", "r2", "f1", "d1")]) == 0
     assert str(runs / "compare") in capsys.readouterr().out
-    rows = list(csv.DictReader(io.StringIO((runs / "compare" / "compare.csv").read_text())))
+    rows = read_csv(runs / "compare" / "compare.csv")
     assert len(rows) == 3 + 3 + 1
+    assert list(rows[0]) == [
+        "dataset", "label", "n", "state", "density", "heads", "neurons", "parameters", "macs",
+        "val_mean", "val_sd", "test_mean", "test_sd",
+    ]  # fmt: skip
     pair = next(row for row in rows if row["label"] == "RSST" and row["state"] == "1")
     assert (pair["n"], pair["heads"], pair["parameters"]) == ("2", "70.0", "1400000.0")
     assert float(pair["test_mean"]) == pytest.approx(0.61)
@@ -710,41 +718,45 @@ def test_comparison_by_hand(tmp_path, no_drawing, capsys):
     equal = table_rows(text, "density level")
     assert [row["density level"] for row in equal] == ["100.00%", "", "", "69.75%", "", ""]
     assert [row["method"] for row in equal] == ["RSST", "Refill", "Dense"] * 2
-    assert (equal[3]["test"], equal[3]["test sd"], equal[3]["n"]) == ("61.00%", "1.41", "2")
-    assert (equal[4]["test"], equal[4]["test sd"], equal[4]["n"]) == ("58.00%", "-", "1")
-    assert equal[5]["test"] == "66.00%"
+    assert [(row["test"], row["test sd"], row["n"]) for row in equal[3:]] == [
+        ("61.00%", "1.41", "2"), ("58.00%", "-", "1"), ("66.00%", "-", "1")
+    ]  # fmt: skip
     assert "no ranking of methods follows" in text
+    assert "op-5" not in text
     page = Page((runs / "compare" / "compare.html").read_text())
     assert [attrs["src"][:22] for tag, attrs in page.tags if tag == "img"] == ["data:image/png;base64,"]
     assert page.boxed == [True] * 3
 
-
-def test_comparison_plot_reads_without_colour(tmp_path, figures):
-    make_run(tmp_path / "r1", test=(0.50, 0.60, 0.40))
-    make_run(tmp_path / "r2", test=(0.54, 0.62, 0.44), seed=1)
-    make_run(tmp_path / "f1", struct="refill")
-    make_run(tmp_path / "d1", densities=(1.0,), test=(0.66,), struct="dense")
-    report.compare([tmp_path / name for name in ("r1", "r2", "f1", "d1")])
     ax = figures[0].subfigs[0].axes[0]
     assert ax.xaxis_inverted()
     bars = ax.containers[0]
     assert bars.lines[0].get_ydata() == pytest.approx([52, 61, 42])
-    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
     root = math.sqrt(2)
-    assert ends[0] == pytest.approx([52 - 2 * root, 52 + 2 * root])
-    curves = [container.lines[0] for container in ax.containers]
-    assert len({curve.get_linestyle() for curve in curves}) == len({curve.get_marker() for curve in curves}) == 2
+    assert bars.lines[2][0].get_segments()[0][:, 1].tolist() == pytest.approx([52 - 2 * root, 52 + 2 * root])
+    drawn = [container.lines[0] for container in ax.containers]  # told apart without colours
+    assert len({curve.get_linestyle() for curve in drawn}) == len({curve.get_marker() for curve in drawn}) == 2
     reference = next(line for line in ax.lines if line.get_label() == "Dense, n = 1")
     assert reference.get_ydata() == pytest.approx([66, 66])
     assert "density" in ax.get_xlabel()
     assert "accuracy" in ax.get_ylabel()
 
 
-def test_nothing_in_common_is_said(tmp_path, no_drawing):
+def test_comparison_shows_top5_where_it_was_measured(tmp_path, figures):
+    make_run(tmp_path / "a", top5=(0.90, 0.80, 0.70))
+    make_run(tmp_path / "b", top5=(0.94, 0.82, 0.70), seed=1)
+    make_run(tmp_path / "c", struct="refill")
+    out = report.compare([tmp_path / name for name in "abc"])
+    rows = table_rows((out / "compare.md").read_text(), "density level")
+    assert [(row["top-5"], row["top-5 sd"]) for row in rows[:2]] == [("92.00%", "2.83"), ("-", "-")]
+    cells = [(row["test_top5_mean"], row["test_top5_sd"]) for row in read_csv(out / "compare.csv")]
+    assert [float(cell) for cell in cells[1]] == pytest.approx([0.81, 0.01 * math.sqrt(2)])
+    assert cells[3] == ("", "")
+
+
+def test_nothing_in_common_is_said(tmp_path, figures):
     make_run(tmp_path / "a", densities=(1.0, 0.7, 0.4))
     make_run(tmp_path / "b", densities=(1.0, 0.6, 0.3), struct="refill")
-    out = report.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    text = (out / "compare.md").read_text()
+    text = (report.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out") / "compare.md").read_text()
     assert "No two groups reach the same density below 100%" in text
     assert "- RSST: 100.00%, 70.00%, 40.00%" in text
     assert "- Refill: 100.00%, 60.00%, 30.00%" in text
@@ -757,16 +769,14 @@ def test_data_sets_are_kept_apart(tmp_path, figures):
     make_run(tmp_path / "d", dataset="folder", data="/two", seed=1)
     out = report.compare([tmp_path / name for name in "abcd"])
     text = (out / "compare.md").read_text()
-    assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## Data set: digits", "## Data set: cifar10", "## Data set: folder /one", "## Data set: folder /two"
-    ]  # fmt: skip
+    names = ["digits", "cifar10", "folder /one", "folder /two"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## Data set: {name}" for name in names]
     assert "| density level |" not in text
-    titles = [figure.axes[0].get_title() for figure in figures[0].subfigs]
-    assert titles == ["digits", "cifar10", "folder /one", "folder /two"]
-    assert {row["dataset"] for row in csv.DictReader(io.StringIO((out / "compare.csv").read_text()))} == set(titles)
+    assert [figure.axes[0].get_title() for figure in figures[0].subfigs] == names
+    assert {row["dataset"] for row in read_csv(out / "compare.csv")} == set(names)
 
 
-def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, no_drawing, capsys):
+def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, figures, capsys):
     make_run(tmp_path / "a", test=(0.5, 0.5, 0.5))
     make_run(tmp_path / "b", test=(0.7, 0.7, 0.7), seed=1)
     make_run(tmp_path / "again", test=(0.9, 0.9, 0.9), seed=1)
@@ -777,7 +787,7 @@ def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, no_drawin
     assert "half: not finished (1 of 3 states)" in text
     assert "again: same flags and seed as b" in text
     assert "half" in capsys.readouterr().err
-    row = next(csv.DictReader(io.StringIO((tmp_path / "out" / "compare.csv").read_text())))
+    row = read_csv(tmp_path / "out" / "compare.csv")[0]
     assert row["n"] == "2"
     assert float(row["test_mean"]) == pytest.approx(0.6)
 
@@ -789,19 +799,19 @@ def test_no_finished_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_failing_comparison_leaves_nothing(tmp_path, no_drawing, monkeypatch):
+def test_failing_comparison_leaves_nothing(tmp_path, figures, monkeypatch):
     folders = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         report.compare(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_out_that_is_a_file(tmp_path, capsys, no_drawing):
+def test_out_that_is_a_file(tmp_path, capsys, figures):
     folders = [str(make_run(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
     (tmp_path / "out").write_text("mine")
     assert report.main([*folders, "--out", str(tmp_path / "out")]) == 2
@@ -809,7 +819,7 @@ def test_out_that_is_a_file(tmp_path, capsys, no_drawing):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_labels_and_names_in_a_comparison_are_literal(tmp_path, no_drawing):
+def test_labels_and_names_in_a_comparison_are_literal(tmp_path, figures):
     make_run(tmp_path / "<b>one", criteria="a|<u>b</u>", pretrained_note="<s>note</s>")
     make_run(tmp_path / "two", criteria="l1")
     out = report.compare([tmp_path / "<b>one", tmp_path / "two"])
@@ -819,7 +829,7 @@ def test_labels_and_names_in_a_comparison_are_literal(tmp_path, no_drawing):
     assert "<s>note</s>" in page.text
 
 
-def test_comparison_lies_beside_the_runs_wherever_it_is_started(tmp_path, no_drawing, monkeypatch):
+def test_comparison_lies_beside_the_runs_wherever_it_is_started(tmp_path, figures, monkeypatch):
     make_run(tmp_path / "results" / "a")
     make_run(tmp_path / "results" / "b", seed=1)
     (tmp_path / "other").mkdir()

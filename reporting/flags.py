@@ -1,0 +1,121 @@
+"""Which flags of a run matter: what makes two runs the same experiment, and the command line that repeats one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+from reporting.runs import Run
+
+TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
+
+# where and how a run was made, not what was computed
+_CIRCUMSTANCES = {
+    "save_dir", "exp_name", "device", "gpu", "workers", "print_freq", "verbose", "resume", "checkpoint", "overwrite",
+    "checkpoint_every", "config", "data", "dry_run", "export", "notes", "pretrained_note",
+}  # fmt: skip
+_STRUCTURED = {
+    "vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units", "refill",
+    "compact_training",
+}  # fmt: skip
+_PENALTY = {
+    "RST_schedule", "reg_granularity_prune", "exponents", "reg_form", "reg_clock", "reg_finish", "block_loss_grad",
+}  # fmt: skip
+_PRUNING = {
+    "rate", "prune_type", "rewind_epoch", "criteria", "score_batches", "fillback_rate", "prune_patch_embed", "fc",
+    "vit_structured",
+}  # fmt: skip
+_NEGATED = {"export", "refill"}  # true unless --no-NAME is given
+_TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
+
+
+def flags_without_effect(run: Run) -> set[str]:
+    """Flags that this run's other flags leave without effect, and `units` of `identity` where none go."""
+    args, without_effect = run.args, set()
+    structured = bool(args.get("vit_structured"))
+    if run.method == "dense":
+        without_effect |= _PRUNING | _STRUCTURED | _PENALTY | {"units"}
+    if not structured:
+        without_effect |= _STRUCTURED
+    elif args.get("vit_prune_target") == "head":
+        without_effect.add("mlp_prune_ratio")
+    if args["struct"] != "rsst":
+        without_effect |= _PENALTY
+    if args.get("RST_schedule") != "exp_custom_exponents":
+        without_effect.add("exponents")
+    if args.get("prune_type") != "rewind_lt":
+        without_effect.add("rewind_epoch")
+    if structured or args["struct"] not in ("refill", "rsst"):
+        without_effect.add("fillback_rate")
+    chooses_none = has_filters(run) is False and not args.get("fillback_rate")
+    if not structured and (args["struct"] == "imp" or chooses_none):
+        without_effect |= {"criteria", "score_batches"}
+    if structured:
+        without_effect.add("prune_patch_embed")
+    if args.get("sched") == "cosine":
+        without_effect.add("decreasing_lr")
+    if args.get("opt") == "adamw":
+        without_effect.add("momentum")
+    return without_effect
+
+
+def has_filters(run: Run) -> bool | None:
+    """Whether its units are filters, as its rows say; None before the first epoch, when it has no row."""
+    return "filters" in run.counts if run.counts else None
+
+
+def identity(run: Run) -> dict:
+    """What makes two runs the same experiment: all flags with effect but the seed, and the units that go."""
+    args, without_effect = dict(run.args), flags_without_effect(run)
+    if run.method != "dense":
+        whole = TARGETS.get(args.get("vit_prune_target"), "units") if args.get("vit_structured") else None
+        args["units"] = whole or ("filters" if has_filters(run) and run.method != "imp" else "weights")
+    if args.get("mlp_prune_ratio") is None:
+        args["mlp_prune_ratio"] = args.get("rate")
+    if args["struct"] == "dense":  # one schedule over all epochs, milestones and all
+        args["epochs"] *= args["pruning_times"]
+        milestones = re.findall(r"\d+", str(args.get("decreasing_lr") or ""))
+        args["decreasing_lr"] = ",".join(str(int(epoch) * args["pruning_times"]) for epoch in milestones)
+        args["pruning_times"] = 1
+    args["struct"] = run.method
+    left_out = without_effect | _CIRCUMSTANCES | {"seed", "vit_structured", "vit_prune_target"}
+    flags = {name: value for name, value in args.items() if name not in left_out and not name.startswith("wandb_")}
+    return flags | ({"pretrained_note": True} if run.args.get("pretrained_note") else {})
+
+
+def same(value) -> str:
+    """A flag's value for comparing; off, none, zero and a flag that an older run did not know are one."""
+    return json.dumps(value or None, sort_keys=True, default=str)
+
+
+def command(run: Run) -> str:
+    """The command line that repeats a run, into a new folder: every flag with effect, as args.yaml has it."""
+    left_out = flags_without_effect(run) | {
+        "save_dir",
+        "resume",
+        "checkpoint",
+        "overwrite",
+        "dry_run",
+        "config",
+        "notes",
+    }
+    left_out.add("pretrained_note")
+    words = ["python main_imp_fillback.py"]
+    for name, value in run.args.items():
+        if name in left_out or name.startswith("wandb_") or value is None:
+            continue
+        if value is False and name in _NEGATED | _TWO_WAY:
+            words.append(f"--no-{name}")
+        elif value is True and name not in _NEGATED:
+            words.append(f"--{name}")
+        elif not isinstance(value, bool):
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{name}{'=' if text.startswith('-') else ' '}{shlex.quote(text)}")
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) < 96:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)

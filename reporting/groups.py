@@ -1,0 +1,150 @@
+"""Several runs in groups that differ in the seed only, and the densities at which groups can be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reporting.flags import flags_without_effect, identity, same
+from reporting.runs import COUNTS, METHODS, Run
+
+SAME_DENSITY = 0.01  # densities this close count as equal
+
+
+@dataclass
+class Point:
+    """What a group of runs reached in one state; means over its seeds, standard deviations NaN below two."""
+
+    state: int
+    n: int
+    density: float
+    counts: dict[str, float]  # heads, neurons or filters, parameters, macs
+    val: tuple[float, float]
+    test: tuple[float, float]
+    top5: tuple[float, float] = (math.nan, math.nan)  # of the test images; NaN where not measured
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    flags: dict
+    runs: list[Run]
+    label: str = ""
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].method
+
+    @property
+    def points(self) -> list[Point]:
+        points = []
+        for rows in zip(*(run.states for run in self.runs), strict=False):
+            names = [name for name in (*COUNTS, "parameters", "macs") if any(name in row for row in rows)]
+            values = {name: [row.get(name, math.nan) for row in rows] for name in names}
+            points.append(
+                Point(
+                    rows[0]["state"],
+                    len(rows),
+                    mean_and_sd(row.get("density", math.nan) for row in rows)[0],
+                    {name: mean_and_sd(cells)[0] for name, cells in values.items()},
+                    mean_and_sd(row.get("best_accuracy", math.nan) for row in rows),
+                    mean_and_sd(row.get("test_accuracy", math.nan) for row in rows),
+                    mean_and_sd(row.get("test_top5", math.nan) for row in rows),
+                )
+            )
+        return points
+
+
+def mean_and_sd(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1) of the finite values; NaN where there are too few."""
+    values = [value for value in values if math.isfinite(value)]
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def data_of(run: Run) -> str:
+    """The data whose test images a run reports; own folders of images are told apart by their place."""
+    name = str(run.args["dataset"])
+    return f"{name} {run.args.get('data')}" if name == "folder" else name
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order of their first run; labels tell them apart by the method and the flags that differ."""
+    found: dict[str, Group] = {}
+    for run in runs:
+        flags = identity(run)
+        key = json.dumps({name: same(value) for name, value in flags.items() if value or None}, sort_keys=True)
+        found.setdefault(key, Group(flags, [])).runs.append(run)
+    groups = list(found.values())
+    taken: dict[str, int] = {}
+    for group in groups:
+        # a dense run has one long schedule by nature: its length tells it apart from other dense runs only
+        alike = [other for other in groups if (other.method == "dense") == (group.method == "dense")]
+        words = []
+        for name, value in group.flags.items():
+            others = alike if name in ("epochs", "pruning_times", "decreasing_lr") else groups
+            values = {
+                same(other.flags.get(name)) for other in others if name not in flags_without_effect(other.runs[0])
+            }
+            if name != "struct" and len(values) > 1:
+                words.append(_flag_words(name, value))
+        label = METHODS.get(group.method, (group.method,))[0] + (f" ({', '.join(words)})" if words else "")
+        taken[label] = taken.get(label, 0) + 1
+        group.label = label if taken[label] == 1 else f"{label} #{taken[label]}"
+    return groups
+
+
+def _flag_words(name: str, value) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    if name in ("arch", "criteria", "opt", "sched", "units"):  # the value says what it is of
+        return str(value)
+    if isinstance(value, str) and os.sep in value:
+        value = Path(value).name
+    return f"{name} {'none' if value is None else f'{value:g}' if isinstance(value, float) else value}"
+
+
+def equal_density(groups: Sequence[Group]) -> list[list[tuple[Group, Point]]]:
+    """Levels of density that two groups or more reach within SAME_DENSITY of each other, dense first.
+
+    A level holds a group once. The closest points find each other first; a point left over still gets a level with
+    whatever lies close enough.
+    """
+    points = [
+        (index, point) for index, group in enumerate(groups) for point in group.points if math.isfinite(point.density)
+    ]
+
+    def near(members: Sequence[tuple[int, Point]]) -> bool:
+        densities = [point.density for _, point in members]
+        once = len({index for index, _ in members}) == len(members)
+        return once and max(densities) - min(densities) <= SAME_DENSITY + 1e-9
+
+    level = {id(point): [(index, point)] for index, point in points}
+    pairs = [
+        (abs(a.density - b.density), -a.density, i, a.state, j, b.state, a, b)
+        for position, (i, a) in enumerate(points)
+        for j, b in points[position + 1 :]
+        if i != j and abs(a.density - b.density) <= SAME_DENSITY + 1e-9
+    ]
+    for *_, a, b in sorted(pairs, key=lambda pair: pair[:6]):
+        if level[id(a)] is not level[id(b)] and near(level[id(a)] + level[id(b)]):
+            merged = level[id(a)] + level[id(b)]
+            for _, point in merged:
+                level[id(point)] = merged
+    levels = list({id(members): members for members in level.values() if len(members) > 1}.values())
+    for index, point in points:
+        if len(level[id(point)]) == 1:
+            members = [(index, point)]
+            for other in sorted(points, key=lambda entry: abs(entry[1].density - point.density)):
+                if near([*members, other]):
+                    members.append(other)
+            if len(members) > 1:
+                levels.append(members)
+    levels.sort(key=lambda members: -statistics.fmean(point.density for _, point in members))
+    return [[(groups[index], point) for index, point in sorted(members, key=lambda m: m[0])] for members in levels]

@@ -1,0 +1,177 @@
+"""The report of one run: from a `Run` to report.md, report.html and plots/ in its folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import utils
+from reporting import need
+from reporting.flags import command, flags_without_effect, has_filters
+from reporting.page import publish, to_html, write_bytes
+from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_units
+from reporting.results import key_results, legend, state_columns
+from reporting.runs import METHODS, Run, load_run
+from reporting.timeline import penalty_curves
+from reporting.words import code, duration, escaped, md_table, percent, plural
+
+STARTS = {
+    "lt": "from the initial weights",
+    "rewind_lt": "from the weights after epoch {rewind_epoch} of state 0",
+    "pt": "from the pretrained weights",
+    "finetune": "from the trained weights of the state before",
+}
+
+
+def write(save_dir: Path) -> None:
+    """Write report.md, report.html and plots/*.png of a run, finished or not, into its folder.
+
+    Raises:
+        RunError: no run, a damaged file, a missing package or a full disk; what was there before stays.
+    """
+    write_report(load_run(Path(save_dir)))
+
+
+def write_report(run: Run) -> None:
+    """What `write` does, for a run that is read already."""
+    need("markdown")  # before any picture is drawn
+    plots: dict[str, bytes] = {}
+    if run.history:
+        plots["plots/accuracy.png"] = plot_accuracy(run)
+    if run.states:
+        plots["plots/density.png"] = plot_density(run)
+    if penalty_curves(run):
+        plots["plots/penalty.png"] = plot_penalty(run)
+    if run.units:
+        plots["plots/units.png"] = plot_units(run)
+    text = _report(run, plots)
+    page = to_html(run.name, text, plots)
+    files = {name: partial(write_bytes, content=png) for name, png in plots.items()}
+    files["report.md"] = partial(utils.write_text, text=text)
+    files["report.html"] = partial(utils.write_text, text=page)
+    stale = {f"plots/{name}.png" for name in ("accuracy", "density", "penalty", "units")} - set(plots)
+    publish(run.folder, files, stale)
+
+
+def _report(run: Run, plots: Mapping[str, bytes]) -> str:
+    """report.md."""
+    parts = [f"# {escaped(run.name)}"]
+    if run.args.get("pretrained_note"):
+        parts.append(f"> **Note:** {escaped(run.args['pretrained_note'])}")
+    states = run.length[0]
+    if not run.finished:
+        epochs = plural(len(run.history), "epoch")
+        parts.append(
+            f"> **This run is not finished:** {len(run.states)} of {plural(states, 'state')} done, {epochs} trained. "
+            "What follows is what there is so far."
+        )
+    parts.append(describe(run))
+    if run.states:
+        parts += ["## States", md_table(run.states, state_columns(run)), legend(run)]
+        parts += ["## Key results", *key_results(run)]
+    elif not run.history:
+        parts.append("No epoch has been trained yet.")
+    if run.latency:
+        parts += ["Speed of the small model, measured by `export.py --latency`:", code(run.latency)]
+    captions = {
+        "plots/accuracy.png": ("Accuracy over epochs", "Every state trains anew; above it stands its density."),
+        "plots/density.png": ("Accuracy over density", "The model selected on validation in each state."),
+        "plots/penalty.png": ("Penalty", "Its strength, and how much of the doomed weights it leaves."),
+        "plots/units.png": ("Units kept per layer", "Percent of each layer that every state ends with."),
+    }
+    if plots:
+        parts.append("## Plots")
+        parts += [f"### {captions[name][0]}\n\n{captions[name][1]}\n\n![{captions[name][0]}]({name})" for name in plots]
+    parts += ["## Going on", "All commands run in the folder of the program.", *_going_on(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _going_on(run: Run) -> list[str]:
+    """The commands for what comes next."""
+    where = _shown_path(run)
+    if not run.finished:
+        resume = f"python main_imp_fillback.py --save_dir {shlex.quote(where)} --resume"
+        parts = ["Go on where the last checkpoint stands:", code(resume, "bash")]
+    else:
+        export = f"python export.py {shlex.quote(where)} --onnx --latency --evaluate"
+        again = " again" if run.config else ""
+        parts = [f"Write the small model{again}, with ONNX, speeds and its test accuracy:", code(export, "bash")]
+        loading = f"import export\n\nmodel = export.load({os.path.join(where, 'model')!r})"
+        parts += ["Load it (model/README.md says more):", code(loading, "python")]
+    return [*parts, "Repeat this run in a new folder:", code(command(run), "bash")]
+
+
+def _shown_path(run: Run) -> str:
+    """The run's folder as its command named it, absolute when it has moved since."""
+    recorded = str(run.args.get("save_dir") or "")
+    here = run.folder.resolve()
+    return recorded if Path(recorded).name == here.name else str(here)
+
+
+def describe(run: Run) -> str:
+    """One paragraph in words: method, network, data, pruning, training, machine, time."""
+    args, (states, epochs) = run.args, run.length
+    name, words = METHODS.get(run.method, (str(args["struct"]), ""))
+    method = f"**{escaped(name)}**{f' ({words})' if words else ''}"
+    shape = f"{plural(states, 'state')} of {plural(epochs, 'epoch')}{' each' if states > 1 else ''}"
+    start = "pretrained weights" if args.get("pretrained") else "weights of a file" if args.get("init") else "scratch"
+    sentences = [
+        f"{method} on {escaped(args['arch'])} and {escaped(args['dataset'])}: {shape}, from {start}, "
+        f"seed {escaped(args['seed'])}."
+    ]
+    if run.method != "dense":
+        sentences.append(_pruning_words(run))
+    sentences.append(_training_words(run))
+    if run.environment:
+        sentences.append(_machine_words(run.environment))
+    sentences.append(f"Training took {duration(run.seconds)}{'' if run.finished else ' so far'}.")
+    return " ".join(sentences)
+
+
+def _training_words(run: Run) -> str:
+    args, rate = run.args, run.args.get("lr")
+    training = [str(args.get("opt", "")).upper().replace("ADAMW", "AdamW")]
+    training += [f"learning rate {rate:g}"] if isinstance(rate, int | float) else []
+    training += [f"{args['sched']} schedule"] if args.get("sched") else []
+    training += [f"batches of {args['batch_size']} images"] if args.get("batch_size") else []
+    training += [f"augmentation {args['aug']}"] if args.get("aug") else []
+    training += [str(run.environment["precision"])] if run.environment.get("precision") else []
+    training += [f"{args['train_limit']:,} training images"] if isinstance(args.get("train_limit"), int) else []
+    return f"Training: {escaped(', '.join(filter(None, training)))}."
+
+
+def _machine_words(machine: Mapping) -> str:
+    versions = machine.get("versions") if isinstance(machine.get("versions"), dict) else {}
+    versions = {"Python": machine.get("python"), **versions}
+    shown = ", ".join(f"{key} {versions[key]}" for key in ("Python", "torch", "timm", "numpy") if versions.get(key))
+    device = " ".join(dict.fromkeys(str(machine.get(key, "")) for key in ("device", "device_name"))).strip()
+    threads = f" ({plural(machine['threads'], 'thread')})" if isinstance(machine.get("threads"), int) else ""
+    commit = f", commit {str(machine['commit'])[:10]}" if machine.get("commit") else ""
+    return f"Machine: {escaped(device)}{threads}, {escaped(machine.get('platform', ''))}; {escaped(shown + commit)}."
+
+
+def _pruning_words(run: Run) -> str:
+    args = run.args
+    rate = args.get("rate", math.nan)
+    if not args.get("vit_structured"):
+        prunings = f"Each of {run.length[0] - 1} prunings" if run.length[0] > 2 else "The pruning"
+        cut = f"{prunings} takes {percent(rate)} of the prunable weights that are left"
+        chooses = args.get("fillback_rate") or has_filters(run)
+        if chooses and "criteria" not in flags_without_effect(run):
+            back = f", and refill gives back {percent(args.get('fillback_rate'))}" if args.get("fillback_rate") else ""
+            cut += f"{back}, chosen by criterion {escaped(args.get('criteria'))}"
+    else:
+        neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
+        target = args.get("vit_prune_target")
+        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
+        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
+        cut = (
+            f"{' and '.join(goals)} are gone in the end, chosen {escaped(args.get('sorting_mode', 'layer-wise'))} by "
+            f"criterion {escaped(args.get('criteria'))}, on a {escaped(args.get('ratio_schedule', ''))} schedule"
+        )
+    start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
+    return f"{cut}. Every state starts {start}." if start else f"{cut}."

@@ -1,0 +1,52 @@
+"""Numbers as words, and Markdown that shows any text literally: values in, strings out."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+
+
+def thousands(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{round(value):,}"
+
+
+def giga(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value / 1e9:.4f} G"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def escaped(value) -> str:
+    """Any value as one line of Markdown that shows it literally, HTML included."""
+    words = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*\[\]|#])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", lambda found: f"\\{found[0]}", words)
+
+
+def md_table(rows: Sequence[Mapping], columns: Mapping[str, Callable[[Mapping], object]], left: int = 0) -> str:
+    """`left` columns are words; the others are numbers, aligned right."""
+    lines = [list(columns), ["---" if i < left else "---:" for i in range(len(columns))]]
+    lines += [[escaped(get(row)) for get in columns.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(text: str, language: str = "") -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
