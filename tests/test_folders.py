@@ -237,7 +237,7 @@ def test_folder_without_a_tree_says_how_it_should_look(tmp_path, call):
         ("imagenet", "train/a/1.jpg", "no folder val/"),
         ("folder", "val/a/1.jpg", "no folder train/"),
         ("folder", "train", "no folder train/"),
-        ("folder", "train/1.jpg", "holds no class folders"),
+        ("folder", "train/1.jpg", "train' holds no class folders"),
         ("folder", "train/a/1.txt", "train/a' holds no images"),
         ("folder", "train/a/1.jpg train/b/deeper/1.jpg", "train/b' holds no images"),
         ("folder", "train/a/1.jpg train/a/2.jpg", "2 images, too few"),
@@ -246,28 +246,25 @@ def test_folder_without_a_tree_says_how_it_should_look(tmp_path, call):
         ("imagenet", "train/a/1.jpg val/a/1.jpg val/b/1.jpg", "val/b' is not among those of train/"),
         ("folder", "train/a/1.jpg test/b/1.jpg", "test/b' is not among those of train/"),
         ("tiny-imagenet", "train/a/1.jpg val/images/1.jpg", "val_annotations.txt' is missing"),
+        ("v0.JPEG\tn2\t0\nv9.JPEG\tn1\t0\n", "", "val_annotations.txt' names 'v9.JPEG', which is not in val/images/"),
+        (
+            "v0.JPEG\tn2\t0\nv1.JPEG\tn3\t0\n",
+            "",
+            "val_annotations.txt' line 2: class 'n3' is not among those of train/",
+        ),
+        ("v0.JPEG\n", "", "val_annotations.txt' line 1: class '' is not among those of train/"),
+        ("", "", "val_annotations.txt' is empty"),
     ],
 )
 def test_a_wrong_tree_is_one_line(tmp_path, name, files, words):
-    message = refused(load_dataset, name, touch(tmp_path, *files.split()))
+    """Without files, `name` is what val_annotations.txt says."""
+    touch(tmp_path, *files.split()) if files else write_tiny(tmp_path, name)
+    name = name if files else "tiny-imagenet"
+    message = refused(load_dataset, name, tmp_path)
     assert words in message
     assert message.startswith(f"--dataset {name}: ")
     assert "--data must name a folder with train/CLASS/" in message
     assert ("val/val_annotations.txt" in message) == (name == "tiny-imagenet")
-
-
-@pytest.mark.parametrize(
-    ("annotations", "words"),
-    [
-        ("v0.JPEG\tn2\t0\t0\t1\t1\nv9.JPEG\tn1\t0\t0\t1\t1\n", "names 'v9.JPEG', which is not in val/images/"),
-        ("v0.JPEG\tn2\t0\nv1.JPEG\tn3\t0\n", "line 2: class 'n3' is not among those of train/"),
-        ("v0.JPEG\n", "line 1: class '' is not among those of train/"),
-        ("", "is empty"),
-    ],
-)
-def test_wrong_annotations_are_one_line(tmp_path, annotations, words):
-    message = refused(load_dataset, "tiny-imagenet", write_tiny(tmp_path, annotations))
-    assert f"{tmp_path / 'val' / 'val_annotations.txt'}' {words}" in message
 
 
 def test_a_folder_that_may_not_be_listed_is_one_line(tmp_path, monkeypatch):
@@ -338,20 +335,12 @@ def test_every_mode_of_pillow_becomes_rgb_and_is_normalised_by_hand(tmp_path):
         assert np.abs(image - ((np.array(pixel) / 255 - MEAN) / STD)[:, None, None]).max() < 1e-5, name
 
 
-def test_sequential_shows_every_image_and_counts_batches(tmp_path):
-    batches = FolderBatches(write_images(tmp_path, 11), IMAGENET, 4, aug="strong")
-    assert len(batches) == 11
-    assert [labels.tolist() for _, labels in batches.sequential()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    for limit, sizes in ((0, []), (2, [4, 4]), (9, [4, 4, 3])):
-        assert [len(labels) for _, labels in batches.sequential(limit=limit)] == sizes
-
-
 # Training
 
 
 @pytest.mark.parametrize(("aug", "seed"), [("none", 2**32 + 1), ("basic", 9), ("strong", -1)])
 def test_a_training_image_equals_torchvisions_functional_transforms(tmp_path, aug, seed):
-    """Order and images are seeded by NumPy's SeedSequence with spawn key (state, epoch) and (state, epoch, position)."""
+    """Order and images are seeded by NumPy's SeedSequence, spawn keys (state, epoch) and (state, epoch, position)."""
     from torchvision import transforms
     from torchvision.transforms import functional, v2
 
@@ -381,41 +370,35 @@ def test_a_training_image_equals_torchvisions_functional_transforms(tmp_path, au
     assert aug == "none" or 5 < flips < 25
 
 
-def test_any_step_in_any_order_with_any_workers_equals_the_run_in_order(tmp_path):
-    split = write_images(tmp_path, 13)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_step_in_any_order_equals_the_run_in_order_and_disturbs_nothing_else(tmp_path, workers):
+    def random_states():
+        return torch.get_rng_state().tolist(), [part.tolist() for part in np.random.get_state()[1:2]], random.getstate()
+
+    split, before = write_images(tmp_path, 13), random_states()
     (tmp_path / "004.jpg").write_bytes(b"no image")
-    played, alone = (FolderBatches(split, IMAGENET, 4, seed=3, aug="strong") for _ in range(2))
+    played, batches = (FolderBatches(split, IMAGENET, 4, seed=3, aug="strong", workers=w) for w in (0, workers))
+    batches = pickle.loads(pickle.dumps(batches))  # as it goes to workers that are spawned
     sequence = {**in_order(played, 3), **in_order(played, 2, state=1)}
-    shuffled = random.Random(0).sample(sorted(sequence), len(sequence))
-    # Streams that start in the middle go on into whole epochs of their own state, repeated steps start anew.
-    across = [(0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (1, 1, 2), (0, 2, 0), (0, 2, 0)]
-    assert all(same(alone.batch(*key), sequence[key]) for key in shuffled + across)
-
-    worked = FolderBatches(split, IMAGENET, 4, seed=3, aug="strong", workers=2)
-    assert all(same(worked.batch(*key), sequence[key]) for key in [*sorted(sequence)[:6], shuffled[0]])
-    assert all(same(a, b) for a, b in zip(worked.sequential(), played.sequential(), strict=True))
-    worked.close()
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_two_streams_side_by_side_do_not_disturb_each_other(tmp_path, workers):
-    split = write_images(tmp_path, 8)
-    expected = in_order(FolderBatches(split, IMAGENET, 4, aug="basic"), epochs=1)
-    one, two = (FolderBatches(split, IMAGENET, 4, aug="basic", workers=workers) for _ in range(2))
-    first, validation = one.batch(0, 0, 0), two.sequential()
-    next(validation)
-    assert same(two.batch(0, 0, 1), expected[0, 0, 1])
-    assert same(one.batch(0, 0, 1), expected[0, 0, 1])
-    assert same(first, expected[0, 0, 0])
-    assert next(validation)[1].tolist() == [4, 5, 6, 7]
-    one.close()
-    two.close()
+    # In order; from the middle on into whole epochs of the stream's own state; again; anywhere.
+    keys = [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 1, 1), (1, 1, 2), (0, 2, 0)]
+    keys += [] if workers else random.Random(0).sample(sorted(sequence), len(sequence))
+    validation, kept = batches.sequential(), {}
+    for number, key in enumerate(keys):
+        kept[key] = batches.batch(*key)
+        assert same(kept[key], sequence[key]), key
+        assert number != 1 or next(validation)[1].tolist() == [0, 1, 2, 3]  # meanwhile
+    assert [labels.tolist() for _, labels in validation] == [[5, 6, 7], [8, 9, 10, 11], [12]]
+    assert all(same(kept[key], sequence[key]) for key in keys)
+    assert all(same(a, b) for a, b in zip(batches.sequential(), played.sequential(), strict=True))
+    batches.close()
+    assert random_states() == before
 
 
-def test_last_incomplete_batch_is_dropped_unless_it_is_the_only_one(tmp_path):
+def test_last_incomplete_batch_is_dropped_in_training_unless_it_is_the_only_one(tmp_path):
     split = write_images(tmp_path, 11)
     batches, only = FolderBatches(split, IMAGENET, 4), FolderBatches(split, IMAGENET, 64)
-    assert (batches.steps_per_epoch, only.steps_per_epoch) == (2, 1)
+    assert (len(batches), batches.steps_per_epoch, only.steps_per_epoch) == (11, 2, 1)
     for step in (2, -1):
         with pytest.raises(IndexError, match=f"step {step}: an epoch has 2 steps"):
             batches.batch(0, 0, step)
@@ -423,6 +406,8 @@ def test_last_incomplete_batch_is_dropped_unless_it_is_the_only_one(tmp_path):
         shown, labels = only.batch(0, epoch, 0)
         assert shown.shape == (11, 3, 24, 24)
         assert sorted(labels.tolist()) == list(range(11))
+    for limit, sizes in ((0, []), (2, [4, 4]), (9, [4, 4, 3]), (None, [4, 4, 3])):
+        assert [len(labels) for _, labels in batches.sequential(limit)] == sizes
 
 
 def test_bad_batch_arguments_raise(tmp_path):
@@ -437,14 +422,14 @@ def test_bad_batch_arguments_raise(tmp_path):
 
 
 def test_the_factory_chooses_by_the_kind_of_split(tmp_path):
-    folder = make_batches(write_images(tmp_path, 4), IMAGENET, 2, "cpu", seed=1, aug="basic", workers=1)
-    assert (type(folder), folder.seed, folder.aug, folder.workers) == (FolderBatches, 1, "basic", 1)
     small = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
-    resident = make_batches(small, DATASETS["cifar10"], 2, "cpu", seed=1, aug="basic", workers=1)
-    assert (type(resident), resident.seed, resident.aug) == (Batches, 1, "basic")
-    before = resident.batch(0, 0, 0)
-    resident.close()
-    assert same(resident.batch(0, 0, 0), before)
+    for split, kind in ((write_images(tmp_path, 4), FolderBatches), (small, Batches)):
+        made = make_batches(split, IMAGENET, 2, "cpu", seed=1, aug="basic", workers=1)
+        assert (type(made), made.batch_size, made.seed, made.aug) == (kind, 2, 1, "basic")
+        assert getattr(made, "workers", 1) == 1
+        made.close()
+        assert len(made.batch(0, 0, 0)[1]) == 2
+        made.close()
 
 
 # What is read, and when
@@ -470,37 +455,26 @@ def test_loading_opens_no_image_and_a_batch_only_its_own(tmp_path, monkeypatch):
     assert opened == names(split)[:3]
 
 
-def test_workers_stay_over_the_epochs_and_end_when_closed(tmp_path):
+def test_workers_stay_over_the_epochs_leave_ctrl_c_alone_and_end_when_closed(tmp_path):
     split = write_images(tmp_path, 6)
     batches = FolderBatches(split, IMAGENET, 3, workers=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     batches.batch(0, 0, 0)
+    signal.signal(signal.SIGINT, before)
     workers = {child.pid for child in multiprocessing.active_children()}
     assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
     for epoch, step in [(0, 1), (1, 0), (1, 1), (2, 0)]:
         batches.batch(0, epoch, step)
     assert {child.pid for child in multiprocessing.active_children()} == workers
     batches.close()
     assert multiprocessing.active_children() == []
-    assert same(batches.batch(0, 2, 1), FolderBatches(split, IMAGENET, 3).batch(0, 2, 1))
-    batches.close()
     stream = batches.sequential(limit=1)
     next(stream)
     assert len(multiprocessing.active_children()) == 1  # as many as there is work for
     stream.close()
     assert multiprocessing.active_children() == []
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_runs_own_random_numbers_are_left_alone(tmp_path, workers):
-    def states():
-        return torch.get_rng_state().tolist(), [part.tolist() for part in np.random.get_state()[1:2]], random.getstate()
-
-    split, before = write_images(tmp_path, 8), states()
-    batches = FolderBatches(split, IMAGENET, 4, aug="strong", workers=workers)
-    in_order(batches, epochs=1)
-    list(batches.sequential())
-    batches.close()
-    assert states() == before
 
 
 # Images that cannot be read
@@ -543,10 +517,9 @@ def test_in_training_the_next_readable_image_of_the_order_stands_in(tmp_path, ca
         healthy = {position: files[order[position]].read_bytes() for position in stand_ins}
         for position in stand_ins:
             spoil(files[order[position]])
-        batches = FolderBatches(split, IMAGENET, 10, seed=6, aug="basic")
-        for epoch in range(2):  # an image is counted once, however often it is met
-            in_order(batches, 1, state=epoch)
+        batches = FolderBatches(split, IMAGENET, 10, seed=6)
         shown = torch.cat([labels for _, labels in in_order(batches, epochs=1).values()]).tolist()
+        in_order(batches, epochs=1, state=1)  # an image is counted once, however often it is met
         assert shown == [order[stand_ins.get(position, position)] for position in range(200)]
         assert len(batches) == 200 - len(stand_ins)
         for position, content in healthy.items():
@@ -554,40 +527,21 @@ def test_in_training_the_next_readable_image_of_the_order_stands_in(tmp_path, ca
     assert len(caplog.records) == 3
 
 
-def test_more_than_a_hundredth_of_broken_images_stops_with_their_number(tmp_path):
-    split = write_images(tmp_path, 300, size=8, width=12, height=12)
-    for run in (
-        lambda: list(FolderBatches(split, IMAGENET, 20).sequential()),
-        lambda: in_order(FolderBatches(split, IMAGENET, 20)),
-    ):
-        for label in (7, 100, 101):
-            spoil(tmp_path / f"{label:03}.jpg")
-        run()
-        spoil(tmp_path / "299.jpg", "vanished")
-        message = refused(run)
-        assert message.startswith(f"--dataset folder: 4 of 300 images cannot be read (first: {tmp_path}/")
-        assert message.count(str(tmp_path)) == 3
-        (tmp_path / "299.jpg").write_bytes((tmp_path / "298.jpg").read_bytes())
-
-
-@pytest.mark.parametrize(("count", "broken"), [(1, 1), (2, 2), (5, 2), (5, 5)])
-def test_small_sets_bear_one_broken_image_but_never_all(tmp_path, count, broken):
-    split = write_images(tmp_path, count)
-    for path in sorted(tmp_path.iterdir())[:broken]:
-        spoil(path)
-    for run in (lambda b: list(b.sequential()), in_order):
-        assert f" of {count} images" in refused(run, FolderBatches(split, IMAGENET, 4))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_open_files_is_not_the_images_fault(tmp_path, monkeypatch, workers):
-    def fail(path):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    split = write_images(tmp_path, 4)
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(DataError if workers else OSError, match="Too many open files"):
-        FolderBatches(split, IMAGENET, 2, workers=workers).batch(0, 0, 0)
+@pytest.mark.parametrize(("count", "bearable"), [(1, 0), (2, 1), (5, 1), (200, 2)])
+def test_more_than_a_hundredth_of_broken_images_stops_but_never_one_nor_all(tmp_path, count, bearable):
+    split = write_images(tmp_path, count, size=8, width=12, height=12)
+    files = [tmp_path / name for name in names(split)]
+    runs = [lambda b: list(b.sequential()), lambda b: in_order(b, 1)]
+    for label in range(bearable):
+        spoil(files[label])
+    assert bearable == 0 or runs[0](FolderBatches(split, IMAGENET, 20))
+    spoil(files[-1], "vanished")
+    for run in runs:
+        message = refused(run, FolderBatches(split, IMAGENET, 20))
+        assert message.startswith(
+            f"--dataset folder: {bearable + 1} of {count} images cannot be read (first: {tmp_path}/"
+        )
+        assert message.count(f"{tmp_path}/") == min(3, bearable + 1)
 
 
 def test_pillow_does_not_warn_of_large_images(tmp_path, monkeypatch):
@@ -602,43 +556,48 @@ def test_pillow_does_not_warn_of_large_images(tmp_path, monkeypatch):
 # Workers that fail
 
 
-def batches_that(monkeypatch, tmp_path, act, patience):
-    """`act` comes before a worker opens an image."""
-    split, really_open = write_images(tmp_path, 8), Image.open
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("place", "act", "reason"),
+    [
+        ("PIL.Image.open", lambda _: os._exit(3), "exited unexpectedly"),
+        ("PIL.Image.open", lambda _: time.sleep(1), "no batch in 0.3 seconds"),
+        ("PIL.Image.open", lambda _: fail(OSError(errno.EMFILE, "Too many open files")), "Too many open files"),
+        (
+            "torch.Tensor.share_memory_",
+            lambda _: fail(RuntimeError("no shm\nNo space left (28)")),
+            "No space left (28)",
+        ),
+    ],
+)
+def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, place, act, reason):
     monkeypatch.setattr(images.folders, "WORKER_CHECK", 0.1)
-    monkeypatch.setattr(images.folders, "WORKER_PATIENCE", patience)
-    monkeypatch.setattr(Image, "open", lambda path: (act(), really_open(path))[1])
-    return FolderBatches(split, IMAGENET, 1, workers=2)
-
-
-def test_a_dead_worker_is_one_line(tmp_path, monkeypatch):
-    batches = batches_that(monkeypatch, tmp_path, lambda: os._exit(3), 30)
+    monkeypatch.setattr(images.folders, "WORKER_PATIENCE", 0.3)
+    batches = FolderBatches(write_images(tmp_path, 8), IMAGENET, 1, workers=2)
+    monkeypatch.setattr(place, act)
     message = refused(lambda: list(batches.sequential()))
     assert message.startswith("--workers 2: reading --dataset folder failed (")
-    assert "exited unexpectedly" in message
-    assert "/dev/shm" in message
+    assert reason in message
+    assert "lower --workers when memory or shared memory (/dev/shm) runs out" in message
 
 
-def test_a_hanging_worker_is_given_up(tmp_path, monkeypatch):
-    batches = batches_that(monkeypatch, tmp_path, lambda: time.sleep(1), 0.3)
-    assert "no batch in 0.3 seconds" in refused(batches.batch, 0, 0, 0)
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError("no memory")])
+def test_what_is_not_the_images_fault_is_raised_as_it_is(tmp_path, monkeypatch, error):
+    batches = FolderBatches(write_images(tmp_path, 4), IMAGENET, 2)
+    monkeypatch.setattr(Image, "open", lambda _: fail(error))
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        batches.batch(0, 0, 0)
 
 
 def test_a_slow_worker_is_waited_for(tmp_path, monkeypatch):
-    batches = batches_that(monkeypatch, tmp_path, lambda: time.sleep(0.3), 30)
+    monkeypatch.setattr(images.folders, "WORKER_CHECK", 0.1)
+    batches, really_open = FolderBatches(write_images(tmp_path, 2), IMAGENET, 1, workers=1), Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (time.sleep(0.3), really_open(path))[1])
     assert batches.batch(0, 0, 0)[0].shape == (1, 3, 24, 24)
     batches.close()
-
-
-def test_exhausted_shared_memory_hints_at_workers(tmp_path, monkeypatch):
-    def exhausted(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm)\nfor file </x>: No space left on device (28)")
-
-    split = write_images(tmp_path, 4)
-    monkeypatch.setattr(torch.Tensor, "share_memory_", exhausted)
-    message = refused(FolderBatches(split, IMAGENET, 2, workers=1).batch, 0, 0, 0)
-    assert "No space left on device" in message
-    assert "lower --workers" in message
 
 
 def test_a_worker_killed_meanwhile_shows_at_the_next_batch_and_nowhere_else(tmp_path, monkeypatch):
@@ -650,28 +609,11 @@ def test_a_worker_killed_meanwhile_shows_at_the_next_batch_and_nowhere_else(tmp_
     until = time.monotonic() + 0.2
     while time.monotonic() < until:  # a signal handler that raises would do it here
         pass
-    assert "exited unexpectedly" in refused(lambda: [batches.batch(0, 0, step) for step in range(1, 40)])
+    message = refused(lambda: [batches.batch(0, 0, step) for step in range(1, 40)])
+    assert message.startswith("--workers 2: reading --dataset folder failed (")
     monkeypatch.undo()
     assert same(batches.batch(0, 0, 0), FolderBatches(split, IMAGENET, 1).batch(0, 0, 0))
     batches.close()
-
-
-def test_ctrl_c_is_left_to_the_main_process(tmp_path):
-    batches = FolderBatches(write_images(tmp_path, 8), IMAGENET, 2, workers=1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
-    batches.batch(0, 0, 0)
-    signal.signal(signal.SIGINT, before)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    for step in (1, 2, 3):
-        batches.batch(0, 0, step)
-    assert multiprocessing.active_children() == [worker]
-    batches.close()
-
-
-def test_what_goes_to_spawned_workers_can_be_pickled(tmp_path):
-    batches = FolderBatches(write_images(tmp_path, 8), IMAGENET, 4, aug="strong")
-    assert same(pickle.loads(pickle.dumps(batches)).batch(0, 0, 1), batches.batch(0, 0, 1))
 
 
 @pytest.mark.slow
