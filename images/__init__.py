@@ -1,7 +1,7 @@
 """Images: what the data sets are, how they are read and split, and batches that can be replayed.
 
     facts.py     what is known of each data set, and what a split holds     a new data set: its entry here
-    orders.py    which image comes when: in a data set, an epoch, a step    who takes which share of a batch
+    orders.py    which image comes when: in a data set, an epoch, a step    what share of it a batch is
     reading.py   small data sets from files, downloaded when missing        and its reader here
     trees.py     folders of images, listed                                  or its layout here
     splits.py    train, validation and test cut from what was read          `load_dataset`
