@@ -61,6 +61,8 @@ command+=(
 [[ -z ${SAVE_DIR:-} ]] || command+=(--save_dir "$SAVE_DIR")
 command+=("$@")
 
+# Waiting threads of PyTorch otherwise spin: beside one busy process a step took 5.2 s, with this 0.8 s.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # shellcheck source=/dev/null
 source ./setup_env.sh
 
