@@ -41,7 +41,6 @@ from engine.choose import choose_target
 from engine.folder import make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.run import Run
-from engine.training import StateTraining
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
@@ -59,26 +58,22 @@ def prune_and_retrain(run: Run) -> None:
             run.begin_state()
             if run.prunes():
                 target = choose_target(run)  # score the trained network and choose what stays
-                if run.args.struct == "rsst":
-                    run.doom(target)  # what goes trains on, under the penalty
-                else:
+                if run.args.struct != "rsst":
                     run.cut_at_once(target)  # what goes is zero before training starts
+                else:
+                    run.doom(target)  # what goes trains on, under the penalty
                 run.rewind()  # weights back to where states start from
-        train(run, run.set_up_state())
+        training = run.set_up_state()
+        while not training.finished:
+            training.step()
+            if training.at_cut:
+                training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
+            if training.at_epoch_end:
+                training.end_epoch()  # validate, keep the best, write a checkpoint
+            elif run.signals.received or run.checkpoint_due():
+                training.break_off()
+            run.signals.check()
         run.end_state()  # test the selected model
-        run.signals.check()
-
-
-def train(run: Run, training: StateTraining) -> None:
-    """The steps of one state, from where it stands, with the cut, the epochs' ends and checkpoints between them."""
-    while not training.finished:
-        training.step()
-        if training.at_cut:
-            training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
-        if training.at_epoch_end:
-            training.end_epoch()
-        elif run.signals.received or run.checkpoint_due():
-            training.break_off()
         run.signals.check()
 
 

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families import family_of
-from families.resnet import CNN, cnn_cost, filter_units, find_working_filters, prunable_convolutions
+from families.resnet import cnn_cost, filter_units, find_working_filters, prunable_convolutions
 from pruning.masks import apply_masks, check_masks, load_and_mask, make_permanent, prune_globally, structured_masks
 from pruning.ranking import filter_count, select_filters
 from pruning.reports import print_sparsity
 from pruning.scores import score_units
-from pruning.units import Kept, Units
 from vit_pruning_utils import extract_mask_vit as extract_mask
 
 __all__ = [
@@ -103,44 +101,3 @@ def prune_model_custom_fillback(
                     parameter = model.get_parameter(part)
                     parameter.mul_(layout.mask(parameter, kept[name]))
     return model
-
-
-# ------------------------------------------------------------------------------------------------ any model
-
-
-def is_cnn(model: nn.Module) -> bool:
-    return CNN.problem(model) is None
-
-
-def family(model: nn.Module) -> str:
-    return family_of(model).title
-
-
-def units_of(model: nn.Module) -> dict[str, Units]:
-    """Every unit that can be removed: heads and neurons, or filters."""
-    return family_of(model).units(model)
-
-
-def prunable_layers(model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
-    """Layers whose weights count as prunable; `first` adds the patch embedding or the first convolution."""
-    return family_of(model).prunable_layers(model, first)
-
-
-def cost_of(model: nn.Module, kept: Kept) -> dict[str, int]:
-    """Heads and neurons, or filters; parameters and MACs, once only the kept units are left."""
-    return family_of(model).cost(model, kept)
-
-
-def working_units_(model: nn.Module) -> dict[str, list[int]]:
-    """The units that still work where single weights were pruned; what dead ones emit is folded away, in place."""
-    return family_of(model).working_units_(model)
-
-
-def classifier_prefix(model: nn.Module) -> str:
-    """What the names of the classifier's parameters start with."""
-    return family_of(model).classifier
-
-
-def image_size(model: nn.Module) -> int:
-    """Pixels a side of the images that the model is built for."""
-    return family_of(model).image_size(model)

@@ -40,7 +40,7 @@ class Step:
         self.model, self.data = model.train(), data
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         parameters = dict(model.named_parameters())
-        self.held = [parameters[name] for name in masks]
+        self.masked = [parameters[name] for name in masks]
         self.masks = list(masks.values())
         self.count = 0
 
@@ -51,12 +51,12 @@ class Step:
         loss = F.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.held:
-            torch._foreach_mul_([parameter.grad for parameter in self.held], self.masks)
+        if self.masked:
+            torch._foreach_mul_([parameter.grad for parameter in self.masked], self.masks)
         self.optimizer.step()
-        if self.held:
+        if self.masked:
             with torch.no_grad():
-                torch._foreach_mul_(self.held, self.masks)
+                torch._foreach_mul_(self.masked, self.masks)
         return time.perf_counter() - started
 
 
