@@ -569,10 +569,9 @@ def test_a_worker_killed_meanwhile_shows_at_the_next_batch_and_nowhere_else(tmp_
     split = write_images(tmp_path, 40)
     batches = FolderBatches(split, IMAGENET, 1, workers=2)
     batches.batch(0, 0, 0)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    until = time.monotonic() + 0.2
-    while time.monotonic() < until:  # a signal handler that raises would do it here
-        pass
+    worker = multiprocessing.active_children()[0].pid
+    os.kill(worker, signal.SIGKILL)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)  # a signal handler that raises would do it here
     message = refused(lambda: [batches.batch(0, 0, step) for step in range(1, 40)])
     assert message.startswith("--workers 2: reading --dataset folder failed (")
     monkeypatch.undo()
