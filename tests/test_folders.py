@@ -482,7 +482,8 @@ def test_a_broken_image_is_left_out_of_evaluation_and_logged_once(tmp_path, capl
         assert [labels.tolist() for _, labels in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert (len(batches), batches.unreadable) == (8, 1)
     assert len(caplog.records) == 1
-    assert f"{tmp_path / '008.jpg'}: cannot be read as an image (" in caplog.text
+    reason = {"junk": "cannot identify image file)", "vanished": "No such file or directory)"}.get(how, "")
+    assert f"{tmp_path / '008.jpg'}: cannot be read as an image ({reason}" in caplog.text
     assert caplog.text.count("008.jpg") == 1
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
