@@ -357,11 +357,13 @@ def test_pictures_show_the_files(tmp_path, figures):
     assert [label.get_text() for label in heads.get_yticklabels()] == ["0", "1"]
 
 
+@pytest.mark.parametrize("finish", [0.05, 0.25, 0.5])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 8, 10, 13, 60])
-def test_cut_is_drawn_where_training_cuts(tmp_path, epochs):
+def test_cut_is_drawn_where_training_cuts(tmp_path, epochs, finish):
     steps = 40
-    expected = rsst.cut_step(steps * epochs, steps, 0.25) / steps
-    run = report.load_run(make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2))
+    expected = rsst.cut_step(steps * epochs, steps, finish) / steps
+    folder = make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2, reg_finish=finish)
+    run = report.load_run(folder)
     for epoch, row in enumerate(run.history[epochs:]):
         row["density"] = 0.7 if epoch + 1 >= expected else 1.0
     assert report.cut_epochs(run) == {1: pytest.approx(epochs + expected)}
@@ -481,7 +483,7 @@ def test_missing_package_says_what_to_install(tmp_path, capsys, monkeypatch, pac
 
 
 @pytest.mark.parametrize("failing", [0, 3, 5])  # four plots, report.md, report.html
-def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, failing):
+def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, capsys, failing):
     folder = make_run(tmp_path / "run")
     report.write(folder)
     change_states(folder, {"test_accuracy": 0.56}, {}, {})
@@ -505,6 +507,10 @@ def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, fai
     assert not (tmp_path / "out").exists()
     assert "56.00%" in written(folder)
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    (folder / "plots").rename(folder / "old")
+    (folder / "plots").write_text("in the way")
+    assert report.main([str(folder)]) == 1
+    assert f"{folder}: cannot be written (File exists)" in one_line(capsys)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
@@ -587,6 +593,7 @@ class Reached:
         ([(0.50,), (0.489,)], []),
         # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
         ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]),
+        ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
         # low densities of one schedule match state by state
         ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
         # no pair within a point is lost
