@@ -149,7 +149,10 @@ def record(folder, argv):
     def epoch_ended(training):
         run, progress = training.run, training.progress
         seen.epochs[progress.state, progress.step // run.steps_per_epoch - 1] = SimpleNamespace(
-            weights=clones(run.dense.state_dict()), rewind=clones(run.rewind_weights), best=dict(progress.best)
+            weights=clones(run.dense.state_dict()),
+            rewind=clones(run.rewind_weights),
+            best=dict(progress.best),
+            penalised=bool(training.penalty),
         )
 
     def ended(run):
