@@ -4,11 +4,12 @@ import logging
 import os
 
 import pytest
+import yaml
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that wait do not spin
 
 import torch
-from micro import MICRO, furnish, record, wrap
+from micro import MICRO, flags_of, furnish, record, vit_micro, wrap
 
 from models.vit import VisionTransformer
 
@@ -51,6 +52,28 @@ def seen(tmp_path_factory):
             made[key] = record(tmp_path_factory.mktemp("seen"), [*MICRO, *flags])
         assert made[key].code == code, made[key].err
         return made[key]
+
+    return look
+
+
+@pytest.fixture(scope="session")
+def noisy(tmp_path_factory):
+    """A file of initial weights without the zeros and ones that biases and norms start from."""
+    generator = torch.Generator().manual_seed(9)
+    weights = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in vit_micro().state_dict().items()}
+    path = tmp_path_factory.mktemp("noisy") / "noisy.pt"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture
+def done(seen, noisy):
+    """done("imp") -> what was seen of that run of RUNS."""
+
+    def look(name):
+        found = seen(*flags_of(name, noisy))
+        found.args = yaml.safe_load((found.dir / "args.yaml").read_text())
+        return found
 
     return look
 

@@ -4,79 +4,37 @@ Runs are real ones through `main([...])`: scikit-learn's digits and a Vision Tra
 made once (RUNS) and looked at by many tests.
 """
 
-import csv
 import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import micro
 import numpy as np
 import pytest
 import torch
 import yaml
-from micro import (
-    BOTH,
-    DEPTH,
-    DIM,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    MICRO,
-    STEPS,
-    TOKENS,
-    WHOLE,
-    call,
-    masks_of,
-    record,
-    runner,
-    vit_micro,
-)  # fmt: skip
+from micro import BOTH, DEPTH, LAYERS, MICRO, PRUNABLE, RUNS, SHARES, STEPS, TIMES, call, flags_of, log_of, vit_micro
+
+# isort: split
+from micro import assert_same_tensors, largest_difference, load, metrics, record, rows_of, surviving
 
 import main_imp_fillback as entry
-import rsst
+from engine.folder import make_save_dir
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "main_imp_fillback.py"
 
-# What the parts of the micro model hold, by hand.
-HEAD_WEIGHTS, NEURON_WEIGHTS = 4 * DIM * HEAD_DIM, 2 * DIM
-PRUNABLE = DEPTH * (HEADS * HEAD_WEIGHTS + HIDDEN * NEURON_WEIGHTS)
-PATCH_EMBED = 3 * 8 * 8 * DIM
-PARTS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-LAYERS = [f"blocks.{block}.{part}" for block in range(DEPTH) for part in PARTS]
-TIMES = ("seconds", "images_per_second")
 words = str.split
-
-RUNS = {
-    "rsst": "--struct rsst --init {noisy} --epochs 4 --reg_finish 0.5 --RST_schedule x^2 --reg_granularity_prune 0.4 "
-    "--print_freq 1",
-    "rsst units": "--struct rsst {both} --fc --init {noisy} --epochs 4 --reg_finish 0.5 --RST_schedule x --rate 0.5 "
-    "--weight_decay 0.01 --print_freq 2",
-    "rsst adamw": "--struct rsst {both} --rate 0.5 --opt adamw --lr 0.005 --clip_grad 0.5 --no-compact_training "
-    "--criteria l2 --reg_finish 0.75 --epochs 4",
-    "rsst rewound": "--struct rsst {both} --prune_type rewind_lt --rewind_epoch 1 --fc --criteria saliency --amp bf16",
-    "rsst pretrained": "--struct rsst --prune_type pt --pretrained {noisy} --fc --conv1 --verbose",
-    "refill": "--struct refill --fillback_rate 0.4 --init {noisy} --rate 0.15 --pruning_times 4",
-    "refill rewound": "--struct refill --prune_type rewind_lt --rewind_epoch 1 --fillback_rate 0.4 --opt adamw "
-    "--lr 0.01 --weight_decay 0.01",
-    "refill finetuned": "--struct refill --prune_type finetune --fillback_rate 0.4 --init {noisy}",
-    "refill pretrained": "--struct refill --vit_structured --rate 0.5 --prune_type pt --pretrained {noisy} "
-    "--ratio_schedule linear --sched cosine --warmup 1 --criteria remain",
-    "refill units": "--struct refill {both} --prune_type finetune --init {noisy} --no-compact_training",
-    "imp": "--struct imp --prune_type rewind_lt --rewind_epoch 0 --fc --init {noisy} --decreasing_lr 1,80,120",
-    "imp units": "--struct imp --vit_structured --vit_prune_target mlp --ratio_schedule constant",
-    "oneshot": "--struct oneshot {both} --rate 0.5 --mlp_prune_ratio 0.3 --no-compact_training",
-    "emptied": "--struct rsst {both} --min_units 0 --sorting_mode global --rate 0.9 --mlp_prune_ratio 0.95",
-    "no refill": "--struct refill {both} --no-refill --mlp_prune_ratio 0.25",
-    "dense": "--struct dense --decreasing_lr 1 --warmup 0",
-    "one state": "--pruning_times 1",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -86,90 +44,11 @@ def _in_house(house, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    return runner(tmp_path, capsys, MICRO)
-
-
-@pytest.fixture(scope="session")
-def noisy(tmp_path_factory):
-    """A file of initial weights without the zeros and ones that biases and norms start from."""
-    generator = torch.Generator().manual_seed(9)
-    weights = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in vit_micro().state_dict().items()}
-    path = tmp_path_factory.mktemp("noisy") / "noisy.pt"
-    torch.save(weights, path)
-    return path
-
-
-@pytest.fixture
-def done(seen, noisy):
-    """done("imp") -> what was seen of that run of RUNS."""
-
-    def look(name):
-        found = seen(*words(RUNS[name].format(noisy=noisy, both=" ".join(BOTH))))
-        found.args = yaml.safe_load((found.dir / "args.yaml").read_text())
-        return found
-
-    return look
-
-
-def load(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return micro.runner(tmp_path, capsys, MICRO)
 
 
 def sha(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(folder, name):
-    return [float(row[name]) for row in rows_of(folder / "states.csv")]
-
-
-def metrics(folder, drop=()):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in drop} for line in lines]
-
-
-def log_of(folder):
-    return (folder / "run.log").read_text()
-
-
-def assert_same_tensors(found, expected, skip=()):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        if not name.startswith(tuple(skip)):
-            assert torch.equal(found[name], expected[name]), name
-
-
-def largest_difference(one, other):
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one if one[name].numel())
-
-
-def surviving(weights, names=LAYERS):
-    return sum(int((weights[f"{name}.weight"] != 0).sum()) for name in names)
-
-
-def dead_rows(layer, kept):
-    """Rows of qkv, or of fc1, that belong to units which are gone."""
-    if layer.endswith("attn"):
-        gone = [head for head in range(HEADS) if head not in kept]
-        return [c * DIM + head * HEAD_DIM + i for c in range(3) for head in gone for i in range(HEAD_DIM)]
-    return [neuron for neuron in range(HIDDEN) if neuron not in kept]
-
-
-def masked(weights, masks, kept):
-    """weights x mask, with the biases of units that are gone, by hand."""
-    expected = {name: tensor.clone() for name, tensor in weights.items()}
-    for name, mask in masks.items():
-        expected[f"{name}.weight"] *= mask
-    for layer, ids in kept.items():
-        rows = "qkv" if layer.endswith("attn") else "fc1"
-        expected[f"{layer}.{rows}.bias"][dead_rows(layer, ids)] = 0
-    return expected
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -201,13 +80,6 @@ def test_the_older_command_line_prints_its_plan_and_does_nothing(capsys):
         assert float(line[5]) == pytest.approx(0.1877, abs=1e-3)
     # two checkpoints of weights and momentum with three mask sets each, initial and best weights
     assert f"About {(4 * 2_714_980 * 6 + 2 * 3 * 2_654_208 / 8) / 1e6:,.0f} MB of disk" in out
-
-
-SHARES = {
-    "geometric": lambda ratio, progress: 1 - (1 - ratio) ** progress,
-    "linear": lambda ratio, progress: ratio * progress,
-    "constant": lambda ratio, progress: ratio if progress else 0.0,
-}
 
 
 @pytest.mark.parametrize("schedule", SHARES)
@@ -350,95 +222,6 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     assert f"state {states - 1} done: density {100 * float(table[-1]['density']):.2f}%" in seen.log
 
 
-def asked(schedule, ratio, state, states):
-    return SHARES[schedule](ratio, state / (states - 1))
-
-
-def kept_of(count, share):
-    return max(1, math.floor(count * (1 - share) + 1e-9))
-
-
-@pytest.mark.parametrize(
-    ("name", "rate", "returned"),
-    [("rsst", 0.3, 0), ("refill", 0.15, 0.4), ("imp", 0.3, 0), ("refill finetuned", 0.3, 0.4), ("one state", 0.3, 0)]
-    + [("dense", 0.3, 0), ("rsst pretrained", 0.3, 0)],
-)
-def test_elementwise_densities_are_exact(name, rate, returned, done):
-    seen = done(name)
-    names = [*LAYERS, "patch_embed.proj"] if name == "rsst pretrained" else LAYERS  # --conv1
-    total = PRUNABLE + PATCH_EMBED * (len(names) > len(LAYERS))
-    assert sum(mask.numel() for mask in seen.starts[0].masks.values()) == total
-    for state, row in enumerate(rows_of(seen.dir / "states.csv")):
-        left, now = round(total * (1 - rate) ** state), seen.steps[state, max(s for t, s in seen.steps if t == state)]
-        # what fillback returns does not count as left by the element-wise step
-        assert sum(int(mask.sum()) for mask in now.elementwise.values()) == left
-        trained = left + sum(int(int((mask == 0).sum()) * returned + 1e-9) for mask in now.elementwise.values())
-        assert float(row["density"]) == trained / total
-        assert int(row["parameters"]) == WHOLE - (total - trained)
-        assert (int(row["heads"]), int(row["neurons"])) == (DEPTH * HEADS, DEPTH * HIDDEN)
-        assert f"state {state} prunes to density {100 * left / total:.2f}%, trains {100 * trained / total:.2f}%" in (
-            seen.log if state else f"state 0 prunes to density {100:.2f}%, trains {100:.2f}%"
-        )
-    assert f"Remaining weights: {100 * trained / total:.2f}%" in seen.out
-    for file, key in (("checkpoint.pt", "weights"), ("best.pt", "weights")):
-        weights = load(seen.dir / file)[key]
-        assert surviving(weights, names) <= trained
-        assert (weights["patch_embed.proj.weight"] == 0).any() == (len(names) > len(LAYERS))
-    if name != "refill finetuned":
-        assert surviving(seen.ends[state], names) == trained
-    units = rows_of(seen.dir / "units.csv")
-    assert sum(int(row["kept"]) for row in units if int(row["state"]) == state) == trained
-    assert {row["kind"] for row in units} == {"weight"}
-
-
-UNITS = [("rsst units", "both", "geometric", 0.5, 0.5), ("refill pretrained", "head", "linear", 0.5, 0),
-         ("imp units", "mlp", "constant", 0, 0.3), ("oneshot", "both", "constant", 0.5, 0.3)]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "target", "schedule", "head_ratio", "neuron_ratio"), UNITS)
-def test_structured_states_keep_what_the_ratios_say(name, target, schedule, head_ratio, neuron_ratio, done):
-    seen = done(name)
-    for state, row in enumerate(rows_of(seen.dir / "states.csv")):
-        heads = kept_of(HEADS, asked(schedule, head_ratio, state, 3))
-        neurons = kept_of(HIDDEN, asked(schedule, neuron_ratio, state, 3))
-        assert (int(row["heads"]), int(row["neurons"])) == (DEPTH * heads, DEPTH * neurons)
-        assert float(row["density"]) == DEPTH * (heads * HEAD_WEIGHTS + neurons * NEURON_WEIGHTS) / PRUNABLE
-        gone = DEPTH * ((HEADS - heads) * (HEAD_WEIGHTS + 3 * HEAD_DIM) + (HIDDEN - neurons) * (NEURON_WEIGHTS + 1))
-        assert int(row["parameters"]) == WHOLE - gone
-        attention = 3 * TOKENS * DIM * HEAD_DIM + 2 * TOKENS * TOKENS * HEAD_DIM + TOKENS * HEAD_DIM * DIM
-        macs = 4 * PATCH_EMBED + DEPTH * (heads * attention + neurons * 2 * TOKENS * DIM) + DIM * 10
-        assert int(row["macs"]) == macs
-        units = [row for row in rows_of(seen.dir / "units.csv") if int(row["state"]) == state]
-        assert {(row["kind"], row["kept"], row["total"]) for row in units} == {
-            ("head", str(heads), str(HEADS)), ("neuron", str(neurons), str(HIDDEN))
-        } - ({("neuron", str(neurons), str(HIDDEN))} if target == "head" else set()) - (
-            {("head", str(heads), str(HEADS))} if target == "mlp" else set()
-        )  # fmt: skip
-    # whole units are zero, and survivors are whole, in what the run ends with
-    weights, kept = load(seen.dir / "checkpoint.pt")["weights"], load(seen.dir / "best.pt")["kept"]
-    wanted = {"head": ["attn"], "mlp": ["mlp"], "both": ["attn", "mlp"]}[target]
-    assert sorted(kept) == sorted(f"blocks.{block}.{part}" for block in range(DEPTH) for part in wanted)
-    for layer, ids in kept.items():
-        rows, columns = ("qkv", "proj") if layer.endswith("attn") else ("fc1", "fc2")
-        dead = dead_rows(layer, ids)
-        assert len(ids) < (HEADS if rows == "qkv" else HIDDEN)
-        assert not weights[f"{layer}.{rows}.weight"][dead].any()
-        assert not weights[f"{layer}.{rows}.bias"][dead].any()
-        dead_columns = [row for row in dead if row < weights[f"{layer}.{columns}.weight"].shape[1]]
-        assert not weights[f"{layer}.{columns}.weight"][:, dead_columns].any()
-        alive = [row for row in range(len(weights[f"{layer}.{rows}.weight"])) if row not in dead]
-        assert (weights[f"{layer}.{rows}.weight"][alive] != 0).all()
-    if target != "both":
-        other = "mlp.fc1" if target == "head" else "attn.qkv"
-        assert all((weights[f"blocks.{block}.{other}.weight"] != 0).all() for block in range(DEPTH))
-
-
-def test_a_layer_may_empty_with_min_units_0(done):
-    row = rows_of(done("emptied").dir / "states.csv")[2]
-    assert int(row["heads"]) == math.floor(DEPTH * HEADS * 0.1 + 1e-9) == 0
-    assert int(row["neurons"]) == math.floor(DEPTH * HIDDEN * 0.05 + 1e-9)
-
-
 def test_the_log_says_by_what_is_pruned_and_what_has_no_effect(done):
     criteria = {"rsst units": "l1", "rsst adamw": "l2", "rsst rewound": "saliency", "refill pretrained": "remain"}
     for name, criterion in {**criteria, "imp units": "magnitude"}.items():
@@ -446,28 +229,16 @@ def test_the_log_says_by_what_is_pruned_and_what_has_no_effect(done):
         assert f"state 2 prunes by {criterion}:" in done(name).log
     for name in ("dense", "one state"):
         assert "trains dense" in done(name).log
-        assert column(done(name).dir, "density") == [1.0]
+        assert [row["density"] for row in rows_of(done(name).dir / "states.csv")] == ["1.0"]
     assert len(re.findall(r"--decreasing_lr: epoch (80|120) lies beyond", done("imp").log)) == 2
     assert "--warmup 3" in entry.parse_args(words("--epochs 2 --warmup 3")).notes[-1]
-
-
-def test_the_learning_rate_starts_anew_in_every_state(done):
-    """The shape itself is a law of the schedule; see test_engine.py."""
-    milestones = [0.05] * 3 + [0.005] * 3
-    assert [step.rate for step in done("refill units").steps.values()] == pytest.approx(milestones * 3, rel=1e-6)
-    # the milestone of a dense run moves from epoch 1 to 3
-    rates = [row["lr"] for row in metrics(done("dense").dir)]
-    assert rates == pytest.approx([0.05] * 3 + [0.005] * 3)
-    cosine = [0.05 * (k + 1) / 3 for k in range(3)] + [0.025 * (1 + math.cos(math.pi * k / 3)) for k in range(3)]
-    assert [step.rate for step in done("refill pretrained").steps.values()] == pytest.approx(cosine * 3, rel=1e-6)
-    assert [row["lr"] for row in metrics(done("refill pretrained").dir)] == pytest.approx([cosine[2], cosine[5]] * 3)
 
 
 def test_the_terminal_gets_a_line_per_kind_of_layer_and_the_log_one_per_mask(done):
     seen, verbose = done("rsst"), done("rsst pretrained")
     weights = seen.ends[2]
     per_mask = [rf"{name}\.weight_mask +\| Sparsity: " for name in LAYERS]
-    for part in PARTS:
+    for part in micro.PARTS:
         total = sum(weights[f"blocks.{block}.{part}.weight"].numel() for block in range(DEPTH))
         sparsity = 1 - surviving(weights, [f"blocks.{block}.{part}" for block in range(DEPTH)]) / total
         (line,) = (line for line in seen.out.splitlines() if line.startswith(f"blocks.*.{part} ({DEPTH})"))
@@ -481,349 +252,6 @@ def test_the_terminal_gets_a_line_per_kind_of_layer_and_the_log_one_per_mask(don
     assert "patch_embed.proj (1)" in verbose.out
 
 
-# ----------------------------------------------------------------------------------------------------------- penalty
-
-
-def batch_lines(log, state):
-    """{step of the state, from 1: the note of its line in run.log}, where every batch has a line."""
-    found = re.findall(rf" state {state} epoch (\d+)/\d+ batch (\d+)/{STEPS} (.*)", log)
-    return {(int(epoch) - 1) * STEPS + int(batch): note for epoch, batch, note in found}
-
-
-def penalty_rows(folder, state):
-    return [row for row in rows_of(folder / "penalty.csv") if int(row["state"]) == state]
-
-
-def test_log_and_penalty_csv_have_lambda_dose_and_residual_of_every_step_to_the_cut(done):
-    """12 steps, half of them to the cut, strength 0.4, x^2; only weights are doomed in an element-wise run."""
-    seen, cut = done("rsst"), 6
-    shapes = [(k / cut) ** 2 for k in range(1, cut + 1)]
-    assert len(batch_lines(seen.log, 0)) == 12
-    assert not any("lambda" in note for note in batch_lines(seen.log, 0).values())
-    for state in (1, 2):
-        lines, rows, start = batch_lines(seen.log, state), penalty_rows(seen.dir, state), seen.starts[state]
-        doomed = {name: start.masks[name] - start.target[name] for name in LAYERS}
-
-        def norm(weights, doomed=doomed):
-            return math.sqrt(
-                sum(float((weights[f"{n}.weight"].double() * d).square().sum()) for n, d in doomed.items())
-            )
-
-        assert sorted(lines) == list(range(1, 13))
-        assert [int(row["step"]) for row in rows] == list(range(1, cut + 1))
-        for step, row in enumerate(rows, start=1):
-            residual = norm(seen.steps[state, step].weights) / norm(start.weights)
-            assert float(row["lambda"]) == pytest.approx(0.4 * shapes[step - 1])
-            assert float(row["residual"]) == pytest.approx(residual, rel=1e-5)
-            assert float(row["epoch"]) == pytest.approx(step / STEPS)
-            strength, dose, logged = re.search(r"lambda (\S+)  dose (\S+)  residual (\S+)", lines[step]).groups()
-            assert strength == f"{0.4 * shapes[step - 1]:.4g}"
-            assert float(dose) == pytest.approx(20 * 0.4 * sum(shapes[:step]) / sum(shapes), rel=6e-3)
-            assert float(logged) == pytest.approx(residual, rel=0.06)
-        assert not any("lambda" in lines[step] for step in range(cut + 1, 13))
-        state_row = rows_of(seen.dir / "states.csv")[state]
-        assert float(state_row["residual"]) == pytest.approx(residual, rel=1e-5)
-        said = f"accuracy {100 * float(state_row['accuracy_before_cut']):.2f}% before, "
-        said += f"{100 * float(state_row['accuracy_after_cut']):.2f}% after; residual {residual:.2g}"
-        assert f"cut at step {cut}: {said}" in seen.log
-    assert [row["lambda"] > 0 for row in metrics(seen.dir)] == [False] * 4 + [True, True, False, False] * 2
-    # --print_freq 2 of batches 1, 2, 3: the second one of each epoch
-    assert sorted(batch_lines(done("rsst units").log, 1)) == [2, 5, 8, 11]
-
-
-def test_measuring_the_penalty_changes_no_bits(done, tmp_path, monkeypatch):
-    seen = done("rsst")
-    monkeypatch.setattr(rsst.Ramp, "is_recorded", lambda *_: False)
-    again = record(tmp_path / "again", [*MICRO, *words(RUNS["rsst"].format(noisy=seen.args["init"]))])
-    assert not (again.dir / "penalty.csv").exists()
-    assert_same_tensors(again.ends[2], seen.ends[2])
-    assert metrics(again.dir, TIMES) == metrics(seen.dir, TIMES)
-
-
-ALONE = "--struct rsst --block_loss_grad --weight_decay 0 --pruning_times 2"
-
-
-@pytest.mark.parametrize(
-    ("flags", "factor"),
-    [
-        ("--RST_schedule x --reg_granularity_prune 0.2 --reg_finish 0.5", math.exp(-4)),
-        ("--reg_granularity_prune 0.2 --opt adamw --amp bf16 --vit_structured --vit_prune_target both", math.exp(-4)),
-        # one step does it all: in float32, 1 - (1 - exp(-16)) would keep few of its digits
-        ("--reg_granularity_prune 0.8 --reg_finish 0.01", math.exp(-16)),
-        ("--reg_granularity_prune 0.1 --reg_finish 0.5", math.exp(-2)),
-        # the gradient form without momentum: each step multiplies by 1 - lr lambda, the milestone is before the last 3
-        ("--reg_form gradient --reg_clock state --RST_schedule x --momentum 0",
-         math.prod(1 - rate * (k + 1) / 6 for k, rate in enumerate([0.05] * 3 + [0.005] * 3))),
-    ],
-)  # fmt: skip
-def test_without_the_loss_doomed_weights_shrink_by_the_penalty_alone(flags, factor, run):
-    done = run(*words(ALONE), *words(flags))
-    assert float(rows_of(done.dir / "states.csv")[1]["residual"]) == pytest.approx(factor, rel=1e-4)
-    assert ("residual above 0.1" in log_of(done.dir)) == (factor > 0.1)
-    assert ("cut at step 1:" in log_of(done.dir)) == ("0.01" in flags)
-
-
-@pytest.mark.parametrize(("clock", "strength"), [("epoch", 60.0), ("state", 0.5)])
-def test_the_gradient_form_logs_the_dose_it_will_reach(clock, strength, run):
-    flags = words("--reg_form gradient --epochs 4 --warmup 1 --decreasing_lr 3 --RST_schedule x --print_freq 1")
-    chosen = () if clock == "epoch" else ("--reg_clock", "state")  # epoch is the default
-    done = run("--struct", "rsst", *flags, *chosen, "--reg_granularity_prune", strength, "--pruning_times", "2")
-    rates = [0.05 / 3, 0.1 / 3, 0.05] + [0.05] * 6 + [0.005] * 3
-    period = STEPS if clock == "epoch" else 12
-    lambdas = [strength * (k % period + 1) / period for k in range(12)]
-    doses = list(itertools.accumulate(rate * lam / (1 - 0.9) for rate, lam in zip(rates, lambdas, strict=True)))
-    found = re.search(r"predicted dose (\S+) over this state, (.*)", log_of(done.dir))
-    assert float(found[1]) == pytest.approx(doses[-1], rel=6e-3)
-    passes = next((step for step, dose in enumerate(doses, start=1) if dose >= 5), None)
-    assert (passes is None) == (strength == 0.5)
-    assert found[2] == (f"it passes 5 at step {passes} of 12" if passes else "too little")
-    assert ("dose below 5" in log_of(done.dir)) == (passes is None)
-    lines = batch_lines(log_of(done.dir), 1)
-    for step in range(1, 13):  # to the end of the state
-        assert f"lambda {lambdas[step - 1]:.4g}  dose" in lines[step]
-    assert "cut at step 12" in log_of(done.dir)
-    assert column(done.dir, "density")[1] == round(PRUNABLE * 0.7) / PRUNABLE
-
-
-def test_the_dose_of_adamw_is_unknown(run):
-    flags = "--struct rsst --reg_form gradient --opt adamw --lr 0.001 --print_freq 1 --pruning_times 2 --epochs 1"
-    done = run(*words(flags))
-    assert "dose is unknown" in log_of(done.dir)
-    assert "predicted dose" not in log_of(done.dir)
-    assert re.search(r"lambda \S+  dose unknown  residual", log_of(done.dir))
-
-
-# --------------------------------------------------------------------------------------------------- where states start
-
-
-@pytest.mark.parametrize(
-    ("name", "rewind", "classifier"),
-    [
-        ("rsst", "noisy", "kept"),
-        ("rsst units", "noisy", "rewound"),
-        ("rsst rewound", "epoch 1", "rewound"),
-        ("rsst pretrained", "noisy", "rewound"),
-        ("refill", "noisy", "kept"),
-        ("refill rewound", "epoch 1", "kept"),
-        ("refill pretrained", "noisy", "kept"),
-        ("refill units", "trained", "kept"),
-        ("imp", "noisy", "rewound"),  # rewinding to epoch 0 is rewinding to the start
-    ],
-)
-def test_states_start_from_rewind_weights_under_masks(name, rewind, classifier, done, noisy):
-    seen = done(name)
-    first = load(seen.dir / "init.pt")
-    if seen.args["init"] or seen.args["pretrained"]:
-        assert_same_tensors(first, load(noisy))
-    assert_same_tensors(seen.starts[0].weights, first)
-    expected = seen.epochs[0, 0].weights if rewind == "epoch 1" else first
-    for state in range(1, len(seen.starts)):
-        now, trained = seen.starts[state], seen.ends[state - 1]
-        start = dict(trained) if rewind == "trained" else dict(expected)
-        if classifier == "kept" and rewind != "trained":
-            assert not torch.equal(trained["head.weight"], expected["head.weight"])
-            start |= {name: trained[name] for name in ("head.weight", "head.bias")}
-        assert_same_tensors(now.weights, masked(start, now.masks, now.kept))
-        if seen.args["struct"] == "rsst":
-            # what the state before ended with is what is enforced now; what is doomed goes later
-            assert_same_tensors(now.masks, seen.starts[state - 1].target)
-            assert any((now.target[layer] < now.masks[layer]).any() for layer in now.masks)
-        else:
-            assert_same_tensors(now.masks, now.target)
-
-    # the rewind weights never change, and nothing that trains shares their storage
-    for (state, epoch), ended in seen.epochs.items():
-        if rewind != "epoch 1" or (state, epoch) >= (0, 1):
-            assert_same_tensors(ended.rewind, expected)
-    run = seen.run
-    mine = {tensor.untyped_storage().data_ptr() for tensor in run.rewind_weights.values()}
-    theirs = [*run.dense.state_dict().values(), *run.training.model.parameters()]
-    assert not mine & {tensor.untyped_storage().data_ptr() for tensor in theirs}
-    assert (seen.dir / "rewind.pt").exists() == (rewind == "epoch 1")
-    if rewind == "epoch 1":
-        assert_same_tensors(load(seen.dir / "rewind.pt"), expected)
-
-
-def test_what_fillback_returns(done, noisy):
-    """Under finetune it starts at zero, else where rewound weights start; how much it is, is tested above."""
-    for name, start in (("refill", load(noisy)), ("refill rewound", None), ("refill finetuned", None)):
-        seen = done(name)
-        for state in (1, 2):
-            now = seen.starts[state]
-            for layer, mask in now.masks.items():
-                weight, back = now.weights[f"{layer}.weight"], (mask == 1) & (now.elementwise[layer] == 0)
-                assert back.any()
-                if name == "refill finetuned":
-                    assert not weight[back].any()
-                    kept = now.elementwise[layer] == 1
-                    assert torch.equal(weight[kept], seen.ends[state - 1][f"{layer}.weight"][kept])
-                elif start:
-                    assert torch.equal(weight, start[f"{layer}.weight"] * mask)
-
-
-def test_no_refill_keeps_the_elementwise_mask_inside_survivors(done):
-    seen = done("no refill")
-    for state in (1, 2):
-        now = seen.starts[state]
-        for name, mask in now.masks.items():
-            assert not (mask > now.elementwise[name]).any()
-        # units of the state before count; a removed unit is pruned
-        heads, neurons = ((HEADS, HIDDEN), (kept_of(HEADS, 1 - 0.7**0.5), kept_of(HIDDEN, 1 - 0.75**0.5)))[state - 1]
-        total = DEPTH * (heads * HEAD_WEIGHTS + neurons * NEURON_WEIGHTS)
-        assert sum(int(mask.sum()) for mask in now.elementwise.values()) == round(total * 0.7**state)
-        for block in range(DEPTH):
-            alive = [row for row in range(3 * DIM) if row not in dead_rows("attn", now.kept[f"blocks.{block}.attn"])]
-            layer = f"blocks.{block}.attn.qkv"
-            assert torch.equal(now.masks[layer][alive], now.elementwise[layer][alive])
-        density = sum(int(mask.sum()) for mask in now.masks.values()) / PRUNABLE
-        assert column(seen.dir, "density")[state] == density
-
-
-# -------------------------------------------------------------------------------------------- dead weights stay dead
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_masked_weights_are_zero_after_every_step(name, done):
-    seen, dead = done(name), {}
-    for key, now in seen.steps.items():
-        dead[key] = 0
-        for layer, mask in now.masks.items():
-            weight = now.weights[f"{layer}.weight"]
-            assert not weight[mask == 0].any(), key
-            dead[key] += int((mask == 0).sum())
-            stays = now.target[layer] == 1
-            assert (weight[stays] != 0).float().sum() >= 0.99 * stays.sum()  # it is the mask that zeroes, nothing else
-        for layer, ids in now.kept.items():
-            bias = now.weights[f"{layer}.{'qkv' if layer.endswith('attn') else 'fc1'}.bias"]
-            assert not bias[dead_rows(layer, ids)].any()
-        assert now.types == {torch.float32}  # with --amp, too
-    states = max(state for state, _ in dead)
-    steps = max(step for _, step in dead)
-    for state in range(states + 1):
-        counts = [dead[state, step] for step in range(1, steps + 1)]
-        if state == 0:
-            assert set(counts) == {0}
-        elif seen.args["struct"] == "rsst":  # the step that is the last before the cut still has them
-            cut = int(re.findall(r"cut at step (\d+):", seen.log)[state - 1])
-            assert cut == {"rsst": 6, "rsst units": 6, "rsst adamw": 9}.get(name, 2)
-            assert counts[0] == counts[cut - 1] < counts[cut] == counts[-1]
-        else:
-            assert counts[0] == counts[-1] > 0
-
-
-def test_doomed_units_live_until_the_cut_and_their_biases_die_with_them(done):
-    """While the penalty grows they fade, weights and biases."""
-    seen = done("rsst units")
-    for state in (1, 2):
-        norms = []
-        for step in range(1, 13):
-            now, gone = seen.steps[state, step], 0.0
-            for layer, ids in seen.starts[state].target_kept.items():
-                rows = "qkv" if layer.endswith("attn") else "fc1"
-                for leaf in ("weight", "bias"):
-                    gone += float(now.weights[f"{layer}.{rows}.{leaf}"][dead_rows(layer, ids)].abs().sum())
-            norms.append(gone)
-        assert all(a > b > 0 for a, b in itertools.pairwise(norms[:6]))
-        assert norms[6:] == [0.0] * 6
-
-
-# --------------------------------------------------------------------------------------------------- RSST and Refill
-
-
-def test_with_lt_and_a_constant_ratio_rsst_equals_refill_from_state_2_on(seen):
-    for flags, note in ((("--fc", "--sorting_mode", "global"), "bit for bit"), ((), "only by the classifier")):
-        flags = (*BOTH, "--ratio_schedule", "constant", *flags)
-        rsst_run, refill = (seen("--struct", struct, *flags) for struct in ("rsst", "refill"))
-        assert_same_tensors(rsst_run.ends[0], refill.ends[0])
-        assert largest_difference(rsst_run.ends[1], refill.ends[1]) > 0
-        assert note in rsst_run.log
-        assert ("bit for bit" in rsst_run.log) == ("--fc" in flags)
-        if "--fc" in flags:
-            assert_same_tensors(rsst_run.ends[2], refill.ends[2])
-        else:
-            starts = rsst_run.starts[2].weights, refill.starts[2].weights
-            assert_same_tensors(*starts, skip=("head.",))
-            assert not torch.equal(starts[0]["head.weight"], starts[1]["head.weight"])
-
-
-def test_with_a_growing_ratio_rsst_differs_from_refill(seen):
-    flags = (*BOTH, "--ratio_schedule", "geometric", "--rate", "0.6", "--fc")
-    rsst_run, refill = (seen("--struct", struct, *flags) for struct in ("rsst", "refill"))
-    assert largest_difference(rsst_run.ends[2], refill.ends[2]) > 1e-6
-    assert "bit for bit" not in rsst_run.log
-
-
-# --------------------------------------------------------------------------------------------------- compact training
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("method", "optimizer"), [("rsst", "adamw --lr 0.002"), ("refill", "sgd")])
-def test_compact_and_masked_training_agree_in_float64(method, optimizer, seen):
-    flags = words("--criteria magnitude --epochs 4 --clip_grad 0.3 --weight_decay 0.01 --rate 0.5 --reg_finish 0.5")
-    flags = ("--struct", method, *BOTH, *flags, "--opt", *words(optimizer))
-    compact, whole = seen(*flags, "--compact_training"), seen(*flags, "--no-compact_training")
-    assert compact.steps.keys() == whole.steps.keys() == set(itertools.product(range(3), range(1, 13)))
-    for key, step in whole.steps.items():
-        assert largest_difference(compact.steps[key].weights, step.weights) < 1e-9, key
-        assert step.width == WHOLE
-    width = {key: step.width for key, step in compact.steps.items()}
-    assert width[0, 1] == WHOLE
-    assert width[1, 12] < 12_000
-    assert (width[1, 6] == WHOLE) == (method == "rsst")  # until the cut
-    for one, other in zip(metrics(compact.dir, TIMES), metrics(whole.dir, TIMES), strict=True):
-        assert one == pytest.approx(other, abs=1e-9)
-    assert largest_difference(load(compact.dir / "best.pt")["weights"], load(whole.dir / "best.pt")["weights"]) < 1e-9
-    assert largest_difference(whole.steps[2, 12].weights, whole.steps[2, 1].weights) > 1e-3  # they agree on something
-
-
-def test_compact_and_masked_training_start_alike_in_float32(done, seen, noisy):
-    flags = words(RUNS["rsst units"].format(noisy=noisy, both=" ".join(BOTH)))
-    compact, whole = done("rsst units"), seen(*flags, "--no-compact_training")
-    assert_same_tensors(compact.steps[0, 12].weights, whole.steps[0, 12].weights)
-    for step in range(1, 9):  # the cut comes after the sixth
-        assert largest_difference(compact.steps[1, step].weights, whole.steps[1, step].weights) < 1e-5, step
-
-
-@pytest.mark.parametrize(
-    ("name", "entries", "compact"),
-    [("rsst adamw", {"exp_avg", "exp_avg_sq", "step"}, False), ("rsst units", {"momentum_buffer"}, True)],
-)
-def test_optimizer_state_goes_through_the_cut(name, entries, compact, done):
-    """Survivors keep their moments, what is cut loses them."""
-    seen = done(name)
-    (before, after), kept = seen.cuts[1], seen.starts[1].target_kept
-    assert before.keys() == after.keys()
-    for parameter, found in before.items():
-        assert found.keys() == entries
-        layer, _, part = parameter.rpartition(".")[0].rpartition(".")
-        for entry_name, dense in found.items():
-            expected = dense.clone()
-            if layer in kept and dense.ndim and not (part in ("proj", "fc2") and parameter.endswith("bias")):
-                dim = 1 if part in ("proj", "fc2") else 0
-                dead = [row for row in dead_rows(layer, kept[layer]) if row < dense.shape[dim]]
-                assert dense.index_select(dim, torch.tensor(dead)).any()
-                if compact:
-                    alive = [row for row in range(dense.shape[dim]) if row not in dead]
-                    expected = dense.index_select(dim, torch.tensor(alive))
-                else:
-                    expected.index_fill_(dim, torch.tensor(dead), 0)
-            assert torch.equal(after[parameter][entry_name], expected), (parameter, entry_name)
-
-
-def test_oneshot_removes_the_units_whatever_compact_training_says(done):
-    width = {key: step.width for key, step in done("oneshot").steps.items()}
-    assert width[0, 1] == WHOLE
-    assert {width[state, step] for state in (1, 2) for step in range(1, 7)} == {width[2, 6]}
-    assert width[2, 6] < WHOLE
-
-
-def test_bf16_differs_from_float32_in_training_only(done, seen):
-    half = done("rsst rewound")
-    whole = seen(*words(RUNS["rsst rewound"].format(both=" ".join(BOTH)).replace("bf16", "off")))
-    assert_same_tensors(load(half.dir / "init.pt"), load(whole.dir / "init.pt"))
-    assert metrics(half.dir, TIMES) != metrics(whole.dir, TIMES)
-
-
 # ------------------------------------------------------------------------------------------------ bits and seeds
 
 
@@ -834,7 +262,7 @@ def outcome(folder):
     tables["penalty.csv"] = rows_of(folder / "penalty.csv") if (folder / "penalty.csv").exists() else []
     for row in tables["states.csv"]:
         del row["seconds"]
-    masks = {name: torch.from_numpy(mask) for name, mask in masks_of(checkpoint, "masks").items()}
+    masks = {name: torch.from_numpy(mask) for name, mask in micro.masks_of(checkpoint, "masks").items()}
     tensors = {"weights": checkpoint["weights"], "best": best.pop("weights"), "masks": masks}
     return tensors, best, checkpoint["run"]["kept"], metrics(folder, drop=TIMES), tables
 
@@ -858,11 +286,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(seen, tmp_path):
     assert largest_difference(other.starts[0].weights, first.starts[0].weights) > 1e-3
     assert other.ends[1].keys() == first.ends[1].keys()
     assert other.starts[1].target_kept != first.starts[1].target_kept
-    for one, two in ((first, other), (default, other)):  # the order of the images, and what is drawn to augment them
-        same = [
-            torch.equal(*pair) for pair in zip(*(run.run.train_data.batch(0, 0, 0) for run in (one, two)), strict=True)
-        ]
-        assert same == [two is not other or one is default] * 2
+    batches = [run.run.train_data.batch(0, 0, 0)[1].tolist() for run in (first, default, other)]
+    assert batches[0] != batches[1] == batches[2]
 
 
 # ---------------------------------------------------------------------------------------------------- break and resume
@@ -891,28 +316,19 @@ def broken(run, around):
     return start
 
 
-@pytest.mark.parametrize(
-    ("name", "point"),
-    [
-        ("rsst", (0, 1, 0)),
-        ("rsst", (2, 2, 1)),  # within an epoch
-        ("rsst units", (1, 0, 0)),  # before anything of the state is trained
-        ("rsst units", (1, 1, 0)),  # before the cut
-        ("rsst units", (1, 3, 0)),  # after it
-        ("rsst adamw", (2, 2, 0)),
-        ("rsst adamw", (1, 3, 0)),
-        ("rsst rewound", (0, 1, 0)),
-        ("refill rewound", (1, 0, 0)),
-        ("refill units", (2, 1, 0)),
-    ],
-)
-def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(name, point, done, broken, run, noisy):
-    whole = done(name)
-    half = broken(point, *words(RUNS[name].format(noisy=noisy, both=" ".join(BOTH))))
-    state, epoch, _ = point
-    assert len(metrics(half.dir)) == whole.args["epochs"] * state + epoch
+# run, and state, epoch and batch that it does not come to: within an epoch, before a state's first step, before the cut
+BREAKS = [
+    ("rsst", 0, 1, 0), ("rsst", 2, 2, 1), ("rsst units", 1, 0, 0), ("rsst units", 1, 1, 0), ("rsst units", 1, 3, 0),
+    ("rsst adamw", 2, 2, 0), ("rsst adamw", 1, 3, 0), ("rsst rewound", 0, 1, 0), ("refill rewound", 1, 0, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "state", "epoch", "batch"), BREAKS)
+def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(name, state, epoch, batch, done, broken, run, noisy):
+    half = broken((state, epoch, batch), *flags_of(name, noisy))
+    assert len(metrics(half.dir)) == done(name).args["epochs"] * state + epoch
     run("--resume", name="broken", base=())
-    assert_same_outcome(half.dir, whole.dir)
+    assert_same_outcome(half.dir, done(name).dir)
 
 
 def test_the_gradient_form_resumes_from_a_checkpoint_file_with_its_flags_said_again(broken, run, seen, tmp_path):
@@ -949,7 +365,7 @@ def test_resume_with_another_flag_is_refused_by_name(flag, run, copied):
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(done, run, broken, noisy):
-    half = broken((1, 2, 0), *words(RUNS["rsst"].format(noisy=noisy)))
+    half = broken((1, 2, 0), *flags_of("rsst", noisy))
     latest = half.dir / "checkpoint.pt"
     latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
     again = run("--resume", name="broken", base=())
@@ -992,12 +408,8 @@ def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
             folder.mkdir(parents=True)
             for k in range(count):
                 image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{k}.png")
-    jobs = []
-    wrapped = entry.prune_and_retrain
-    entry_flags = ("--dataset", "folder", "--data", tmp_path / "data", *words("--img_size 16 --workers 0 --struct imp"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry, "prune_and_retrain", lambda run: (jobs.append(run), wrapped(run)))
-        found = run(*entry_flags, *words("--train_limit 80 --pruning_times 2 --val_fraction 0.3"))
+    flags = ("--dataset", "folder", "--data", tmp_path / "data", *words("--img_size 16 --workers 0 --struct imp"))
+    seen = record(tmp_path / "seen", [*MICRO, *flags, *words("--train_limit 80 --pruning_times 2 --val_fraction 0.3")])
 
     def shares(data, weights):
         model = vit_micro(num_classes=20, img_size=16).eval()
@@ -1008,16 +420,204 @@ def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
                 ranks.append(sorted(range(20), key=lambda c: -logits[c]).index(truth))
         return [sum(rank < best for rank in ranks) / len(ranks) for best in (1, 5)]
 
-    (job,), rows, table = jobs, metrics(found.dir), rows_of(found.dir / "states.csv")
-    last, test = (shares(data, weights) for data, weights in (
-        (job.val_data, load(found.dir / "checkpoint.pt")["weights"]), (job.test_data, load(found.dir / "best.pt")["weights"])
-    ))  # fmt: skip
+    rows, table = metrics(seen.dir), rows_of(seen.dir / "states.csv")
+    last = shares(seen.run.val_data, seen.ends[1])
+    test = shares(seen.run.test_data, load(seen.dir / "best.pt")["weights"])
     assert [rows[-1]["val_accuracy"], rows[-1]["val_top5"]] == last
     assert [float(table[-1]["test_accuracy"]), float(table[-1]["test_top5"])] == test
     assert last[1] > last[0]
-    assert f"val {100 * last[0]:.2f}% (top-5 {100 * last[1]:.2f}%)" in log_of(found.dir)
-    assert f"test {100 * test[0]:.2f}% (top-5 {100 * test[1]:.2f}%)" in log_of(found.dir)
+    assert f"val {100 * last[0]:.2f}% (top-5 {100 * last[1]:.2f}%)" in seen.log
+    assert f"test {100 * test[0]:.2f}% (top-5 {100 * test[1]:.2f}%)" in seen.log
     # with 10 classes five guesses say little
     few = done("imp")
     assert "top5" not in (few.dir / "metrics.jsonl").read_text() + (few.dir / "states.csv").read_text()
     assert "top-5" not in few.out
+
+
+# ------------------------------------------------------------------------------------------------------ names of runs
+
+
+def test_the_default_folder_is_named_after_the_run():
+    def made(*flags):
+        args = entry.parse_args([*MICRO, *flags])
+        make_save_dir(args).release()
+        return args.save_dir
+
+    name = r"results/rsst_vit_micro_digits_crit_magnitude_rate_0.3{}_\d{{4}}_\d{{4}}"
+    assert re.fullmatch(name.format("_struct_head"), made("--criteria", "magnitude", "--vit_structured"))
+    assert re.fullmatch(name.format("_pretrained"), made("--criteria", "magnitude", "--pretrained"))
+    refill = made(*words("--struct refill --arch timm/vit_tiny_patch16_224"))
+    assert re.fullmatch(r"results/refill_timm-vit_tiny_patch16_224_digits_crit_l1_rate_0.3_\d{4}_\d{4}", refill)
+    assert [made("--exp_name", "mine") for _ in range(3)] == ["results/mine", "results/mine_2", "results/mine_3"]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+class Explosive:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files that a bad command may name."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    (folder / "code.pt").write_bytes(pickle.dumps({"run": Explosive()}, protocol=2))
+    torch.save({"head.weight": torch.ones(1)}, folder / "other.pt")
+    torch.save([torch.ones(1)], folder / "list.pt")
+    torch.save(vit_micro(num_classes=10).state_dict() | {"norm.bias": torch.ones(25)}, folder / "shape.pt")
+    (folder / "plain.txt").write_text("a file, no folder")
+    for name in ("damaged", "code", "other"):
+        (folder / name).mkdir()
+        for file in ("checkpoint.pt", "checkpoint.prev.pt"):
+            shutil.copy(folder / f"{name}.pt", folder / name / file)
+    return folder
+
+
+# flags, and what the one line has to name when that is not all of them
+BAD = """--rate 1; --rate -0.1; --rate nan; --rate much; --mlp_prune_ratio 1; --fillback_rate 1.5; --momentum 1;
+--label_smoothing 1; --decreasing_lr 8,4; --decreasing_lr 4,4; --decreasing_lr 0,4; --decreasing_lr 1.5; --lr 0;
+--lr nan; --lr inf; --decreasing_lr half; --epochs 0; --epochs 1.5; --batch_size 0; --pruning_times 0; --print_freq 0;
+--workers -1; --score_batches 0; --train_limit 0; --val_fraction 0; --val_fraction 1; --val_fraction 0.9999; --gpu -1;
+--seed -1; --seed 99999999999999999999; --weight_decay -1; --warmup -1; --clip_grad 0; --reg_granularity_prune 0;
+--exponents 0; --reg_finish 0; --reg_finish 1.1; --prune_type rewind_lt --rewind_epoch 2 -> --rewind_epoch 2;
+--rewind_epoch -1; --vit_structured --min_units 5 -> --min_units 5; --min_units -1; --dataset mnist; --arch vit_huge;
+--criteria taylor; --vit_structured --vit_prune_target mlp --min_units 49 -> --min_units 49;
+--img_size 17 -> img_size 17; --img_size 0; --patch_size 5 -> patch_size 5; --patch_size 0; --struct hard;
+--prune_type nothing; --RST_schedule y; --struct oneshot; --prune_type pt; --reg_clock state;
+--vit_structured --rank_by score_per_mac -> --rank_by score_per_mac; --device cuda; --amp fp16; --resume;
+--frobnicate 3 -> --frobnicate; --epoch 3 -> --epoch; --checkpoint_every 0; --accum_steps 0;
+--resume --save_dir {files}/none -> {files}/none; --resume --save_dir {files}/damaged -> {files}/damaged;
+--resume --save_dir {files}/code -> {files}/code; --resume --save_dir {files}/other -> {files}/other;
+--checkpoint {files}/none.pt -> {files}/none.pt; --checkpoint {files}/damaged.pt -> {files}/damaged.pt;
+--checkpoint {files}/code.pt -> {files}/code.pt; --checkpoint {files}/other.pt -> {files}/other.pt;
+--init {files}/none.pt; --init {files}/damaged.pt -> {files}/damaged.pt; --init {files}/code.pt -> {files}/code.pt;
+--init {files}/list.pt -> {files}/list.pt; --init {files}/other.pt; --init {files}/shape.pt;
+--init {files}/plain.txt -> {files}/plain.txt; --init {files}/none.safetensors -> {files}/none.safetensors;
+--pretrained {files}/none.pt -> pretrained {files}/none.pt;
+--pretrained {files}/damaged.pt -> pretrained {files}/damaged.pt;
+--pretrained {files}/shape.pt -> pretrained {files}/shape.pt; --save_dir {files}/plain.txt; --exp_name ../../x;
+--save_dir {files}/plain.txt/below; --data {files}/none --dataset fashionmnist -> {files}/none;
+--data {files}/plain.txt --dataset cifar10 -> {files}/plain.txt"""
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def blocked(*_, **__):
+        raise OSError("the test has no network")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, blocked)
+
+
+def tree(folder):
+    return {str(path): path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("case", [case.strip() for case in BAD.split(";")])
+def test_bad_input_is_one_line_that_names_it(case, files, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags, _, named = case.format(files=files).partition("->")
+    base = () if "--resume" in flags or "--checkpoint " in flags else MICRO
+    before = tree(files)
+    capsys.readouterr()
+    assert call([*base, *words(flags)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    # numbers may be shown as they were read: -0.1, 1.5, 1
+    pattern = ".*".join(re.escape(part) + r"\b" for part in words(named or flags))
+    assert re.search(pattern, err), err
+    assert os.listdir() == []  # nothing is left behind, and no code of a checkpoint has run
+    assert tree(files) == before
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashionmnist"])
+def test_no_network_and_no_data_on_disk(name, capsys):
+    pytest.importorskip("torchvision")
+    started = time.perf_counter()
+    assert call(["--dataset", name, "--device", "cpu", "--save_dir", "out"]) == 2
+    assert time.perf_counter() - started < 20  # at once: no waiting for time-outs or retries
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert re.search(f"--dataset {name}.*data", err)
+    assert os.listdir() == []
+
+
+# ------------------------------------------------------------------------------------------------- a loss that explodes
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    done = run("--lr", "1e30", *BOTH, code=1)
+    assert done.err.count("\n") == 1, done.err
+    assert "not finite at step 1 of state 0" in done.err  # the first step's loss is still fine
+    assert not (done.dir / "checkpoint.pt").exists()
+    assert not (done.dir / "metrics.jsonl").exists()
+
+
+def test_the_last_good_checkpoint_stays(run, around):
+    def explode(training):
+        if (training.progress.state, training.progress.step) == (1, 4):
+            with torch.no_grad():
+                training.model.head.weight.fill_(math.inf)
+
+    around("step", before=explode)
+    done = run(code=1)
+    assert "step 4 of state 1" in done.err
+    checkpoint = load(done.dir / "checkpoint.pt")
+    assert (checkpoint["run"]["state"], checkpoint["run"]["step"]) == (1, 3)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
+    assert len(metrics(done.dir)) == 3
+
+
+@pytest.mark.parametrize("method", ["imp", "rsst --vit_structured --vit_prune_target both"])
+def test_weights_that_explode_in_the_last_step_stop_the_run_too(method, run):
+    """One step in the state: its loss was fine, its weights are not, and no further loss of this state shows it."""
+    done = run(*words(f"--lr 1e38 --train_limit 20 --epochs 1 --struct {method}"), code=1)
+    assert done.err.count("\n") == 1, done.err
+    assert "finite" in done.err
+
+
+# ------------------------------------------------------------------------------------------------ the real command line
+
+
+def command(*argv):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    argv = [sys.executable, SCRIPT, *map(str, argv)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_bad_input_through_the_real_command_line():
+    done = command("--rate", "1.2", "--dataset", "digits")
+    assert (done.returncode, done.stdout, os.listdir()) == (2, "", [])
+    assert re.fullmatch(r"main_imp_fillback.py: error: .*--rate 1.2.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "method", ["rsst", *(pytest.param(method, marks=pytest.mark.slow) for method in
+                         ("refill", "imp", "dense", "oneshot --vit_structured"))]
+)  # fmt: skip
+def test_smoke_through_the_real_command_line(method, tmp_path):
+    flags = "--dataset digits --img_size 8 --train_limit 40 --batch_size 20 --epochs 1 --pruning_times 2 --rate 0.34"
+    fixed = ("--device", "cpu", "--amp", "off", "--save_dir", tmp_path / "run")
+    done = command(*words(flags), *fixed, "--struct", *words(method))
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = rows_of(tmp_path / "run" / "states.csv")
+    assert len(rows) == (1 if method == "dense" else 2)
+    if method in ("rsst", "refill", "imp"):
+        assert float(rows[1]["density"]) == round(2_654_208 * 0.66) / 2_654_208
+    elif method != "dense":
+        assert rows[1]["heads"] == "9"  # floor(3 x 0.66) = 1 of three in each of nine blocks
+    assert "[ViT Sparsity Report]" in done.stdout
+    assert "blocks.*.mlp.fc2 (9)                   | Sparsity: " in done.stdout
+    left = set(os.listdir(tmp_path / "run"))
+    assert left >= {*FILES, "model", "report.md", "plots"}
+    assert not [name for name in left if name.startswith(".")]
+    exported = {"model.safetensors", "config.json", "parity.json", "README.md"}
+    assert set(os.listdir(tmp_path / "run" / "model")) >= exported
+    assert os.listdir() == []
