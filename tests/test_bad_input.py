@@ -160,7 +160,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(flags, broken, monkeypatch,
     assert_refused(argv, f"--save_dir {folder}", "Read-only file system", folder=folder)
 
 
-@pytest.mark.xfail(strict=True, reason="comes with the run's lock")
 @pytest.mark.parametrize("name", ["../../x", "a/b", ".", "..", ""])
 def test_a_run_is_named_by_one_plain_folder_name(name, tmp_path):
     assert_refused([*BASE, "--exp_name", name], "--exp_name", folder=tmp_path)
@@ -208,7 +207,6 @@ def alive(tmp_path):
         process.wait()
 
 
-@pytest.mark.xfail(strict=True, reason="comes with the run's lock")
 def test_a_folder_whose_run_is_alive_is_refused_until_it_dies(alive, tmp_path):
     folder = tmp_path / "run"
     for argv in (["--resume"], [*BASE, *STRUCTURED, "--overwrite"], ["--checkpoint", folder / "checkpoint.pt"]):
