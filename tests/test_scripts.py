@@ -463,24 +463,3 @@ def test_a_comparison_without_data_set_or_seeds_says_its_usage(comparison):
     assert comparison(name, "-h")[1].startswith(usage)
     told = f"{name}.sh: seed '--lr' is not a number; flags come after --\n"
     assert comparison(name, "digits", "0", "--lr", "1") == (2, "", told, [])
-
-
-@pytest.mark.slow
-def test_a_comparison_of_real_runs_ends_with_its_tables(project, tmp_path):
-    (project.root / "main_imp_fillback.py").unlink()
-    for path in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
-        if path.name != "benchmarks":
-            (project.root / path.name).symlink_to(path)
-    flags = "--epochs 1 --pruning_times 2 --rate 0.3 --img_size 8 --train_limit 40 --batch_size 20 --device cpu"
-    environ = {"OUT": tmp_path / "out", "OMP_NUM_THREADS": 1, "WANDB_MODE": "disabled", "HOME": tmp_path}
-    script = project.root / "benchmarks" / "compare_methods.sh"
-    status, out, err = project.bash(script, "digits", "0", "1", "--", *flags.split(), timeout=900, **environ)
-    assert status == 0, err
-    folders = {f"{method}_s{seed}" for method in ("dense", "imp", "refill", "rsst") for seed in (0, 1)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "report"}
-    report = tmp_path / "out" / "report"
-    tables = [line for line in (report / "compare.md").read_text().splitlines() if line.startswith("|")]
-    assert all(any(method in line for line in tables) for method in ("Dense", "IMP", "Refill", "RSST"))
-    assert {"compare.csv", "compare.png", "compare.html"} <= {path.name for path in report.iterdir()}
-    status, out, err = project.bash(script, "digits", "0", "1", timeout=300, **environ)
-    assert (status, out.count(" is complete\n")) == (0, len(folders)), err
