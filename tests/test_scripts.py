@@ -14,6 +14,10 @@ from pathlib import Path
 
 import packaging
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.compare_commits import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
@@ -463,3 +467,28 @@ def test_a_comparison_without_data_set_or_seeds_says_its_usage(comparison):
     assert comparison(name, "-h")[1].startswith(usage)
     told = f"{name}.sh: seed '--lr' is not a number; flags come after --\n"
     assert comparison(name, "digits", "0", "--lr", "1") == (2, "", told, [])
+
+
+# benchmarks/compare_commits.py
+
+
+def finished_run(folder, weight=0.0, accuracy="0.5", kept=2, seconds=1, top5=""):
+    write(folder / "model" / "config.json", json.dumps({"kept_heads": [[0, 1], [kept]], "metrics": accuracy}))
+    write(folder / "states.csv", f"state,accuracy{top5 and ',top5'},seconds\n0,{accuracy}{top5},{seconds}\n")
+    write(folder / "units.csv", f"layer,kept\nblocks.0.attn,{kept}\n")
+    save_file({"norm.weight": torch.tensor([weight]), "norm.bias": torch.zeros(2)}, folder / "model/model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seconds": 9}, ([], [])),
+        ({"weight": -0.0}, (["tensor norm.weight"], [])),
+        ({"accuracy": "0.50"}, (["states.csv accuracy"], [])),
+        ({"kept": 1}, (["units.csv kept", "config.json kept_heads"], [])),
+        ({"top5": ",0.9"}, ([], ["states.csv new column top5"])),
+    ],
+)
+def test_commits_are_compared_to_the_bit(tmp_path, change, expected):
+    assert differences(finished_run(tmp_path / "old"), finished_run(tmp_path / "new", **change)) == expected
