@@ -149,6 +149,7 @@ def resumed(tmp_path_factory):
     until(lambda: segments(folder)[0].exits, "the process that sends outlives its run")
     before = process_state()
     assert entry.main(["--resume", "--save_dir", str(folder)]) == 0
+    logging.getLogger().handlers.clear()  # the run's log is closed
     return folder, segments(folder), before, process_state()
 
 
