@@ -460,6 +460,7 @@ def finished_run(tmp_path_factory):
     flags += " --device cpu --vit_structured --vit_prune_target both --rate 0.6 --mlp_prune_ratio 0.5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BUILDERS, "vit_micro", vit_micro)
+        patch.setattr(os, "fsync", lambda _: None)  # as in house
         patch.setitem(sys.modules, "markdown", None)  # no report: pictures take longer than this run
         assert main_imp_fillback.main([*flags.split(), "--save_dir", str(folder)]) == 0
     return folder

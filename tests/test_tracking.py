@@ -149,7 +149,9 @@ def resumed(tmp_path_factory):
     until(lambda: segments(folder)[0].exits, "the process that sends outlives its run")
     before = process_state()
     assert entry.main(["--resume", "--save_dir", str(folder)]) == 0
-    logging.getLogger().handlers.clear()  # the run's log is closed
+    for handler in logging.getLogger().handlers[:]:  # the log of this run gets no line of others
+        logging.getLogger().removeHandler(handler)
+        handler.close()
     return folder, segments(folder), before, process_state()
 
 
@@ -491,6 +493,7 @@ def test_a_note_that_cannot_be_written_ends_tracking_only(fake, untracked, tmp_p
 
     def full(source, target):
         if Path(target).name == "tracking.json":
+            time.sleep(1)  # for what was sent, if it was, to arrive
             raise OSError(28, FULL)
         replace(source, target)
 
