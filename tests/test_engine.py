@@ -466,13 +466,6 @@ def test_oneshot_removes_the_units_whatever_compact_training_says(done):
     assert width[2, 6] < WHOLE
 
 
-def test_bf16_differs_from_float32_in_training_only(done, seen):
-    half = done("rsst rewound")
-    whole = seen(*flags_of("rsst rewound", ""), "--amp", "off")
-    assert_same_tensors(load(half.dir / "init.pt"), load(whole.dir / "init.pt"))
-    assert metrics(half.dir, TIMES) != metrics(whole.dir, TIMES)
-
-
 # --------------------------------------------------------------------------- functions of the engine by themselves
 
 
