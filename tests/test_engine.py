@@ -466,13 +466,6 @@ def test_oneshot_removes_the_units_whatever_compact_training_says(done):
     assert width[2, 6] < WHOLE
 
 
-def test_bf16_differs_from_float32_in_training_only(done, seen):
-    half = done("rsst rewound")
-    whole = seen(*flags_of("rsst rewound", ""), "--amp", "off")
-    assert_same_tensors(load(half.dir / "init.pt"), load(whole.dir / "init.pt"))
-    assert metrics(half.dir, TIMES) != metrics(whole.dir, TIMES)
-
-
 # --------------------------------------------------------------------------- functions of the engine by themselves
 
 
@@ -506,7 +499,7 @@ def test_refilled_weights_do_not_return_to_the_elementwise_mask(method, make):
     first = run.progress.elementwise
     for name, mask in masks.items():
         back = mask > first[name]
-        assert back.any()
+        assert int(back.sum()) == int(int((first[name] == 0).sum()) * 0.4 + 1e-9) > 0
         run.dense.get_parameter(f"{name}.weight").detach()[back] = 9.0
     choose(run, 2)
     assert not any((mask > first[name]).any() for name, mask in run.progress.elementwise.items())
@@ -589,8 +582,11 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
     run.progress.state = 1
     run.begin_state()
     run.doom(choose_target(run))
-    run.set_up_state().step()
+    training = run.set_up_state()
+    training.step()
     assert found == [(False, True)] * len(LAYERS)
+    # no gradient outlives a step: it would hold the memory of the graph that it was made in
+    assert all(parameter.grad is None for parameter in training.model.parameters())
 
 
 @pytest.mark.usefixtures("house")
