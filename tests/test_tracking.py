@@ -25,7 +25,7 @@ from micro import vit_micro
 
 import main_imp_fillback as entry
 import models
-from utils import Tracker
+from engine.tracking import Tracker
 
 STEPS, STATES = 6, 3  # of a state: two epochs of three steps
 AXIS = STEPS + 1  # a state's end is a step, too
