@@ -7,6 +7,7 @@ Runs of the micro model that are made once (RUNS in micro.py), and functions of 
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -36,7 +37,7 @@ import main_imp_fillback as entry
 import rsst
 from engine.choose import choose_target
 from engine.model import first_model
-from engine.optimizer import Schedule
+from engine.optimizer import Schedule, make_optimizer
 from engine.run import enforce
 from vit_structured_pruning import CRITERIA
 
@@ -598,3 +599,16 @@ def test_initial_weights_from_a_file(nested, noisy, tmp_path):
     else:
         torch.save({nested: weights} if nested else weights, path)
     assert_same_tensors(first_model(entry.parse_args([*MICRO, "--init", str(path)])).state_dict(), weights)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_weight_decay_acts_on_the_weights_of_layers_alone(opt, micro_vit):
+    before = {name: value.clone() for name, value in micro_vit.named_parameters()}
+    args = SimpleNamespace(opt=opt, momentum=0.9, weight_decay=0.1, compile=None)
+    optimizer = make_optimizer(args, micro_vit, torch.tensor(0.5))
+    for parameter in micro_vit.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in micro_vit.named_parameters():
+        matrix = name.endswith(".weight") and value.ndim > 1  # not norms, biases, class token and positions
+        torch.testing.assert_close(value, before[name] * (0.95 if matrix else 1), rtol=1e-6, atol=0)
