@@ -41,6 +41,7 @@ from engine.choose import choose_target
 from engine.folder import make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.run import Run
+from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
@@ -51,8 +52,8 @@ log = logging.getLogger("main")
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
-def prune_and_retrain(run: Run) -> None:
-    """All states of a run, from where it stands; `run.progress` says where, so a resumed run enters in the middle."""
+def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
+    """All states of a run, from where `run.progress` stands; a resumed one may enter in the middle of a `training`."""
     while run.progress.state < run.states:
         if not run.progress.begun:
             run.begin_state()
@@ -63,7 +64,7 @@ def prune_and_retrain(run: Run) -> None:
                 else:
                     run.doom(target)  # what goes trains on, under the penalty
                 run.rewind()  # weights back to where states start from
-        training = run.set_up_state()
+        training = training or StateTraining(run)
         while not training.finished:
             training.step()
             if training.at_cut:
@@ -74,6 +75,7 @@ def prune_and_retrain(run: Run) -> None:
                 training.break_off()
             run.signals.check()
         run.end_state()  # test the selected model
+        training = None
         run.signals.check()
 
 
@@ -157,8 +159,7 @@ def start_or_go_on(args: argparse.Namespace) -> None:
     try:
         save_dir = Path(args.save_dir)
         run = Run(args, device, splits, model, save_dir)
-        if content:
-            run.resume(content)
+        training = resume(run, content) if content else None
         utils.start_logging(save_dir / "run.log", args.verbose)
         announce(args, device, model, splits)
         if content:
@@ -169,7 +170,7 @@ def start_or_go_on(args: argparse.Namespace) -> None:
         try:
             with run.signals:
                 with run.whole_run_bar():
-                    prune_and_retrain(run)
+                    prune_and_retrain(run, training)
                 finish(run)
         finally:
             run.close()

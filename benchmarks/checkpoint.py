@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks import common
-from benchmarks.train_step import training_run
-from engine.run import Run
+from benchmarks.train_step import training_state
+from engine.training import StateTraining
 
 
-def save_plainly(run: Run, path: Path) -> None:
+def save_plainly(training: StateTraining, path: Path) -> None:
     content = {
-        "model": run.training.model.state_dict(),
-        "optimizer": run.training.optimizer.state_dict(),
-        "initial": run.rewind_weights,
-        "masks": run.progress.masks,
-        "target": run.progress.target,
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "initial": training.run.rewind_weights,
+        "masks": training.progress.masks,
+        "target": training.progress.target,
     }
     torch.save(content, path)
 
@@ -46,14 +46,17 @@ def main() -> None:
     rows = []
     for arch in args.archs:
         for optimizer in ("sgd", "adamw"):
-            run = training_run(["--arch", arch, "--batch_size", "2", "--opt", optimizer, "--no-compact_training"])
-            run.training.step()
+            training = training_state(
+                ["--arch", arch, "--batch_size", "2", "--opt", optimizer, "--no-compact_training"]
+            )
+            run = training.run
+            training.step()
             weights = 4 * sum(parameter.numel() for parameter in run.dense.parameters())
             latest, plain = run.save_dir / "checkpoint.pt", run.save_dir / "plain.pt"
             candidates = {
                 "ours": partial(common.seconds, run.checkpoint),
                 "written": partial(common.seconds, run.writer.wait),  # of ours, right after it
-                "plain": partial(common.seconds, partial(save_plainly, run, plain)),
+                "plain": partial(common.seconds, partial(save_plainly, training, plain)),
             }
             times = common.interleaved(candidates, args.repeats)
             written = [sum(pair) for pair in zip(times["ours"], times.pop("written"), strict=True)]

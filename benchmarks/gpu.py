@@ -42,7 +42,7 @@ MODES = ("plain", "eager", "default", "reduce-overhead", "graph", "compiled-grap
 def make_step(arch: str, batch_size: int, mode: str, device: str):
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--print_freq", "1000000", "--no-compact_training"]
     if mode == "plain":
-        return PlainStep(OurStep([*flags, "--amp", "off"], device).run, arch)
+        return PlainStep(OurStep([*flags, "--amp", "off"], device).training.run, arch)
     compiled = [] if mode == "eager" else ["--compile", mode]
     return OurStep([*flags, "--amp", "bf16", *compiled], device)
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from benchmarks import common
-from benchmarks.train_step import training_run
+from benchmarks.train_step import training_state
 
 EVERY = (200, 1)  # the default --print_freq, and the worst case
 EPOCH = 201  # steps; the last one of an epoch is logged by the epoch
@@ -37,7 +37,8 @@ class TrackedSteps:
     """Steps of a run; a call returns how many a second there were."""
 
     def __init__(self, mode: str, flags: list[str], steps: int):
-        self.run, self.steps = training_run([*flags, "--wandb_mode", mode], steps=EPOCH), steps
+        self.training, self.steps = training_state([*flags, "--wandb_mode", mode], steps=EPOCH), steps
+        self.run = self.training.run
         self.note = self.run.save_dir / "tracking.json"
         self.step()
         if mode != "disabled":
@@ -53,7 +54,7 @@ class TrackedSteps:
         raise SystemExit("wandb does not start; try a run with --wandb_mode offline")
 
     def step(self) -> None:
-        self.run.training.step()
+        self.training.step()
 
     def __call__(self) -> float:
         return self.steps / common.seconds(lambda: [self.step() for _ in range(self.steps)])

@@ -39,14 +39,15 @@ from dataset import DATASETS, Split, Splits
 from engine.choose import choose_target
 from engine.model import make_model
 from engine.run import Run
+from engine.training import StateTraining
 from families import family_of
 from models import build_model
 
 CIFAR_IMAGES = 50_000
 
 
-def training_run(flags: list[str], device: str = "cpu", steps: int = 4) -> Run:
-    """A run on random images, ready for `run.training.step()` in the RSST ramp of state 2.
+def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> StateTraining:
+    """The training of a run on random images, ready for `step()` in the RSST ramp of state 2.
 
     A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
     """
@@ -75,20 +76,19 @@ def training_run(flags: list[str], device: str = "cpu", steps: int = 4) -> Run:
         if run.progress.state == 1:
             run.progress.masks, run.progress.kept = target
         run.rewind()
-    run.set_up_state()
-    return run
+    return StateTraining(run)
 
 
 class OurStep:
     def __init__(self, flags: list[str], device: str = "cpu"):
-        self.run = training_run(flags, device)
+        self.training = training_state(flags, device)
 
     def __call__(self) -> None:
-        self.run.training.step()
+        self.training.step()
 
     def bookkeeping(self) -> None:
         """What masks and penalty add to a step."""
-        training = self.run.training
+        training = self.training
         for parameter in training.masked:
             parameter.grad = parameter.detach()  # any numbers do, and these are masked already
         training.mask_gradients()
@@ -140,8 +140,8 @@ def compare(args: argparse.Namespace) -> None:
         flags = ["--arch", arch, "--batch_size", str(args.batch_size), "--no-compact_training"]
         ours = OurStep([*flags, "--amp", "off"])
         steps = {
-            "plain": PlainStep(ours.run, arch),
-            "plain, no lists": PlainStep(ours.run, arch, lists=False),
+            "plain": PlainStep(ours.training.run, arch),
+            "plain, no lists": PlainStep(ours.training.run, arch, lists=False),
             "ours, full size": ours,
             "ours, full size, bf16": OurStep([*flags, "--amp", "bf16"]),
             "ours, small": OurStep([*flags, "--amp", "off", "--compact_training"]),

@@ -21,6 +21,7 @@ from utils import RunError, load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
+Target = tuple[dict[str, Tensor], dict[str, list[int]]]  # masks by layer name, kept ids by key of the units
 MASK_SETS = ("masks", "target", "elementwise")
 
 

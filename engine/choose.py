@@ -7,10 +7,11 @@ choose in three ways: single weights by magnitude, whole units by score and rati
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from engine.checkpoint import Target
+from engine.run import Run
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
 from pruning.reports import units_report
@@ -18,12 +19,7 @@ from pruning.scores import score_units
 from pruning.units import row_units
 from utils import RunError
 
-if TYPE_CHECKING:
-    from engine.run import Run
-
 log = logging.getLogger(__name__)
-
-Target = tuple[Masks, dict[str, list[int]]]  # masks by layer name, kept ids by key of the units
 
 
 def choose_target(run: Run) -> Target:

@@ -10,7 +10,6 @@ import argparse
 import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -19,14 +18,12 @@ from tqdm import tqdm
 
 from dataset import Splits, make_batches
 from engine import journal
-from engine.checkpoint import Background, RunState, save_checkpoint
-from engine.choose import Target
+from engine.checkpoint import Background, RunState, Target, save_checkpoint
 from engine.evaluation import accuracies
 from engine.folder import plain_args, write_flags
 from engine.model import run_length, units_of_run
-from engine.optimizer import Schedule, load_moments
+from engine.optimizer import Schedule
 from engine.tracking import Tracker
-from engine.training import StateTraining
 from families import family_of
 from pruning.masks import Masks, full_masks
 from pruning.units import unit_masks
@@ -79,7 +76,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.rewind_weights: dict[str, Tensor] = {}
         self.progress = RunState()
-        self.training: StateTraining | None = None
+        self.optimizer: torch.optim.Optimizer | None = None  # of the state that trains
         self.signals, self.bar = StopSignals(), tqdm(disable=True)
         self.writer = Background()
         self.tracker: Tracker | None = None
@@ -94,17 +91,12 @@ class Run:
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
         self.start_tracking()
 
-    def resume(self, content: dict) -> None:
-        """Take over where a checkpoint stands; nothing is written before it proves sound."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
-                self._take_over(content)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-            raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+    def take_over(self, content: dict) -> None:
+        """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
 
-    def _take_over(self, content: dict) -> None:
+        Raises:
+            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another run, or damaged.
+        """
         self.progress = RunState.unpack(content["run"], self.device)
         journal.check_rows(self.progress, self.steps_per_epoch)
         path = self.save_dir / content["rewind_file"]
@@ -114,11 +106,6 @@ class Run:
             raise RunError(f"--resume: {path} is not the file that this run started from")
         self.dense.load_state_dict(content["weights"])
         restore_random_states(content["random"])
-        if self.progress.begun:
-            self.training = StateTraining(self)
-            load_moments(self.training.optimizer, self.training.model, self.args, content["moments"])
-            if content["scaler"]:  # empty unless the run trained in fp16 so far
-                self.scaler.load_state_dict(content["scaler"])
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
@@ -157,7 +144,6 @@ class Run:
         progress = self.progress
         progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
         progress.cut, progress.best = {}, {}
-        self.training = None
 
     def prunes(self) -> bool:
         """Whether something goes before, or in, the state that begins."""
@@ -189,12 +175,6 @@ class Run:
         stays = () if self.args.fc else (self.family.classifier,)
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
         self.dense.load_state_dict(start, strict=False)
-
-    def set_up_state(self) -> StateTraining:
-        """What trains the state that has begun; a resumed one is there already."""
-        self.training = self.training or StateTraining(self)
-        self.clock = self.last_checkpoint = time.perf_counter()
-        return self.training
 
     def end_state(self) -> None:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
@@ -266,7 +246,7 @@ class Run:
         self.writer.wait()  # no more than one copy at a time
         content = {
             "weights": weights_of(self.dense),
-            "moments": cpu_copy(self.training.optimizer.state_dict()["state"]),
+            "moments": cpu_copy(self.optimizer.state_dict()["state"]),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": self.rewind_sha256,

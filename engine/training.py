@@ -9,7 +9,7 @@ import copy
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,39 @@ from tqdm import tqdm
 import rsst
 from engine import journal
 from engine.capture import GRAPHS, CapturedStep
-from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments
+from engine.optimizer import laid_out_like, load_moments, make_optimizer, moments_by_name, put_moments
+from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
 from utils import RunError, autocast, save_tensors, weights_of
 
-if TYPE_CHECKING:
-    from engine.run import Run
-
 log = logging.getLogger(__name__)
+
+
+def resume(run: Run, content: dict) -> StateTraining | None:
+    """Take over where a checkpoint stands; nothing is written before it proves sound.
+
+    Returns:
+        the training of the state that it broke off; None between two states.
+
+    Raises:
+        RunError: the checkpoint is of another run, or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
+            run.take_over(content)
+            if not run.progress.begun:
+                return None
+            training = StateTraining(run)
+            load_moments(training.optimizer, training.model, run.args, content["moments"])
+            if content["scaler"]:  # empty unless the run trained in fp16 so far
+                run.scaler.load_state_dict(content["scaler"])
+            return training
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
 
 
 class StateTraining:
@@ -48,6 +71,7 @@ class StateTraining:
         self.bar: tqdm | None = None
         self.residuals = rsst.Trace()
         self.build()
+        run.clock = run.last_checkpoint = time.perf_counter()
 
     # -- the network that trains and what acts on it
 
@@ -56,8 +80,7 @@ class StateTraining:
         run, progress = self.run, self.progress
         masks = run.parameter_masks(progress.masks, progress.kept)
         target = run.parameter_masks(progress.target, progress.target_kept)
-        for name, mask in masks.items():
-            run.dense.get_parameter(name).detach().mul_(mask)
+        enforce(run.dense, masks)
         doomed = {name: masks.get(name, 1) * (1 - mask) for name, mask in target.items()}
         self.model, self.model_kept = self._network()
         if self.model_kept:
@@ -71,7 +94,7 @@ class StateTraining:
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
-        self.optimizer = make_optimizer(self.args, self.model, self.rate)
+        self.optimizer = run.optimizer = make_optimizer(self.args, self.model, self.rate)
         doomed = {name: laid_out_like(parameters[name], mask) for name, mask in doomed.items()}
         self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
         if self.penalty:

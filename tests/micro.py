@@ -234,7 +234,7 @@ def record(folder, argv):
         return SimpleNamespace(**{name: dict(content) for name, content in sets.items()}, weights=weights)
 
     def built(training):
-        seen.run = training.run
+        seen.run, seen.training = training.run, training
         if training.progress.step == 0:
             seen.starts[training.progress.state] = facts(training.run, clones(training.run.dense.state_dict()))
 

@@ -39,6 +39,7 @@ from engine.choose import choose_target
 from engine.model import first_model
 from engine.optimizer import Schedule, make_optimizer
 from engine.run import enforce
+from engine.training import StateTraining
 from vit_structured_pruning import CRITERIA
 
 words = str.split
@@ -289,7 +290,7 @@ def test_states_start_from_rewind_weights_under_masks(name, rewind, classifier, 
             assert_same_tensors(ended.rewind, expected)
     run = seen.run
     mine = {tensor.untyped_storage().data_ptr() for tensor in run.rewind_weights.values()}
-    theirs = [*run.dense.state_dict().values(), *run.training.model.parameters()]
+    theirs = [*run.dense.state_dict().values(), *seen.training.model.parameters()]
     assert not mine & {tensor.untyped_storage().data_ptr() for tensor in theirs}
     assert (seen.dir / "rewind.pt").exists() == (rewind == "epoch 1")
     if rewind == "epoch 1":
@@ -560,7 +561,7 @@ def test_gradients_are_masked_before_they_are_clipped(method, make, around, monk
     masks, _ = choose(run, 1)
     run.begin_state()
     run.progress.state = 1
-    training = run.set_up_state()
+    training = StateTraining(run)
     for _ in range(STEPS):
         training.step()
         alive = raw[-1] | {f"{name}.weight": raw[-1][f"{name}.weight"] * mask for name, mask in masks.items()}
@@ -583,7 +584,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
     run.progress.state = 1
     run.begin_state()
     run.doom(choose_target(run))
-    training = run.set_up_state()
+    training = StateTraining(run)
     training.step()
     assert found == [(False, True)] * len(LAYERS)
     # no gradient outlives a step: it would hold the memory of the graph that it was made in

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import main_imp_fillback as entry
 import utils
 from benchmarks import gpu
-from benchmarks.train_step import training_run
+from benchmarks.train_step import training_state
 from engine import capture
 from engine import run as run_module
 from engine.capture import GRAPHS, CapturedStep, check_compile
@@ -359,7 +359,7 @@ def test_a_run_goes_on_in_fp16_that_began_without_it(run, around, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_captured_optimizers_are_declared_capturable_where_pytorch_asks(optimizer, run):
     flags = words("--struct imp --lr 0.001 --compile graph --pruning_times 1 --epochs 1 --opt")
-    groups = run(*flags, optimizer).run.training.optimizer.param_groups
+    groups = run(*flags, optimizer).run.optimizer.param_groups
     # Optimizer._accelerator_graph_capture_health_check: all(group["capturable"] for group in self.param_groups)
     assert [group.get("capturable", optimizer == "sgd") for group in groups] == [True, True]
 
@@ -462,7 +462,7 @@ def test_a_late_checkpoint_holds_the_moment_of_its_call(method, optimizer, run, 
             moved.append(largest_difference(expected[-1]["weights"], run.dense.state_dict()))
         content = {
             "weights": clones(run.dense.state_dict()),
-            "moments": run.training.optimizer.state_dict()["state"],
+            "moments": run.optimizer.state_dict()["state"],
             "scaler": run.scaler.state_dict(),
             "random": utils.random_states(),
             "run": {name: value for name, value in vars(run.progress).items() if name != "seconds"},
@@ -522,8 +522,11 @@ def test_a_writers_error_shows_once_and_the_writer_goes_on():
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("adamw", 3)])
 def test_a_checkpoint_of_vit_tiny_is_weights_and_moments_and_little_more(optimizer, copies):
-    run = training_run(words("--arch vit_tiny --batch_size 2 --amp off --no-compact_training --opt") + [optimizer])
-    run.training.step()
+    training = training_state(
+        words("--arch vit_tiny --batch_size 2 --amp off --no-compact_training --opt") + [optimizer]
+    )
+    training.step()
+    run = training.run
     run.checkpoint()
     run.writer.wait()
     weights = 4 * 2_697_610
