@@ -185,7 +185,19 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
         total += left * group.macs(model, group)
     if isinstance(model.head, nn.Linear):
         total += model.head.weight.numel()
-    return total
+    return total + _pool_macs(model)
+
+
+def _pool_macs(model: nn.Module) -> int:
+    """What an attention pool costs: its keys and values see all tokens, everything else only the few latent ones."""
+    pool = getattr(model, "attn_pool", None)
+    if not hasattr(pool, "kv"):
+        return 0
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    layers = [module.weight.numel() for module in pool.modules() if isinstance(module, nn.Linear)]
+    keys_values = pool.kv.weight.numel()
+    products = 2 * tokens * pool.num_heads * pool.head_dim
+    return tokens * keys_values + pool.latent_len * (sum(layers) - keys_values + products)
 
 
 def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:

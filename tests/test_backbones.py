@@ -121,3 +121,107 @@ def test_the_removed_model_computes_what_the_masked_one_does(model, which):
     assert {name: t.shape for name, t in sliced.items()} == {name: t.shape for name, t in small.state_dict().items()}
     for name, tensor in scatter_tensors(sliced, units, kept).items():
         assert torch.equal(tensor, tensors[name]), name
+
+
+class Meter:
+    """Multiply-accumulates of one forward pass, from hooks on layers and the shapes that attention products have."""
+
+    def __init__(self, model, monkeypatch):
+        self.total = 0
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.register_forward_hook(self.see)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        matmul = torch.Tensor.__matmul__
+
+        def counted(a, b):
+            self.total += a.numel() * b.shape[-1]
+            return matmul(a, b)
+
+        linear = nn.functional.linear
+
+        def counted_linear(x, weight, bias=None):
+            self.total += x.numel() * len(weight)
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+        monkeypatch.setattr(nn.functional, "linear", counted_linear)
+
+    def see(self, module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            self.total += output.numel() * module.weight[0].numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", [None, "random"])
+def test_macs_are_what_hooks_count(model, which, monkeypatch):
+    family = family_of(model)
+    units = family.units(model)
+    kept = {} if which is None else kept_of(units, which)
+    expected = family.cost(model, kept)["macs"]
+    remove_units(model, units, kept)
+    meter = Meter(model, monkeypatch)
+    model(images_of(model, 1))
+    assert meter.total == expected
+
+
+def places_of(model, group):
+    """Where the units stand in the input of the layer that hears them: [count, width]."""
+    layer = model.get_submodule(group.contribution.module)
+    return group.contribution.layout.own(torch.arange(layer.in_features)).unflatten(0, (group.count, -1))
+
+
+def audible(model, units):
+    """{key: by how much a logit changes at most, [count], when a unit is heard a little louder}."""
+    gains, handles = {}, []
+    for key, group in units.items():
+        layer, places = model.get_submodule(group.contribution.module), places_of(model, group)
+        gain = gains[key] = torch.ones(group.count, dtype=torch.float64, requires_grad=True)
+
+        def louder(module, args, gain=gain, places=places):
+            factor = torch.ones(module.in_features, dtype=torch.float64)
+            return (args[0] * factor.index_put((places,), gain[:, None].expand(places.shape)),)
+
+        handles.append(layer.register_forward_pre_hook(louder))
+    logits = model(images_of(model, 2)).flatten()
+    slopes = [torch.autograd.grad(logit, list(gains.values()), retain_graph=True) for logit in logits]
+    for handle in handles:
+        handle.remove()
+    return {key: torch.stack([slope[index] for slope in slopes]).abs().amax(0) for index, key in enumerate(gains)}
+
+
+def test_without_its_parts_a_unit_is_silent_and_the_others_are_not(model):
+    units = family_of(model).units(model)
+    kept = {key: list(range(1, group.count)) for key, group in units.items()}
+    assert all((value > 0).all() for value in audible(model, units).values())
+    for key, value in audible(masked(model, units, kept), units).items():
+        assert (value == 0).nonzero().flatten().tolist() == [0], key
+
+
+SHARED = ("q_norm", "k_norm", "in_norm")  # by all heads, or before the units
+
+
+def test_what_a_unit_gives_depends_on_its_parts_and_on_nothing_else_in_its_module(model):
+    units = family_of(model).units(model)
+    parameters = dict(model.named_parameters())
+    for group in units.values():
+        layer, (place, *_) = model.get_submodule(group.contribution.module), places_of(model, group)
+        found = []
+        handle = layer.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0]))
+        model(images_of(model, 2))
+        handle.remove()
+        given = found[0][..., place] @ layer.weight[:, place].T
+        inside = {name: p for name, p in parameters.items() if name.startswith(f"{group.module}.")}
+        gradients = torch.autograd.grad(given.square().sum(), list(inside.values()), allow_unused=True)
+        # a norm over all units takes their mean and variance
+        counted = any(".norm." in name for name in group.parts)
+        for name, gradient in zip(inside, gradients, strict=True):
+            if name in group.parts:
+                moves = group.parts[name].per_unit(gradient).abs().amax(1) > 0
+                assert moves[0], name
+                assert counted or not moves[1:].any(), name
+                assert not (gradient * group.parts[name].mask(gradient, [])).any(), name  # what others have of it
+            elif gradient is not None and name.removeprefix(f"{group.module}.").split(".")[0] not in SHARED:
+                assert not gradient.any(), name
