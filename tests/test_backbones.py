@@ -2,16 +2,23 @@
 blocks. Each class of attention and MLP once, in a model of depth 2 from timm's constructors."""
 
 import copy
+import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
+import timm
 import torch
+from micro import runner
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNorm, SwiGLU
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch import nn
 
+import export
+import models
 from families import family_of
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import count_parameters, unit_masks
@@ -225,3 +232,72 @@ def test_what_a_unit_gives_depends_on_its_parts_and_on_nothing_else_in_its_modul
                 assert not (gradient * group.parts[name].mask(gradient, [])).any(), name  # what others have of it
             elif gradient is not None and name.removeprefix(f"{group.module}.").split(".")[0] not in SHARED:
                 assert not gradient.any(), name
+
+
+# ------------------------------------------------------------------------------------------ on disk and back
+
+TINY = {"img_size": SIZE, "patch_size": 8, "embed_dim": DIM, "depth": 2, "num_heads": HEADS, "mlp_ratio": 2.0}
+CARDS = {
+    "vit_small_patch16_dinov3": "EvaAttention without biases",
+    "eva02_tiny_patch14_224": "EvaAttention with biases of q and v, packed SwiGLU",
+    "eva02_base_patch16_clip_224": "three layers for q, k and v, SwiGLU, norms after attention and inside the MLP",
+    "vit_small_patch16_rope_224": "AttentionRope",
+    "vit_giant_patch14_dinov2": "Attention, packed SwiGLU",
+    "aimv2_large_patch14_224": "Attention, SwiGLU",
+    "beit3_base_patch16_224": "plain but for the norms",
+    "beit_base_patch16_224": "a table of relative positions",
+    "vit_base_patch16_xp_224": "parallel attention and MLP",
+    "vit_small_patch16_18x2_224": "parallel things",
+}
+LOADER = """
+import json, os, sys
+import torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    scope = {}
+    exec(open("README.md").read().split("```python")[1].split("```")[0], scope)
+    torch.save(scope["model"](torch.load("images.pt")), "logits.pt")
+    print(folder, {name.partition(".")[0] for name in sys.modules} & {"families", "models", "pruning"})
+"""
+
+
+def tiny(name, num_classes=CLASSES, img_size=SIZE):
+    arguments = {**TINY, "num_classes": num_classes, "img_size": img_size}
+    model = timm.create_model(name, **arguments)
+    model.arch_name, model.arch_args, model.pretrained_report = f"timm/{name}", arguments, None
+    return model
+
+
+@torch.no_grad()
+def test_the_lines_of_the_card_load_the_model_with_timm_alone(tmp_path, add_noise):
+    expected = {}
+    for name in CARDS:
+        model = add_noise(tiny(name), scale=0.2).eval()
+        units = family_of(model).units(model)
+        kept, images = kept_of(units, "none" if "rope" in name else "random"), images_of(model).float()
+        zeroed, folder = masked(model, units, kept), tmp_path / name
+        small = export.write(folder, zeroed, kept, [(images, torch.zeros(3))], None, {"arch": model.arch_name}, {})
+        assert (export.load(folder)(images) - small(images)).abs().max() == 0
+        torch.save(images, folder / "images.pt")
+        expected[str(folder)] = zeroed(images)
+    script = tmp_path / "load.py"
+    script.write_text(LOADER)
+    done = subprocess.run([sys.executable, script, *expected], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"{folder} set()" for folder in expected], done.stderr
+    for folder, logits in expected.items():
+        found = torch.load(f"{folder}/logits.pt")
+        assert (found - logits).abs().max() < 1e-5 * max(1, logits.abs().max()), folder
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize("method", ["rsst", "refill"])
+def test_the_command_prunes_and_exports_them(name, method, house, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(models.BUILDERS, "tiny", partial(tiny, name))
+    base = "--dataset digits --arch tiny --vit_structured --vit_prune_target both --rate 0.34 --mlp_prune_ratio 0.5"
+    base += " --pruning_times 2 --epochs 1 --train_limit 200 --batch_size 50 --min_units 0 --device cpu"
+    run = runner(tmp_path, capsys, base.split())("--struct", method)
+    config = json.loads((run.dir / "model" / "config.json").read_text())
+    assert (config["heads"], config["neurons"]) == ([1, 1], [DIM, DIM])
+    proof = json.loads((run.dir / "model" / "parity.json").read_text())
+    assert proof["max_difference_float64"] < 1e-12
+    assert count_parameters(export.load(run.dir / "model")) == config["parameters"]["removed"]
