@@ -79,6 +79,16 @@ _TRAITS = {
     attn.__class__, attn.num_kv_groups = timm.layers.AttentionRope, 1""",
         "after": _BIAS,
     },
+    "mixed RoPE": {  # its frequencies keep their number; those of the heads that are left come first
+        "classes": """
+
+def rope_of_heads(attn, args, options):
+    return args, {**options, "rope": options["rope"][: attn.num_heads]}
+
+""",
+        "swap": """
+    attn.register_forward_pre_hook(rope_of_heads, with_kwargs=True)""",
+    },
     "BeitAttention": {
         "imports": "import torch\n",
         "classes": """
@@ -135,6 +145,7 @@ class NarrowNorm(nn.LayerNorm):  # what is gone was zeros, and mean and variance
 def traits_of(model: nn.Module) -> dict[str, list[str]]:
     """{"modules": what a loader has to know besides the timm name}; nothing for plain attention and plain MLPs."""
     found = {"parallel" for block in model.blocks if hasattr(block, "attns")}
+    found |= {"mixed RoPE"} if getattr(model, "rope_mixed", False) else set()
     for module in model.modules():
         name = class_name(module)
         if name in BRANCHES or name in PARALLEL_BLOCKS or name == "models.narrow.NarrowLayerNorm":
@@ -152,5 +163,5 @@ def loading_lines(config: Mapping) -> str:
     places = dict(_PLAIN)
     for name in config["modules"]:
         for place, text in _TRAITS.get(name, {}).items():
-            places[place] = places[place] + text if place == "classes" else text
+            places[place] = text if place in ("imports", "attentions") else places[place] + text
     return _BY_SHAPE.format(**places)

@@ -21,7 +21,7 @@ import export
 import models
 from families import family_of
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
-from pruning.units import count_parameters, unit_masks
+from pruning.units import count_parameters, follower_masks, unit_masks
 
 DIM, HEADS, SIZE, CLASSES = 24, 3, 16, 5
 MICRO = {"img_size": SIZE, "patch_size": 8, "embed_dim": DIM, "depth": 2, "num_heads": HEADS, "num_classes": CLASSES}
@@ -58,6 +58,8 @@ MODELS = {
     "DINOv3": partial(dinov3, qkv_bias=False),
     "DINOv3 plus": partial(dinov3, swiglu_mlp=True, swiglu_align_to=8),
     "RoPE": partial(eva, attn_type="rope"),
+    "mixed RoPE": partial(eva, attn_type="rope", rope_type="mixed"),
+    "mixed RoPE, EVA": partial(eva, rope_type="mixed"),
     "RoPE split": partial(eva, attn_type="rope", qkv_fused=False, qk_norm=True),
     "PE": partial(eva, attn_type="rope", global_pool="map"),
     "gated EVA": lambda: with_gate(eva(), type(eva().blocks[0].attn), scale_norm=False),
@@ -126,8 +128,9 @@ def test_the_removed_model_computes_what_the_masked_one_does(model, which):
     tensors = dict(zeroed.state_dict())
     sliced = slice_tensors(tensors, units, kept)
     assert {name: t.shape for name, t in sliced.items()} == {name: t.shape for name, t in small.state_dict().items()}
+    followers = follower_masks(units, kept, tensors)
     for name, tensor in scatter_tensors(sliced, units, kept).items():
-        assert torch.equal(tensor, tensors[name]), name
+        assert torch.equal(tensor, tensors[name] * followers.get(name, 1)), name
 
 
 class Meter:
@@ -242,6 +245,7 @@ CARDS = {
     "eva02_tiny_patch14_224": "EvaAttention with biases of q and v, packed SwiGLU",
     "eva02_base_patch16_clip_224": "three layers for q, k and v, SwiGLU, norms after attention and inside the MLP",
     "vit_small_patch16_rope_224": "AttentionRope",
+    "vit_small_patch16_rope_mixed_224": "RoPE mixed per head",
     "vit_giant_patch14_dinov2": "Attention, packed SwiGLU",
     "aimv2_large_patch14_224": "Attention, SwiGLU",
     "beit3_base_patch16_224": "plain but for the norms",

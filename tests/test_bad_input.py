@@ -578,7 +578,7 @@ def test_any_wrong_entry_in_a_sound_file_is_one_line(kind, sealed, broken, monke
 
 FREE = words(
     "workers device gpu print_freq verbose save_dir resume checkpoint data config checkpoint_every wandb_mode "
-    "wandb_project wandb_entity dry_run overwrite help"
+    "wandb_project wandb_entity dry_run overwrite list_archs help"
 )
 
 

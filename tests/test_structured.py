@@ -707,7 +707,6 @@ REFUSED = {
     "shared positions": (lambda: Beit(**MICRO, use_shared_rel_pos_bias=True), "rel_pos_bias is one table"),
     "differential attention": (partial(micro_timm, "blocks.1.attn", DiffAttention, 12, 3), "blocks.1.attn: qkv"),
     "relative positions": (lambda: timm.create_model("vit_relpos_small_patch16_224"), "attn is a"),
-    "mixed RoPE": (lambda: timm.create_model("vit_small_patch16_rope_mixed_224"), "rope mixes frequencies"),
     "grouped queries": (
         lambda: Eva(**MICRO, attn_type="rope", qkv_fused=False, num_kv_heads=1),
         "blocks.0.attn has fewer keys",
