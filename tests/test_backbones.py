@@ -21,6 +21,7 @@ import export
 import models
 from families import family_of
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
+from pruning.scores import score_units
 from pruning.units import count_parameters, follower_masks, unit_masks
 
 DIM, HEADS, SIZE, CLASSES = 24, 3, 16, 5
@@ -305,3 +306,91 @@ def test_the_command_prunes_and_exports_them(name, method, house, tmp_path, caps
     proof = json.loads((run.dir / "model" / "parity.json").read_text())
     assert proof["max_difference_float64"] < 1e-12
     assert count_parameters(export.load(run.dir / "model")) == config["parameters"]["removed"]
+
+
+# ------------------------------------------------------------------------------------------ scores and dead units
+
+
+def seen_by_hand(model, units, images):
+    """What l1 looks at, [images, tokens, streams, count, width]: rows times the module's input, and their biases."""
+    found, handles = {}, []
+    for key, group in units.items():
+        module = model.get_submodule(group.module)
+        seen = module.in_norm.register_forward_hook if hasattr(module, "in_norm") else module.register_forward_pre_hook
+        handles.append(seen(lambda *given, key=key: found.update({key: given[-1]})))
+    model(images)
+    for handle in handles:
+        handle.remove()
+    scores = {}
+    for key, group in units.items():
+        x = found[key][0] if isinstance(found[key], tuple) else found[key]
+        module, values = model.get_submodule(group.module), []
+        for name in group.scored:
+            layer, layout = module.get_submodule(name.split(".")[-2]), group.parts[name]
+            bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+            values.append(layout.split((x @ layer.weight.T + bias).movedim(-1, 0)).flatten(3))
+        streams = torch.cat(values)  # [streams, count, width, images and tokens]
+        for stream, name in ((0, "q_bias"), (2, "v_bias"), (0, "mlp_bias")):
+            bias = getattr(module, name, None)
+            if bias is not None and (group.kind == "neuron") == (name == "mlp_bias"):
+                streams[stream] += bias.reshape(group.count, -1, 1)
+        scores[key] = streams.abs().mean((0, 2, 3))
+    return scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("criteria", ["l1", "magnitude"])
+def test_scores_see_all_rows_of_a_unit(model, criteria):
+    units, images = family_of(model).units(model), images_of(model)
+    found = score_units(model, units, criteria, batches=[(images, torch.zeros(3, dtype=torch.long))])
+    if criteria == "l1":
+        expected = seen_by_hand(model, units, images)
+    else:
+        parameters = dict(model.named_parameters())
+        expected = {
+            key: sum(layout.per_unit(parameters[name]).abs().sum(1) for name, layout in group.scored.items())
+            for key, group in units.items()
+        }
+        assert all(sum(part.lead for part in group.scored.values()) == 3 for group in units.values() if group.listed)
+    assert found.keys() == expected.keys()
+    for key, score in found.items():
+        torch.testing.assert_close(score, expected[key], rtol=1e-10, atol=0)
+
+
+@torch.no_grad()
+def test_units_that_died_weight_by_weight_are_folded_away(model):
+    """v rows, fc1 rows and columns of zeros: what their biases still give goes into the output bias."""
+    units = family_of(model).units(model)
+    for group in units.values():
+        *rows, columns = (name for name in group.parts if name.endswith(".weight") and ".norm." not in name)
+        rows = [name for name in rows if name in group.scored]
+        if group.kind == "head":
+            rows = rows[-1:]
+        for name in rows:
+            weight, layout = model.get_parameter(name), group.parts[name]
+            layout.split(weight)[-1 if group.kind == "head" else slice(None), ..., 0, :, :].zero_()
+        group.contribution.layout.split(model.get_submodule(group.contribution.module).weight)[..., 1, :].zero_()
+    small, kept = export.compact(model)
+    expected, images = model(images_of(model)), images_of(model)
+    assert (small(images) - expected).abs().max() < 1e-12
+    for key, group in units.items():
+        counted = any(".norm." in name for name in group.parts)
+        gated = any(".gate." in name for name in group.parts)
+        alive = list(range(group.count))
+        if not counted:
+            alive.remove(1)
+            if not gated:
+                alive.remove(0)
+        assert kept[key] == alive, key
+
+
+@torch.no_grad()
+def test_units_that_a_norm_counts_die_only_as_zeros(add_noise):
+    model = add_noise(MODELS["EVA-02 CLIP"](), scale=0.2).double().eval()
+    units = family_of(model).units(model)
+    for group in units.values():
+        for name, mask in unit_masks({"": group}, {"": range(2, group.count)}, dict(model.named_parameters())).items():
+            model.get_parameter(name).mul_(mask)
+    small, kept = export.compact(model)
+    assert all(kept[key] == list(range(2, group.count)) for key, group in units.items())
+    assert (small(images_of(model)) - model(images_of(model))).abs().max() < 1e-12
