@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from micro import runner
+from micro import call, runner
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNorm, SwiGLU
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -394,3 +394,60 @@ def test_units_that_a_norm_counts_die_only_as_zeros(add_noise):
     small, kept = export.compact(model)
     assert all(kept[key] == list(range(2, group.count)) for key, group in units.items())
     assert (small(images_of(model)) - model(images_of(model))).abs().max() < 1e-12
+
+
+# ------------------------------------------------------------------------------------------ --list_archs
+
+
+@pytest.fixture
+def listed(monkeypatch, tmp_path, capsys):
+    """listed("PATTERN", ...) -> (exit code, out, err, names that were built), with a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: built.append(name) or create(name, **options))
+
+    def run(*words):
+        built.clear()
+        capsys.readouterr()
+        code = call(["--list_archs", *words])
+        return code, *capsys.readouterr(), built[:]
+
+    return run
+
+
+def test_list_archs_says_what_can_be_pruned_and_why_not(listed):
+    code, out, _, built = listed("timm/vit_d[pw]*ee_patch16_reg1_gap_256", "--verbose")
+    assert code == 0
+    assert sorted(built) == ["vit_dpwee_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256"]
+    assert "timm/vit_dwee_patch16_reg1_gap_256: VisionTransformer.blocks.0.attn" in out
+    assert out.splitlines()[-1] == "2 names: 0 can be pruned, 2 not"
+    code, out, _, built = listed("test_vit")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:-1]}
+    assert set(rows) == {f"timm/{name}" for name in built} - {"timm/test_vit_relpos"} >= {"timm/test_vit"}
+    model = timm.create_model("test_vit")
+    cost = family_of(model).cost(model, {})
+    layers, heads = len(model.blocks), model.blocks[0].attn.num_heads
+    expected = ["ViT", "160", f"{cost['parameters'] / 1e6:.1f}", "M", f"{cost['macs'] / 1e9:.2f}", "G"]
+    assert rows["timm/test_vit"][:9] == [*expected, str(layers), "x", str(heads)]
+    assert listed("test_vit")[3] == []  # what was built is remembered
+
+
+def test_list_archs_works_without_a_cache_it_can_write_or_read(listed, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    listed("test_vit2")
+    (kept,) = (path for path in folder.rglob("*") if path.is_file())
+    assert timm.__version__ in kept.name
+    for damage in ("", "{}", "[1]", '{"families": "other", "archs": {"test_vit2": {}}}'):
+        kept.write_text(damage)
+        code, out, _, built = listed("test_vit2")
+        assert (code, built) == (0, ["test_vit2"])
+        assert "1 names: 1 can be pruned, 0 not" in out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file, where no folder can be made
+    assert listed("test_vit2")[:2] == (code, out)
+
+
+def test_list_archs_of_no_name_is_refused(listed):
+    code, out, err, built = listed("no_such_name")
+    assert (code, out, built) == (2, "", [])
+    assert "--list_archs no_such_name" in err
+    assert err.count("\n") == 1
