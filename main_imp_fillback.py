@@ -31,7 +31,6 @@ from torch import nn
 import export
 import report
 import utils
-from cli.archs import list_archs
 from cli.errors import explain, leave
 from cli.parse import parse_args
 from cli.plan import plan
@@ -123,9 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     utils.start_logging(verbose=args.verbose)
     try:
-        if args.list_archs:
-            print(list_archs(args.list_archs, args.verbose))
-        elif args.dry_run:
+        if args.dry_run:
             print(plan(args))
         else:
             start_or_go_on(args)
