@@ -16,7 +16,8 @@ from utils import RunError
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with everything left to itself filled in; contradictions end here, before any work.
 
-    `--list_archs` answers here and leaves, as `--help` does. `notes` holds what should be said in the log about flags that have no effect.
+    `notes` holds what should be said in the log about flags that have no effect. `--list_archs` answers here and
+    leaves, as `--help` does.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)

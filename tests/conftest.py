@@ -4,11 +4,13 @@ import logging
 import os
 
 import pytest
-import torch
-from micro import vit_micro
+import yaml
 
-import main_imp_fillback as entry
-import models
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that wait do not spin
+
+import torch
+from micro import MICRO, flags_of, furnish, record, vit_micro, wrap
+
 from models.vit import VisionTransformer
 
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
@@ -34,11 +36,46 @@ def _logging_goes_again():
 @pytest.fixture
 def house(monkeypatch, tmp_path):
     """For runs of the command: the micro model is an `--arch`, the current folder is empty."""
-    monkeypatch.setitem(models.BUILDERS, "vit_micro", vit_micro)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here, and a shared disk is slow
     here = tmp_path / "cwd"
     here.mkdir()
-    monkeypatch.chdir(here)
+    furnish(monkeypatch, here)
+
+
+@pytest.fixture(scope="session")
+def seen(tmp_path_factory):
+    """seen("--struct", "imp") -> `micro.record` of the micro run with these flags, made once for all who look at it."""
+    made = {}
+
+    def look(*flags, code=0):
+        key = (*map(str, flags), torch.get_default_dtype())
+        if key not in made:
+            made[key] = record(tmp_path_factory.mktemp("seen"), [*MICRO, *flags])
+        assert made[key].code == code, made[key].err
+        return made[key]
+
+    return look
+
+
+@pytest.fixture(scope="session")
+def noisy(tmp_path_factory):
+    """A file of initial weights without the zeros and ones that biases and norms start from."""
+    generator = torch.Generator().manual_seed(9)
+    weights = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in vit_micro().state_dict().items()}
+    path = tmp_path_factory.mktemp("noisy") / "noisy.pt"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture
+def done(seen, noisy):
+    """done("imp") -> what was seen of that run of RUNS."""
+
+    def look(name):
+        found = seen(*flags_of(name, noisy))
+        found.args = yaml.safe_load((found.dir / "args.yaml").read_text())
+        return found
+
+    return look
 
 
 @pytest.fixture
@@ -50,22 +87,9 @@ def float64():
 
 @pytest.fixture
 def around(monkeypatch):
-    """around("train_step", before=f, after=g): f(job, *arguments) and g(job, *arguments) at a method of the run."""
-
-    def wrap(method, before=None, after=None):
-        original = getattr(entry.PruneRetrain, method)
-
-        def wrapped(job, *arguments):
-            if before:
-                before(job, *arguments)
-            result = original(job, *arguments)
-            if after:
-                after(job, *arguments)
-            return result
-
-        monkeypatch.setattr(entry.PruneRetrain, method, wrapped)
-
-    return wrap
+    """around("step", before=f, after=g): f(owner, *arguments) and g(owner, *arguments) at a method of the run or of a
+    state's training, whichever has it."""
+    return lambda method, before=None, after=None: wrap(monkeypatch, method, before, after)
 
 
 def _add_noise(model, seed=0, scale=0.2):

@@ -178,14 +178,11 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
     }  # fmt: skip
     assert table_rows(text, "state")[0]["before cut"] == "-"
     assert {row["measure"]: list(row.values())[1:] for row in table_rows(text, "measure")} == {
-        "test accuracy": ["55.00%", "55.00%", "+0.00 points"],
-        "validation accuracy": ["60.00%", "60.00%", "+0.00 points"],
-        "density": ["100.00%", "40.00%", "2.50x less"],
-        "heads": ["100", "40", "2.50x fewer"],
-        "neurons": ["100", "40", "2.50x fewer"],
-        "parameters": ["2,000,000", "800,000", "2.50x fewer"],
+        "test accuracy": ["55.00%", "55.00%", "+0.00 points"], "density": ["100.00%", "40.00%", "2.50x less"],
+        "validation accuracy": ["60.00%", "60.00%", "+0.00 points"], "heads": ["100", "40", "2.50x fewer"],
+        "neurons": ["100", "40", "2.50x fewer"], "parameters": ["2,000,000", "800,000", "2.50x fewer"],
         "MACs per image": ["0.0400 G", "0.0160 G", "2.50x fewer"],
-    }
+    }  # fmt: skip
     for words in (
         "3 states of 4 epochs each, from scratch, seed 42", "on vit_tiny and digits", "34.00% of all heads",
         "50.00% of all neurons", "layer-wise by criterion magnitude", "on a geometric schedule",
@@ -205,7 +202,7 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
 
 
 def test_numbers_are_rounded_and_absent_ones_are_dashes(tmp_path, figures):
-    folder = make_run(tmp_path / "run", model=False)
+    folder = make_run(tmp_path / "run", model=False, top5=(0.9, 0.85, 0.8125))
     (folder / "units.csv").unlink()
     text = (folder / "metrics.jsonl").read_text().replace('"val_accuracy": 0.4,', '"val_accuracy": NaN,')
     (folder / "metrics.jsonl").write_text(text)
@@ -217,6 +214,10 @@ def test_numbers_are_rounded_and_absent_ones_are_dashes(tmp_path, figures):
     assert (first["density"], first["MACs"], first["parameters"]) == ("12.35%", "0.0463 G", "1,235")
     assert {second[name] for name in ("test", "MACs", "before cut", "density", "parameters")} == {"-"}
     assert (first["time"], second["time"], third["time"]) == ("1 h 00 min", "1 min 01 s", "-")
+    assert [row["top-5"] for row in (first, second, third)] == ["90.00%", "85.00%", "81.25%"]
+    key = {row["measure"]: list(row.values())[1:] for row in table_rows(text, "measure")}
+    assert key["test top-5"] == ["90.00%", "81.25%", "-8.75 points"]
+    assert key["validation top-5"] == ["93.00%", "93.00%", "+0.00 points"]  # of epoch 3, the selected one
     assert "Training took 1 h 01 min" in text
     assert "The cut lost no accuracy (state 2" in text
     assert "Proof" not in text
@@ -274,14 +275,6 @@ def test_dense_run_has_one_state_and_no_penalty(tmp_path, figures, flags):
     assert not (folder / "plots" / "penalty.png").exists()
 
 
-def test_top5_is_shown_where_it_was_measured(tmp_path, figures):
-    text = written(make_run(tmp_path / "run", top5=(0.9, 0.85, 0.8125)))
-    assert [row["top-5"] for row in table_rows(text, "state")] == ["90.00%", "85.00%", "81.25%"]
-    key = {row["measure"]: list(row.values())[1:] for row in table_rows(text, "measure")}
-    assert key["test top-5"] == ["90.00%", "81.25%", "-8.75 points"]
-    assert key["validation top-5"] == ["93.00%", "93.00%", "+0.00 points"]  # of epoch 3, the selected one
-
-
 def test_names_are_shown_literally(tmp_path, figures):
     name = "<b>a|b*c*_d_[x](y)`z` &amp; $t$"
     folder = make_run(tmp_path / name, pretrained_note="<script>alert(1)</script> | *random* weights", criteria="<i>")
@@ -335,6 +328,7 @@ def test_printed_command_repeats_the_run(tmp_path, words):
     assert max(map(len, command.splitlines())) <= 110
     program, *again = shlex.split(command.replace("\\\n", " "))[1:]
     assert program == "main_imp_fillback.py"
+    assert {word for word in shlex.split(words) if word.startswith("--")} <= set(again)
     repeated = vars(entry.parse_args(again))
     assert {name for name in given if repeated[name] != given[name]} <= report.flags_without_effect(run)
 
@@ -363,11 +357,13 @@ def test_pictures_show_the_files(tmp_path, figures):
     assert [label.get_text() for label in heads.get_yticklabels()] == ["0", "1"]
 
 
+@pytest.mark.parametrize("finish", [0.05, 0.25, 0.5])
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 6, 8, 10, 13, 60])
-def test_cut_is_drawn_where_training_cuts(tmp_path, epochs):
+def test_cut_is_drawn_where_training_cuts(tmp_path, epochs, finish):
     steps = 40
-    expected = rsst.cut_step(steps * epochs, steps, 0.25) / steps
-    run = report.load_run(make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2))
+    expected = rsst.cut_step(steps * epochs, steps, finish) / steps
+    folder = make_run(tmp_path / "run", densities=(1.0, 0.7), epochs=epochs, pruning_times=2, reg_finish=finish)
+    run = report.load_run(folder)
     for epoch, row in enumerate(run.history[epochs:]):
         row["density"] = 0.7 if epoch + 1 >= expected else 1.0
     assert report.cut_epochs(run) == {1: pytest.approx(epochs + expected)}
@@ -379,38 +375,37 @@ def penalty_rows(state, cut, until=50):
     return [{"state": state, "epoch": cut * u, "step": k, "lambda": u, "residual": 1e-3**u} for k, u in steps]
 
 
-def test_penalty_of_short_states_is_drawn_from_its_steps(tmp_path, figures):
-    folder = make_run(tmp_path / "run", epochs=2)
-    write_csv(folder / "penalty.csv", penalty_rows(1, 0.5) + penalty_rows(2, 0.5))
+def penalty_plot(folder, figures, *rows):
+    if rows:
+        write_csv(folder / "penalty.csv", [row for each in rows for row in each])
     report.write(folder)
-    strength, residual = figures[2].axes
+    return next(figure.axes for figure in reversed(figures) if "lambda" in figure.axes[0].get_ylabel())
+
+
+def test_penalty_is_drawn_from_its_steps_or_from_epochs(tmp_path, figures):
+    folder = make_run(tmp_path / "run", epochs=2)
+    strength, residual = penalty_plot(folder, figures, penalty_rows(1, 0.5), penalty_rows(2, 0.5))
     ramp = [step / 50 for step in range(51)]
     for before, strengths, left in zip((2, 4), curves(strength), curves(residual), strict=True):
         assert strengths[0] == left[0] == pytest.approx([before + 0.5 * u for u in ramp])
         assert strengths[1] == pytest.approx(ramp)
         assert left[1] == pytest.approx([1e-3**u for u in ramp])
     assert cuts(strength) == cuts(residual) == [2.5, 4.5]
-    assert residual.get_yscale() == "log"
     assert strength.get_xlim() == (0, 6)
     # while a state is in its first epoch, its rows are ahead of metrics.jsonl
     folder = make_run(tmp_path / "half", epochs=2, done=2)
-    write_csv(folder / "penalty.csv", penalty_rows(1, 0.5) + penalty_rows(2, 0.5, until=30))
-    report.write(folder)
-    assert figures[-2].axes[0].get_xlim() == (0, pytest.approx(4.3))
-    assert curves(figures[-2].axes[1])[1][0][-1] == pytest.approx(4.3)
-
-
-def test_penalty_of_older_states_is_drawn_from_their_epochs(tmp_path, figures):
-    folder = make_run(tmp_path / "run", epochs=8)
-    report.write(folder)
-    strength, residual = figures[2].axes
+    strength, residual = penalty_plot(folder, figures, penalty_rows(1, 0.5), penalty_rows(2, 0.5, until=30))
+    assert curves(residual)[1][0][-1] == pytest.approx(4.3)
+    assert strength.get_xlim() == (0, pytest.approx(4.3))
+    # an older run has its epochs only, and what states.csv says at the cut
+    folder = make_run(tmp_path / "older", epochs=8)
+    strength, residual = penalty_plot(folder, figures)
     assert residual.get_yscale() == "log"
     assert [x for x, _ in curves(residual)] == [[8, 9, 10], [16, 17, 18]]
-    assert curves(residual)[0][1] == pytest.approx([1.0, 0.5, 1e-4])  # start, one epoch, states.csv at the cut
+    assert curves(residual)[0][1] == pytest.approx([1.0, 0.5, 1e-4])
     assert [y for _, y in curves(strength)] == [[0, 1, 1], [0, 1, 1]]
-    write_csv(folder / "penalty.csv", penalty_rows(2, 2.0))  # resumed by a program that writes the file
-    report.write(folder)
-    assert [len(x) for x, _ in curves(figures[-2].axes[1])] == [3, 51]
+    resumed = penalty_plot(folder, figures, penalty_rows(2, 2.0))  # by a program that writes the file
+    assert [len(x) for x, _ in curves(resumed[1])] == [3, 51]
 
 
 def test_many_states_and_layers_stay_readable(tmp_path, figures):
@@ -488,7 +483,7 @@ def test_missing_package_says_what_to_install(tmp_path, capsys, monkeypatch, pac
 
 
 @pytest.mark.parametrize("failing", [0, 3, 5])  # four plots, report.md, report.html
-def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, failing):
+def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, capsys, failing):
     folder = make_run(tmp_path / "run")
     report.write(folder)
     change_states(folder, {"test_accuracy": 0.56}, {}, {})
@@ -512,6 +507,10 @@ def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, figures, fai
     assert not (tmp_path / "out").exists()
     assert "56.00%" in written(folder)
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    (folder / "plots").rename(folder / "old")
+    (folder / "plots").write_text("in the way")
+    assert report.main([str(folder)]) == 1
+    assert f"{folder}: cannot be written (File exists)" in one_line(capsys)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
@@ -542,29 +541,31 @@ CIRCUMSTANCES = [
 @pytest.mark.parametrize(
     ("sizes", "flags"),
     [
-        ([4], [{}, *CIRCUMSTANCES]),
+        ([4], [{}, *CIRCUMSTANCES]), ([1, 1], [{"rate": 0.3}, {"rate": 0.4}]),
+        ([2], [HEADS, HEADS | {"mlp_prune_ratio": 0.9}]), ([1, 1], [CNN, CNN | {"criteria": "l2"}]),
         ([2], [IMP, IMP | {"criteria": "l2", "mlp_prune_ratio": 0.9, "reg_finish": 1.0}]),
         ([2], [{"mlp_prune_ratio": None}, {"mlp_prune_ratio": 0.34}]),  # the neurons' ratio is --rate
-        ([2], [HEADS, HEADS | {"mlp_prune_ratio": 0.9}]),
         ([2], [{"fillback_rate": 0.1, "momentum": 0.5}, {"fillback_rate": 0.2}]),  # structured survivors are whole
         ([2], [{"rewind_epoch": 1}, {"decreasing_lr": "1,2", "exponents": 2, "prune_patch_embed": True}]),
-        ([1, 1], [{"rate": 0.3}, {"rate": 0.4}]),
         ([2, 1], [{"lr": 0.1}, {"lr": 0.01}, {"lr": 0.1, "seed": 7}]),
         ([1, 1], [IMP, IMP | {"prune_patch_embed": True}]),
         ([1, 1], [REWIND | {"rewind_epoch": 1}, REWIND | {"rewind_epoch": 2}]),
-        ([1, 1], [CNN, CNN | {"criteria": "l2"}]),
-        ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]),  # by size alone
-        ([1, 1], [{"pretrained_note": "random weights"}, {}]),
+        ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]), ([1, 1], [{"pretrained_note": "random weights"}, {}]),
         ([2], [{"struct": "dense", "rate": 0.9}, {"pruning_times": 1, "epochs": 12}]),
     ],
-)
+)  # fmt: skip
 def test_only_flags_with_effect_part_runs(tmp_path, sizes, flags):
     assert [len(group.runs) for group in groups_of(tmp_path, *flags)] == sizes
 
 
 def test_labels_name_the_method_and_what_differs(tmp_path):
     l1 = {"criteria": "l1"}
-    others = [l1 | {"struct": "refill"}, l1 | {"block_loss_grad": True}, IMP, {"struct": "dense"}]
+    others = [
+        l1 | {"struct": "refill", "label_smoothing": 0.0},
+        l1 | {"block_loss_grad": True},
+        IMP,
+        {"struct": "dense"},
+    ]
     labels = [group.label for group in groups_of(tmp_path, l1, {}, *others, l1 | {"struct": "oneshot"})]
     assert all(label.startswith("RSST (") for label in (labels[0], labels[1], labels[3]))
     assert ("l1" in labels[0], "magnitude" in labels[1], "block_loss_grad" in labels[3]) == (True, True, True)
@@ -572,6 +573,8 @@ def test_labels_name_the_method_and_what_differs(tmp_path):
     assert labels[4:] == ["IMP (weights)", "Dense", "One-shot (l1, heads+neurons)"]
     groups = groups_of(tmp_path / "lr", {"lr": 0.1}, {"lr": 0.01})
     assert [group.label for group in groups] == ["RSST (lr 0.1)", "RSST (lr 0.01)"]
+    groups = groups_of(tmp_path / "cnn", CNN | {"struct": "refill"}, CNN | {"struct": "imp"})
+    assert [group.label for group in groups] == ["Refill (filters)", "IMP (weights)"]
 
 
 class Reached:
@@ -590,6 +593,7 @@ class Reached:
         ([(0.50,), (0.489,)], []),
         # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
         ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]),
+        ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
         # low densities of one schedule match state by state
         ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
         # no pair within a point is lost
@@ -654,16 +658,21 @@ def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     assert "accuracy" in ax.get_ylabel()
 
 
-def test_comparison_shows_top5_where_it_was_measured(tmp_path, figures):
+def test_comparison_shows_top5_where_measured_and_the_spread_of_dense_runs(tmp_path, figures):
     make_run(tmp_path / "a", top5=(0.90, 0.80, 0.70))
     make_run(tmp_path / "b", top5=(0.94, 0.82, 0.70), seed=1)
     make_run(tmp_path / "c", struct="refill")
-    out = report.compare([tmp_path / name for name in "abc"])
+    for seed, value in enumerate((0.60, 0.64)):
+        make_run(tmp_path / f"dense{seed}", (1.0,), test=(value,), struct="dense", seed=seed)
+    out = report.compare([tmp_path / name for name in ("a", "b", "c", "dense0", "dense1")])
     rows = table_rows((out / "compare.md").read_text(), "density level")
     assert [(row["top-5"], row["top-5 sd"]) for row in rows[:2]] == [("92.00%", "2.83"), ("-", "-")]
     cells = [(row["test_top5_mean"], row["test_top5_sd"]) for row in read_csv(out / "compare.csv")]
     assert [float(cell) for cell in cells[1]] == pytest.approx([0.81, 0.01 * math.sqrt(2)])
     assert cells[3] == ("", "")
+    (band,) = figures[0].subfigs[0].axes[0].patches  # mean 62 and sd of the dense runs
+    root = math.sqrt(2)
+    assert (band.get_y(), band.get_height()) == (pytest.approx(62 - 2 * root), pytest.approx(4 * root))
 
 
 def test_data_sets_are_kept_apart_and_nothing_in_common_is_said(tmp_path, figures):

@@ -177,7 +177,7 @@ def test_reference_numbers_to_the_last_weight(sorting_mode, neurons):
 
 
 def test_keep_count_is_exact():
-    for count in (3, 6, 12, 16, 27, 384, 3456):
+    for count in (3, 6, 10, 12, 16, 27, 384, 3456):
         for ratio in ("0", "0.05", "0.3", "0.33", "0.5", "0.67", "0.9", "0.99"):
             for minimum in (0, 1, 2):
                 expected = max(minimum, math.floor(count * (1 - Fraction(ratio))))
