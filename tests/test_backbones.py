@@ -294,18 +294,33 @@ def test_the_lines_of_the_card_load_the_model_with_timm_alone(tmp_path, add_nois
         assert (found - logits).abs().max() < 1e-5 * max(1, logits.abs().max()), folder
 
 
+DIGITS = "--dataset digits --arch tiny --pruning_times 2 --epochs 1 --train_limit 200 --batch_size 50 --device cpu"
+
+
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"])
 @pytest.mark.parametrize("method", ["rsst", "refill"])
 def test_the_command_prunes_and_exports_them(name, method, house, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.BUILDERS, "tiny", partial(tiny, name))
-    base = "--dataset digits --arch tiny --vit_structured --vit_prune_target both --rate 0.34 --mlp_prune_ratio 0.5"
-    base += " --pruning_times 2 --epochs 1 --train_limit 200 --batch_size 50 --min_units 0 --device cpu"
+    base = f"{DIGITS} --vit_structured --vit_prune_target both --rate 0.34 --mlp_prune_ratio 0.5"
     run = runner(tmp_path, capsys, base.split())("--struct", method)
     config = json.loads((run.dir / "model" / "config.json").read_text())
     assert (config["heads"], config["neurons"]) == ([1, 1], [DIM, DIM])
     proof = json.loads((run.dir / "model" / "parity.json").read_text())
     assert proof["max_difference_float64"] < 1e-12
     assert count_parameters(export.load(run.dir / "model")) == config["parameters"]["removed"]
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_mixed_224", "eva02_base_patch16_clip_224"])
+def test_the_command_prunes_single_weights_and_the_units_that_die_of_it(name, house, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(models.BUILDERS, "tiny", partial(tiny, name))
+    run = runner(tmp_path, capsys, DIGITS.split())("--struct", "imp", "--rate", "0.97")
+    config = json.loads((run.dir / "model" / "config.json").read_text())
+    assert sum(config["neurons"]) < 2 * 2 * DIM
+    proof = json.loads((run.dir / "model" / "parity.json").read_text())
+    assert proof["max_difference_float64"] < 1e-12
+    model = tiny(name)
+    layers = set(family_of(model).prunable_layers(model))
+    assert layers == {name for name, module in model.blocks.named_modules(prefix="blocks") if type(module) is nn.Linear}
 
 
 # ------------------------------------------------------------------------------------------ scores and dead units
@@ -339,16 +354,19 @@ def seen_by_hand(model, units, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criteria", ["l1", "magnitude"])
+@pytest.mark.parametrize("criteria", ["l1", "magnitude", "remain"])
 def test_scores_see_all_rows_of_a_unit(model, criteria):
     units, images = family_of(model).units(model), images_of(model)
-    found = score_units(model, units, criteria, batches=[(images, torch.zeros(3, dtype=torch.long))])
+    masks = {name: (layer.weight > 0).double() for name, layer in family_of(model).prunable_layers(model).items()}
+    masks = masks if criteria == "remain" else None
+    found = score_units(model, units, criteria, mask=masks, batches=[(images, torch.zeros(3, dtype=torch.long))])
     if criteria == "l1":
         expected = seen_by_hand(model, units, images)
     else:
         parameters = dict(model.named_parameters())
+        worth = torch.abs if criteria == "magnitude" else (lambda weights: (weights > 0).double())
         expected = {
-            key: sum(layout.per_unit(parameters[name]).abs().sum(1) for name, layout in group.scored.items())
+            key: sum(worth(layout.per_unit(parameters[name])).sum(1) for name, layout in group.scored.items())
             for key, group in units.items()
         }
         assert all(sum(part.lead for part in group.scored.values()) == 3 for group in units.values() if group.listed)
