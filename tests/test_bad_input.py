@@ -433,7 +433,7 @@ def test_wrong_entries_in_a_sound_file_are_one_line(value, sealed, broken):
 
 FREE = words(
     "workers device gpu print_freq verbose save_dir resume checkpoint data config checkpoint_every wandb_mode "
-    "wandb_project wandb_entity dry_run overwrite"
+    "wandb_project wandb_entity dry_run overwrite list_archs"
 )
 
 
