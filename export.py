@@ -40,7 +40,7 @@ import utils
 from dataset import DATASETS, DataError, DatasetFacts, dataset_facts, load_dataset, make_batches
 from engine.evaluation import accuracy
 from families import family_of, family_of_config
-from families.vit import LOADING_SNIPPETS
+from families.cards import LOADING_SNIPPETS
 from models import BUILDERS, from_flags, from_weights, load_weights
 from models.vit import MisfitError
 from pruning.masks import plain_weights

@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from families import family_of
+from families.parts import PLAIN_MODULES, unit_macs
 from families.vit import (
-    PLAIN_MODULES,
     PRUNABLE_SUFFIXES,
     find_working_units,
     fold_dead_units_,
     heads_of,
     layout_problem,
     neurons_of,
-    unit_macs,
     vit_cost,
     vit_macs,
     vit_units,
@@ -200,19 +199,13 @@ def check_vit_structure(model: nn.Module) -> list[dict[str, int]]:
     """Print heads, head width and neurons of each block and return them as rows.
 
     Raises:
-        LayoutError: the layers of a block disagree with each other, or the model is not a plain ViT.
+        LayoutError: the layers of a block disagree with each other, or the model is no ViT that can be pruned.
     """
-    reason = layout_problem(model)
-    if reason:
-        raise LayoutError(reason)
+    units = list(vit_units(model).values())
+    heads, neurons = ([group for group in units if group.kind == kind] for kind in ("head", "neuron"))
     rows = [
-        {
-            "layer": layer,
-            "heads": block.attn.num_heads,
-            "head_dim": block.attn.head_dim,
-            "neurons": block.mlp.fc1.out_features,
-        }
-        for layer, block in enumerate(model.blocks)
+        {"layer": layer, "heads": head.count, "head_dim": head.contribution.layout.width, "neurons": neuron.count}
+        for layer, (head, neuron) in enumerate(zip(heads, neurons, strict=True))
     ]
     print("[ViT Structure]")
     for row in rows:

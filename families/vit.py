@@ -1,26 +1,41 @@
-"""Plain Vision Transformers, ours and timm's: their heads and neurons, what these cost, which work, how they are saved.
+"""Vision Transformers, ours and timm's: their heads and neurons, what these cost, which work, how they are saved.
 
     units = vit_units(model)                                    # {"blocks.0.attn": Units(...), "blocks.0.mlp": ...}
     VIT.cost(model, kept)                                       # heads, neurons, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. `VIT` is the family's entry in `families.FAMILIES`.
+A model comes in; units, counts and plain values go out. What a head or neuron of each class of attention and MLP owns
+is written in `families/parts.py`. `VIT` is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from families.cards import loading_lines, traits_of
+from families.parts import (
+    BRANCHES,
+    GATED_NEURONS,
+    HEADS,
+    NEURONS,
+    PARALLEL_BLOCKS,
+    PARALLEL_HEADS,
+    PARALLEL_NEURONS,
+    Branch,
+    class_name,
+    head_dim,
+)
 from models.vit import VisionTransformer
-from pruning.units import Kept, Layout, LayoutError, Tap, Units, count_parameters, unit_parameters, unit_weights
+from pruning.units import Kept, LayoutError, Units, count_parameters, unit_parameters
 from utils import RunError
 
-PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-# Where a plain ViT's Attention and Mlp come from; others compute something else with the same layers.
-PLAIN_MODULES = ("models.vit", "timm.layers.attention", "timm.layers.mlp", "timm.models.vision_transformer")
+PRUNABLE_SUFFIXES = (
+    *(f"attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")),
+    *(f"mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x", "fc2")),
+)
+PARALLEL_SUFFIXES = (".in_proj", ".attn_out_proj", ".mlp_out_proj", ".out_proj")
 
 
 # ---------------------------------------------------------------------------------------------- what a unit is
@@ -31,51 +46,52 @@ def vit_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> di
 
     Head h owns rows {c * A + h * d + i : c = 0, 1, 2; i < d} of `attn.qkv`, their biases, and columns
     h * d .. (h + 1) * d - 1 of `attn.proj` (A = heads * d). Neuron j owns row and bias j of `mlp.fc1` and column
-    j of `mlp.fc2`.
+    j of `mlp.fc2`. Other classes of attention and MLP divide theirs alike, see `families.parts.BRANCHES`.
 
     Raises:
         LayoutError: the blocks are not those of a plain ViT.
     """
+    units, layers = {}, {"head": 0, "neuron": 0}
+    for key, name, module, branch in known_branches(model):
+        if branch.kind in kinds:
+            units[key] = branch.units(module, f"{name}.", layers[branch.kind])
+        layers[branch.kind] += 1
+    return units
+
+
+def known_branches(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Branch]]:
+    """(units key, module's name, module, what its units own) of every attention and MLP; raises as `vit_units`."""
     reason = layout_problem(model)
     if reason:
         raise LayoutError(reason)
-    units = {}
-    for layer, block in enumerate(model.blocks):
-        if "head" in kinds:
-            units[f"blocks.{layer}.attn"] = heads_of(block.attn, f"blocks.{layer}.attn.", layer)
-        if "neuron" in kinds:
-            units[f"blocks.{layer}.mlp"] = neurons_of(block.mlp, f"blocks.{layer}.mlp.", layer)
-    return units
+    for index, block in enumerate(model.blocks):
+        name = f"blocks.{index}"
+        if class_name(block) in PARALLEL_BLOCKS:
+            yield f"{name}.attn", name, block, PARALLEL_HEADS
+            yield f"{name}.mlp", name, block, PARALLEL_NEURONS
+        else:
+            for path, module in _modules_of(block):
+                yield f"{name}.{path}", f"{name}.{path}", module, BRANCHES[class_name(module)]
+
+
+def _modules_of(block: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+    """The attention and MLP modules of a block by their path in it; those it should have and has not are None."""
+    if hasattr(block, "attns") and hasattr(block, "ffns"):
+        yield from ((f"attns.{index}.attn", branch.attn) for index, branch in enumerate(block.attns))
+        yield from ((f"ffns.{index}.mlp", branch.mlp) for index, branch in enumerate(block.ffns))
+    else:
+        yield "attn", getattr(block, "attn", None)
+        yield "mlp", getattr(block, "mlp", None)
 
 
 def heads_of(attn: nn.Module, prefix: str, layer: int) -> Units:
     """The heads of one attention module; `prefix` is what its parameters' names start with."""
-    count, width = attn.num_heads, attn.head_dim
-    parts = {f"{prefix}qkv.weight": Layout(0, 3, count, width)}
-    if attn.qkv.bias is not None:
-        parts[f"{prefix}qkv.bias"] = Layout(0, 3, count, width)
-    parts[f"{prefix}proj.weight"] = Layout(1, 1, count, width)
-    output = Tap(f"{prefix}qkv", "output", Layout(-1, 3, count, width))
-    contribution = Tap(f"{prefix}proj", "input", Layout(-1, 1, count, width))
-    return Units("head", layer, count, parts, output, contribution, resize=_set_heads, macs=unit_macs, listed=True)
-
-
-def _set_heads(attn: nn.Module, count: int) -> None:
-    attn.num_heads, attn.attn_dim = count, count * attn.head_dim
-    if count == 0 and hasattr(attn, "fused_attn"):
-        attn.fused_attn = False  # timm's fused path dies on no heads at all under torch 2.9
+    return BRANCHES.get(class_name(attn), HEADS).units(attn, prefix, layer)
 
 
 def neurons_of(mlp: nn.Module, prefix: str, layer: int) -> Units:
     """The neurons of one MLP; `prefix` is what its parameters' names start with."""
-    count = mlp.fc1.out_features
-    parts = {f"{prefix}fc1.weight": Layout(0, 1, count, 1)}
-    if mlp.fc1.bias is not None:
-        parts[f"{prefix}fc1.bias"] = Layout(0, 1, count, 1)
-    parts[f"{prefix}fc2.weight"] = Layout(1, 1, count, 1)
-    output = Tap(f"{prefix}fc1", "output", Layout(-1, 1, count, 1))
-    contribution = Tap(f"{prefix}fc2", "input", Layout(-1, 1, count, 1))
-    return Units("neuron", layer, count, parts, output, contribution, macs=unit_macs)
+    return BRANCHES.get(class_name(mlp), NEURONS).units(mlp, prefix, layer)
 
 
 def layout_problem(model: nn.Module) -> str | None:
@@ -87,50 +103,73 @@ def layout_problem(model: nn.Module) -> str | None:
     embed = getattr(model, "patch_embed", None)
     if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or not hasattr(embed, "num_patches"):
         return f"{kind}'s patch embedding is not one convolution (hybrid, NaFlex); not a plain ViT"
+    if getattr(model, "rope_mixed", False):
+        return f"{kind}.rope mixes frequencies per block and head, for all blocks in one tensor; not supported"
+    if getattr(model, "rel_pos_bias", None) is not None:
+        return f"{kind}.rel_pos_bias is one table of relative positions for the heads of all blocks; not supported"
     for index, block in enumerate(blocks):
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        where = f"{kind}.blocks.{index}"
-        if not all(isinstance(getattr(attn, part, None), nn.Linear) for part in ("qkv", "proj")):
-            return f"{where}.attn has no linear qkv and proj (windowed or split attention); not a plain ViT"
-        if not all(isinstance(getattr(mlp, part, None), nn.Linear) for part in ("fc1", "fc2")):
-            return f"{where}.mlp has no linear fc1 and fc2; not a plain ViT"
-        heads, width = getattr(attn, "num_heads", None), getattr(attn, "head_dim", None)
-        if heads is None or width is None or attn.qkv.out_features != 3 * heads * width:
-            return f"{where}.attn: qkv does not hold 3 x heads x head_dim rows; not a plain ViT"
-        if attn.proj.in_features != heads * width:
-            return f"{where}.attn: qkv and proj disagree on the number of heads"
-        if getattr(attn, "gate", None) is not None:
-            return f"{where}.attn is gated; gated attention is not supported"
-        if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
-            return f"{where}.attn has a norm after attention (sub-LayerNorm), which mixes heads"
-        if mlp.fc1.out_features != mlp.fc2.in_features:
-            return f"{where}.mlp gates its hidden layer (SwiGLU, GLU): fc1 and fc2 widths differ"
-        if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-            return f"{where}.mlp has a norm inside (sub-LayerNorm), which mixes neurons"
-        for place, part, known in (("attn", attn, "Attention"), ("mlp", mlp, "Mlp")):
-            if type(part).__name__ != known or type(part).__module__ not in PLAIN_MODULES:
-                found = f"{type(part).__module__}.{type(part).__name__}"
-                return f"{where}.{place} is a {found}, not a plain ViT's {known}"
+        if class_name(block) in PARALLEL_BLOCKS:
+            continue
+        for path, module in _modules_of(block):
+            problem = _attention_problem if path.endswith("attn") else _mlp_problem
+            if reason := problem(f"{kind}.blocks.{index}.{path}", module):
+                return reason
     return None
+
+
+def _attention_problem(where: str, attn: nn.Module | None) -> str | None:
+    branch = BRANCHES.get(class_name(attn))
+    inputs = [getattr(attn, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    one = isinstance(getattr(attn, "qkv", None), nn.Linear)
+    three = branch is not None and all(isinstance(layer, nn.Linear) for layer in inputs)
+    if not isinstance(getattr(attn, "proj", None), nn.Linear) or not (one or three):
+        return f"{where} has no linear qkv and proj (windowed or split attention); not a plain ViT"
+    countable = hasattr(attn, "num_heads") and (hasattr(attn, "head_dim") or branch is not None)
+    width = attn.num_heads * head_dim(attn) if countable else 0
+    if not countable or (one and attn.qkv.out_features != 3 * width):
+        return f"{where}: qkv does not hold 3 x heads x head_dim rows; not a plain ViT"
+    if three and any(layer.out_features != width for layer in inputs):
+        return f"{where} has fewer keys and values than heads (grouped-query attention), which several heads share"
+    if attn.proj.in_features != width:
+        return f"{where}: qkv and proj disagree on the number of heads"
+    if branch is None or branch.kind != "head":
+        return f"{where} is a {class_name(attn)}, not a plain ViT's Attention"
+    return _norm_problem(f"{where} has a norm after attention (sub-LayerNorm)", branch.norm_between(attn), "heads")
+
+
+def _mlp_problem(where: str, mlp: nn.Module | None) -> str | None:
+    branch = BRANCHES.get(class_name(mlp))
+    pairs = (("fc1", "fc2"), ("fc1_g", "fc1_x", "fc2")) if branch is GATED_NEURONS else (("fc1", "fc2"),)
+    if not any(all(isinstance(getattr(mlp, name, None), nn.Linear) for name in names) for names in pairs):
+        return f"{where} has no linear fc1 and fc2; not a plain ViT"
+    if branch is None or branch.kind != "neuron":
+        if mlp.fc1.out_features != mlp.fc2.in_features:
+            return f"{where} gates its hidden layer (SwiGLU, GLU): fc1 and fc2 widths differ"
+        return f"{where} is a {class_name(mlp)}, not a plain ViT's Mlp"
+    for name, streams in branch.inputs.items():
+        layer = getattr(mlp, name, None)
+        if layer is not None and layer.out_features != streams * mlp.fc2.in_features:
+            return f"{where} gates its hidden layer (SwiGLU, GLU): {name} and fc2 widths differ"
+    return _norm_problem(f"{where} has a norm inside (sub-LayerNorm)", branch.norm_between(mlp), "neurons")
+
+
+def _norm_problem(what: str, norm: nn.Module | None, units: str) -> str | None:
+    # a LayerNorm can count what is gone as the zeros that it was
+    known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ in ("LayerNorm", "NarrowLayerNorm")
+    if norm is None or (known and norm.weight is not None and norm.bias is not None):
+        return None
+    return f"{what}, which mixes {units}; of norms there only a LayerNorm with weight and bias is supported"
 
 
 def prunable_layers(model: nn.Module, patch_embed: bool = False) -> dict[str, nn.Module]:
     """Layers whose weights count as prunable, by name and in the model's order."""
-    suffixes = PRUNABLE_SUFFIXES + (("patch_embed.proj",) if patch_embed else ())
+    parallel = any(class_name(block) in PARALLEL_BLOCKS for block in getattr(model, "blocks", ()))
+    suffixes = PRUNABLE_SUFFIXES + (PARALLEL_SUFFIXES if parallel else ())
+    suffixes += ("patch_embed.proj",) if patch_embed else ()
     return {name: module for name, module in model.named_modules() if name.endswith(suffixes)}
 
 
 # ------------------------------------------------------------------------------------- what it counts and costs
-
-
-def unit_macs(model: nn.Module, group: Units) -> int:
-    """Forward multiply-accumulates per image that go with one unit (N tokens, width d, embedding D).
-
-    A head costs N d D for each of q, k, v and the projection, and 2 N^2 d for its attention; a neuron 2 N D.
-    """
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    attention = 2 * tokens * tokens * group.scored[1].width if group.kind == "head" else 0
-    return tokens * unit_weights(model, group) + attention
 
 
 def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
@@ -143,7 +182,7 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
     total = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
     for key, group in units.items():
         left = group.count if counts is None else counts.get(key, group.count)
-        total += left * unit_macs(model, group)
+        total += left * group.macs(model, group)
     if isinstance(model.head, nn.Linear):
         total += model.head.weight.numel()
     return total
@@ -170,19 +209,18 @@ def find_working_units(model: nn.Module) -> dict[str, list[int]]:
     """Which heads and neurons still work, for a model whose weights were pruned one by one: {units key: ids}.
 
     A head is dead when its `attn.proj` columns are zero or its v rows are, a neuron when its `mlp.fc2` column or its
-    `mlp.fc1` row is. `fold_dead_units_` has to come before they are removed.
+    `mlp.fc1` row is; where a norm counts them, both, and it has to give zero. `fold_dead_units_` has to come before
+    they are removed.
     """
     alive = {}
-    for key, group in vit_units(model).items():
-        (rows_name, rows), *_, (columns_name, columns) = group.parts.items()
-        incoming = rows.per_unit(model.get_parameter(rows_name))
-        if group.kind == "head":
-            incoming = incoming.unflatten(1, (3, -1))[:, 2]  # q and k only choose where v is read
-        works = incoming.any(1)
-        branch = model.get_submodule(key)
-        if (branch.proj if group.kind == "head" else branch.fc2).bias is None:
-            works[:] = True  # nothing to fold a constant into
-        works &= columns.per_unit(model.get_parameter(columns_name)).any(1)
+    for key, _, module, branch in known_branches(model):
+        silent, constant = branch.silent_units(module)
+        output, columns = _columns(module, branch)
+        heard = columns.any(0).any(1)
+        counted = branch.norm_between(module) is not None
+        if output.bias is None or counted:
+            silent = silent & ~constant.any(1)  # there is nothing to fold a constant into
+        works = ~silent | heard if counted else ~silent & heard
         alive[key] = works.nonzero().flatten().tolist()
     return alive
 
@@ -193,19 +231,20 @@ def fold_dead_units_(model: nn.Module, alive: Kept) -> None:
 
     A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
     """
-    for key, group in vit_units(model).items():
-        working = set(alive.get(key, range(group.count)))
-        dead = [unit for unit in range(group.count) if unit not in working]
-        branch = model.get_submodule(key)
-        source, output = (branch.qkv, branch.proj) if group.kind == "head" else (branch.fc1, branch.fc2)
-        if not dead or source.bias is None or output.bias is None:
-            continue
-        rows, columns = group.parts[f"{key}.{'qkv' if group.kind == 'head' else 'fc1'}.bias"], group.contribution.layout
-        constant = rows.split(source.bias)[-1]  # [count, width]; of q, k and v the last
-        if group.kind == "neuron":
-            constant = branch.act(constant)
-        weight = columns.split(output.weight)[:, 0]  # [D, count, width]
-        output.bias += torch.einsum("duw,uw->d", weight[:, dead], constant[dead])
+    for key, _, module, branch in known_branches(model):
+        working = set(alive.get(key, range(branch.count(module))))
+        dead = [unit for unit in range(branch.count(module)) if unit not in working]
+        output, columns = _columns(module, branch)
+        if dead and output.bias is not None and branch.norm_between(module) is None:
+            _, constant = branch.silent_units(module)
+            output.bias += torch.einsum("duw,uw->d", columns[:, dead], constant[dead])
+
+
+def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
+    """The layer that hears the units of a branch, and its columns [D, count, width]."""
+    output = getattr(module, branch.output_name(module))
+    layout = branch.units(module, "", 0).parts[f"{branch.output_name(module)}.weight"]
+    return output, layout.split(output.weight)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------- on disk and back
@@ -232,21 +271,23 @@ def describe(small: nn.Module, kept: Kept) -> dict:
         }
     else:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
+    groups = vit_units(small)
+    heads, neurons = ([key for key, group in groups.items() if group.kind == kind] for kind in ("head", "neuron"))
     return config | {
-        "head_dim": blocks[0].attn.head_dim,
-        "heads": [block.attn.num_heads for block in blocks],
-        "neurons": [block.mlp.fc1.out_features for block in blocks],
-        "kept_heads": [kept[f"blocks.{layer}.attn"] for layer in range(len(blocks))],
-        "kept_neurons": [kept[f"blocks.{layer}.mlp"] for layer in range(len(blocks))],
+        **traits_of(small),
+        "head_dim": groups[heads[0]].contribution.layout.width,
+        "heads": [groups[key].count for key in heads],
+        "neurons": [groups[key].count for key in neurons],
+        "kept_heads": [kept[key] for key in heads],
+        "kept_neurons": [kept[key] for key in neurons],
     }
 
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
     model = VisionTransformer(**config["vit"]) if "vit" in config else _timm_model(config["timm"])
-    kept = {f"blocks.{layer}.attn": range(heads) for layer, heads in enumerate(config["heads"])}
-    kept |= {f"blocks.{layer}.mlp": range(neurons) for layer, neurons in enumerate(config["neurons"])}
-    return model, kept
+    left = {"head": iter(config["heads"]), "neuron": iter(config["neurons"])}
+    return model, {key: range(next(left[group.kind])) for key, group in vit_units(model).items()}
 
 
 def _timm_model(arguments: Mapping) -> nn.Module:
@@ -257,32 +298,8 @@ def _timm_model(arguments: Mapping) -> nn.Module:
     return timm.create_model(**arguments)
 
 
-_SNIPPET = """\
-import json
-import timm
-from safetensors.torch import load_file
-from torch import nn
-
-with open("config.json") as file:
-    config = json.load(file)
-{build}
-for block, heads, neurons in zip(model.blocks, config["heads"], config["neurons"]):
-    attn, mlp, width = block.attn, block.mlp, heads * config["head_dim"]
-    dim, bias = attn.proj.out_features, attn.qkv.bias is not None
-    attn.num_heads, attn.attn_dim, attn.fused_attn = heads, width, heads > 0
-    attn.qkv, attn.proj = nn.Linear(dim, 3 * width, bias=bias), nn.Linear(width, dim)
-    mlp.fc1, mlp.fc2 = nn.Linear(dim, neurons), nn.Linear(neurons, dim)
-model.load_state_dict(load_file("model.safetensors"))
-model.eval()
-"""
-LOADING_SNIPPETS = {
-    "vit": _SNIPPET.format(build='model = timm.models.vision_transformer.VisionTransformer(**config["vit"])'),
-    "timm": _SNIPPET.format(build='model = timm.create_model(**config["timm"])'),
-}
-
-
 class VitFamily:
-    """Plain ViTs as `families.Family` asks for them."""
+    """ViTs as `families.Family` asks for them."""
 
     title = "ViT"
     kinds = ("head", "neuron")
@@ -314,8 +331,7 @@ class VitFamily:
 
     def card(self, config: Mapping) -> tuple[str, str]:
         left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
-        snippet = LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
-        return left, f"## Loading it with timm alone\n\n```python\n{snippet}```\n"
+        return left, f"## Loading it with timm alone\n\n```python\n{loading_lines(config)}```\n"
 
 
 VIT = VitFamily()

@@ -37,11 +37,8 @@ def scatter_tensors(small: Mapping[str, Tensor], units: Mapping[str, Units], kep
         if key in kept:
             for name, layout in group.cut_out:
                 if name in dense:
-                    share = dense[name]
-                    index = torch.as_tensor(kept[key], dtype=torch.long, device=share.device)
-                    shape = list(share.shape)
-                    shape[layout.dim] = layout.lead * layout.count * layout.width
-                    dense[name] = layout.scatter_(share.new_zeros(shape), share, index)
+                    index = torch.as_tensor(kept[key], dtype=torch.long, device=dense[name].device)
+                    dense[name] = layout.scatter(dense[name], index)
     return dense
 
 
@@ -72,7 +69,7 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
             if leaf == "weight":
                 _tell_size(module)
         if group.resize:
-            group.resize(model.get_submodule(key), len(kept[key]))
+            group.resize(model.get_submodule(key if group.module is None else group.module), len(kept[key]))
         if group.place and len(kept[key]) < group.count:
             path, _, leaf = group.place.rpartition(".")
             block = model.get_submodule(path)
@@ -88,5 +85,5 @@ def _tell_size(module: nn.Module) -> None:
         module.out_channels, module.in_channels = shape[:2]
     elif isinstance(module, nn.BatchNorm2d):
         (module.num_features,) = shape
-    else:
+    elif not isinstance(module, nn.LayerNorm):  # which goes on normalising over its whole width
         module.out_features, module.in_features = shape

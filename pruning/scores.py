@@ -107,15 +107,16 @@ def score_units(
     else:
         weights = plain_weights(trained_weight if trained_weight is not None else model.state_dict())
         source = {f"{name}.weight": m for name, m in masks.items()} if criterion.needs == "mask" else weights
-        for name in (group.scored[0] for group in units.values()):
+        for name in (name for group in units.values() for name in group.scored):
             if name not in source:
                 raise ValueError(f"criterion {criteria!r}: {name} is missing in what was given")
         scores = _score_tensors(units, criterion, source)
 
     for key, group in units.items():
-        name, layout = group.scored
-        if (layer_mask := masks.get(name.removesuffix(".weight"))) is not None:
-            dead = ~layout.per_unit(layer_mask).bool().any(1).cpu()
+        scored = {name.removesuffix(".weight"): layout for name, layout in group.scored.items()}
+        if scored.keys() <= masks.keys():
+            alive = [layout.per_unit(masks[name]).bool().any(1).cpu() for name, layout in scored.items()]
+            dead = ~torch.stack(alive).any(0)
             scores[key] = scores[key].masked_fill(dead, -math.inf)
         if scores[key].isnan().any():
             raise ValueError(f"criterion {criteria!r}: a score of {key} is not a number")
@@ -142,8 +143,8 @@ def _what_can_be_scored(criteria: str, has_mask: bool, has_data: bool) -> Criter
 def _score_tensors(units: Mapping[str, Units], criterion: Criterion, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scores = {}
     for key, group in units.items():
-        name, layout = group.scored
-        scores[key] = criterion.score(layout.per_unit(_float64(source[name]))).cpu()
+        weights = [layout.per_unit(_float64(source[name])) for name, layout in group.scored.items()]
+        scores[key] = criterion.score(torch.cat(weights, 1) if len(weights) > 1 else weights[0]).cpu()
     return scores
 
 
@@ -206,10 +207,14 @@ def captured(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Te
     handles = []
     for key, tap in taps.items():
         module = model.get_submodule(tap.module)
+
+        def see(module, activation, key=key, tap=tap) -> None:
+            found[key] = tap.values(module, activation)
+
         if tap.side == "input":
-            handles.append(module.register_forward_pre_hook(lambda _, args, key=key: found.update({key: args[0]})))
+            handles.append(module.register_forward_pre_hook(lambda module, args, see=see: see(module, args[0])))
         else:
-            handles.append(module.register_forward_hook(lambda _, __, out, key=key: found.update({key: out})))
+            handles.append(module.register_forward_hook(lambda module, _, out, see=see: see(module, out)))
     try:
         yield found
     finally:

@@ -9,6 +9,7 @@ scores alike. A unit of another kind is one more list of parts. Names and tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,17 +29,26 @@ class Layout:
     """How one tensor dimension is divided among units: `dim` has length lead * count * width, in that order.
 
     The rows of `attn.qkv` are (3, heads, head_dim), its consumer's columns (1, heads, head_dim), the neurons of
-    an MLP (1, hidden, 1).
+    an MLP (1, hidden, 1). Where a tensor holds units of two kinds along `dim`, such as a parallel block's `in_proj`,
+    `side` says whose the front and whose the back is.
     """
 
     dim: int
     lead: int
     count: int
     width: int
+    side: str = ""  # "front", "back", or all of it
+
+    def own(self, tensor: Tensor, count: int | None = None) -> Tensor:
+        """The units' part of `dim`, as a view; `count` units where it is no longer all of them."""
+        if not self.side:
+            return tensor
+        length = self.lead * (self.count if count is None else count) * self.width
+        return tensor.narrow(self.dim, 0 if self.side == "front" else tensor.shape[self.dim] - length, length)
 
     def split(self, tensor: Tensor) -> Tensor:
         """[..., lead * count * width, ...] -> [..., lead, count, width, ...]."""
-        return tensor.unflatten(self.dim, (self.lead, self.count, self.width))
+        return self.own(tensor).unflatten(self.dim, (self.lead, self.count, self.width))
 
     def per_unit(self, tensor: Tensor) -> Tensor:
         """A weight tensor as [count, elements of each unit]."""
@@ -47,22 +57,33 @@ class Layout:
     def per_image(self, activation: Tensor) -> Tensor:
         """An activation [images, ...] as [images, count, values of each unit]; `dim` counts from the end."""
         dim = self.dim % activation.ndim
-        split = activation.unflatten(dim, (self.lead, self.count, self.width))
+        split = self.own(activation).unflatten(dim, (self.lead, self.count, self.width))
         return split.movedim(dim + 1, 1).flatten(2)
 
     def select(self, tensor: Tensor, kept: Tensor) -> Tensor:
         """Only the kept units' share of `tensor`, in the same order of dimensions."""
-        return self.split(tensor).index_select(self.dim + 1, kept).flatten(self.dim, self.dim + 2)
+        share = self.split(tensor).index_select(self.dim + 1, kept).flatten(self.dim, self.dim + 2)
+        return torch.cat(self._beside(share, tensor, self.count), self.dim) if self.side else share
 
-    def scatter_(self, tensor: Tensor, small: Tensor, kept: Tensor) -> Tensor:
-        """Write `small`, as `select` returned it, back into `tensor` in place."""
-        share = small.unflatten(self.dim, (self.lead, len(kept), self.width))
-        self.split(tensor).index_copy_(self.dim + 1, kept, share)
-        return tensor
+    def scatter(self, small: Tensor, kept: Tensor) -> Tensor:
+        """The inverse of `select`: zero where units were left out."""
+        share = self.own(small, len(kept)).unflatten(self.dim, (self.lead, len(kept), self.width))
+        shape = list(share.shape)
+        shape[self.dim + 1] = self.count
+        whole = share.new_zeros(shape).index_copy_(self.dim + 1, kept, share).flatten(self.dim, self.dim + 2)
+        return torch.cat(self._beside(whole, small, len(kept)), self.dim) if self.side else whole
+
+    def _beside(self, share: Tensor, tensor: Tensor, count: int) -> list[Tensor]:
+        """The units' new share and, before or behind it, the others' of a tensor that holds `count` of these units."""
+        length = tensor.shape[self.dim] - self.lead * count * self.width
+        if self.side == "front":
+            return [share, tensor.narrow(self.dim, tensor.shape[self.dim] - length, length)]
+        return [tensor.narrow(self.dim, 0, length), share]
 
     def mask(self, like: Tensor, kept: Sequence[int]) -> Tensor:
-        """0/1 tensor of `like`'s shape, 1 on the kept units' elements."""
-        mask = torch.zeros_like(like)
+        """0/1 tensor of `like`'s shape, 0 on the elements of the units that are not kept."""
+        mask = torch.ones_like(like)
+        self.own(mask).zero_()
         index = torch.as_tensor(kept, dtype=torch.long, device=like.device)
         self.split(mask).index_fill_(self.dim + 1, index, 1)
         return mask
@@ -70,27 +91,35 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tap:
-    """A place in the network where units show as activations: a module's input or output."""
+    """A place in the network where units show as activations: a module's input or output.
+
+    `compute(module, activation)` makes what `layout` divides of it, where no module gives that by itself: the queries,
+    keys and values of several layers, or of a layer whose bias is kept apart.
+    """
 
     module: str
     side: str  # "input" or "output"
     layout: Layout
+    compute: Callable[[nn.Module, Tensor], Tensor] | None = None
+
+    def values(self, module: nn.Module, activation: Tensor) -> Tensor:
+        return activation if self.compute is None else self.compute(module, activation)
 
 
 @dataclass(frozen=True)
 class Units:
     """All units of one kind in one layer.
 
-    `parts` maps parameter names to the layout of the units in them. The first one is the weight that weight
-    criteria score. `output` is where l1 and l2 look, `contribution` where saliency looks.
+    `parts` maps parameter names to the layout of the units in them. Weight criteria score those that `weights` names,
+    or the first one. `output` is where l1 and l2 look, `contribution` where saliency looks.
 
     `followers` are tensors that do not belong to a unit but go with it when it is physically cut out: what reads it,
     and statistics of it. `place` names a buffer that says where the outputs of the kept units go in a wider tensor.
     Units that are not `removable` stay in the smaller network, at zero.
 
-    `resize(module, count)` tells the module that the units' key names how many are left in it. `macs(model, units)`
-    counts what one unit costs; None where that depends on what else is left. Units that are `listed` are few enough
-    for reports to name each of them.
+    `resize(module, count)` tells the module that `module`, or else the units' key, names how many are left.
+    `macs(model, units)` counts what one unit costs; None where that depends on what else is left. Units that are
+    `listed` are few enough for reports to name each of them.
     """
 
     kind: str  # "head", "neuron", "filter", "row"
@@ -105,10 +134,13 @@ class Units:
     resize: Callable[[nn.Module, int], None] | None = None
     macs: Callable[[nn.Module, Units], int] | None = None
     listed: bool = False
+    weights: tuple[str, ...] = ()
+    module: str | None = None
 
     @property
-    def scored(self) -> tuple[str, Layout]:
-        return next(iter(self.parts.items()))
+    def scored(self) -> dict[str, Layout]:
+        """The weights whose elements weight criteria score."""
+        return {name: self.parts[name] for name in self.weights or [next(iter(self.parts))]}
 
     @property
     def cut_out(self) -> Iterator[tuple[str, Layout]]:
@@ -128,13 +160,13 @@ def row_units(layers: Mapping[str, nn.Module]) -> dict[str, Units]:
 
 def unit_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """0/1 masks by parameter name, 1 on the kept units, for those parameters of theirs that `tensors` holds."""
-    return {
-        name: layout.mask(tensors[name], kept[key])
-        for key, group in units.items()
-        if key in kept
-        for name, layout in group.parts.items()
-        if name in tensors
-    }
+    masks: dict[str, Tensor] = {}
+    for key, group in units.items():
+        for name, layout in group.parts.items() if key in kept else ():
+            if name in tensors:
+                mask = layout.mask(tensors[name], kept[key])
+                masks[name] = masks[name] * mask if name in masks else mask
+    return masks
 
 
 def follower_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,7 +187,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def unit_weights(model: nn.Module, group: Units) -> int:
     """Prunable weights that one unit of the group holds (biases not counted)."""
-    return _elements(model, group, [name for name in group.parts if _tensor(model, name).ndim > 1])
+    return _elements(model, group, [name for name in group.parts if name.endswith(".weight")], least_dimensions=2)
 
 
 def unit_parameters(model: nn.Module, group: Units) -> int:
@@ -163,8 +195,14 @@ def unit_parameters(model: nn.Module, group: Units) -> int:
     return _elements(model, group, list(group.parts))
 
 
-def _elements(model: nn.Module, group: Units, names: list[str]) -> int:
-    return sum(_tensor(model, name).numel() for name in names) // max(1, group.count)
+def _elements(model: nn.Module, group: Units, names: list[str], least_dimensions: int = 1) -> int:
+    total = 0
+    for name in names:
+        shape, layout = _tensor(model, name).shape, group.parts[name]
+        if len(shape) >= least_dimensions:
+            others = math.prod(shape[: layout.dim]) * math.prod(shape[layout.dim + 1 :])
+            total += layout.lead * layout.width * others
+    return total
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

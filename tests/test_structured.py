@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import inspect
 import logging
 import math
 from fractions import Fraction
@@ -13,8 +12,10 @@ import timm
 import torch
 from references import assert_same_tensors, clones, cross_entropy_sum, random_masks, unit_scores
 from timm.layers import Attention as TimmAttention
-from timm.layers import GluMlp, SwiGLU
+from timm.layers import DiffAttention, GatedMlp
 from timm.layers import Mlp as TimmMlp
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 
@@ -697,24 +698,26 @@ REFUSED = {
     "a plain network": (lambda: nn.Sequential(nn.Linear(3, 3)), "no transformer blocks"),
     "convnext": (lambda: timm.create_model("convnext_atto"), "no transformer blocks"),
     "hybrid": (partial(micro_timm, "patch_embed.proj", nn.Linear, 48, 12), "patch embedding"),
-    "SwiGLU": (lambda: TimmVit(**MICRO, mlp_layer=SwiGLU), "blocks.0.mlp has no linear"),
-    "packed SwiGLU": (partial(micro_timm, "blocks.1.mlp", GluMlp, 12, 24), "blocks.1.mlp gates"),
-    "gated attention": (partial(ATTENTION, gated=True), "gate"),
-    "norm after attention": (partial(ATTENTION, scale_norm=True, norm_layer=nn.LayerNorm), "norm after attention"),
-    "norm in the MLP": (partial(micro_timm, "blocks.1.mlp", TimmMlp, 12, 24, norm_layer=nn.LayerNorm), "norm inside"),
+    "gMLP": (partial(micro_timm, "blocks.1.mlp", GatedMlp, 12, 24), "blocks.1.mlp is a timm.layers.mlp.GatedMlp"),
+    "widths that disagree": (partial(micro_timm, "blocks.1.mlp.fc2", nn.Linear, 12, 12), "blocks.1.mlp gates"),
+    "norm after attention": (partial(ATTENTION, scale_norm=True, norm_layer=nn.RMSNorm), "norm after attention"),
+    "norm in the MLP": (partial(micro_timm, "blocks.1.mlp", TimmMlp, 12, 24, norm_layer=nn.RMSNorm), "norm inside"),
     "layers that disagree": (partial(micro_timm, "blocks.1.attn.proj", nn.Linear, 8, 12), "blocks.1.attn: qkv and"),
     "another width": (partial(micro_timm, "blocks.1.attn.qkv", nn.Linear, 12, 24), "blocks.1.attn: qkv does not hold"),
-    "BEiT": (lambda: timm.create_model("beit_base_patch16_224"), "attn"),
+    "shared positions": (lambda: Beit(**MICRO, use_shared_rel_pos_bias=True), "rel_pos_bias is one table"),
+    "differential attention": (partial(micro_timm, "blocks.1.attn", DiffAttention, 12, 3), "blocks.1.attn: qkv"),
     "relative positions": (lambda: timm.create_model("vit_relpos_small_patch16_224"), "attn is a"),
-    "rotary attention": (lambda: timm.create_model("vit_small_patch16_rope_224"), "attn"),
+    "mixed RoPE": (lambda: timm.create_model("vit_small_patch16_rope_mixed_224"), "rope mixes frequencies"),
+    "grouped queries": (
+        lambda: Eva(**MICRO, attn_type="rope", qkv_fused=False, num_kv_heads=1),
+        "blocks.0.attn has fewer keys",
+    ),
     "SAM's windows": (lambda: timm.create_model("samvit_base_patch16"), "attn is a"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_blocks_are_refused_with_the_reason(name):
-    if name == "gated attention" and "gated" not in inspect.signature(TimmAttention).parameters:
-        pytest.skip("this timm has no gated attention")
     build, words = REFUSED[name]
     with torch.device("meta"):
         model = build()
