@@ -94,16 +94,22 @@ class Tap:
     """A place in the network where units show as activations: a module's input or output.
 
     `compute(module, activation)` makes what `layout` divides of it, where no module gives that by itself: the queries,
-    keys and values of several layers, or of a layer whose bias is kept apart.
+    keys and values of several layers, or of a layer whose bias is kept apart. Where the module sees `windows`, the first
+    dimension is images x windows, those of one image in a row.
     """
 
     module: str
     side: str  # "input" or "output"
     layout: Layout
     compute: Callable[[nn.Module, Tensor], Tensor] | None = None
+    windows: bool = False
 
     def values(self, module: nn.Module, activation: Tensor) -> Tensor:
         return activation if self.compute is None else self.compute(module, activation)
+
+    def per_image(self, activation: Tensor, images: int) -> Tensor:
+        """What was seen of that many images as [images, count, values of each unit]."""
+        return self.layout.per_image(activation.unflatten(0, (images, -1)) if self.windows else activation)
 
 
 @dataclass(frozen=True)
