@@ -1,6 +1,7 @@
 """Heads and neurons of timm's Swin and SwinV2: what belongs to each in windows, what it costs, and that it can go."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -9,7 +10,9 @@ import sys
 import pytest
 import timm
 import torch
+from micro import call, largest_difference, load, rows_of
 from timm.layers import GluMlp
+from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
@@ -19,9 +22,11 @@ import export
 from families import family_of
 from families.swin import SWIN, loading_lines
 from models import build_model
+from pruning.ranking import rank_units, spread
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import score_units
 from pruning.units import LayoutError, count_parameters, unit_masks
+from vit_structured_pruning import plan_structured
 
 CLASSES = 5
 SMALL = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "mlp_ratio": 2, "drop_path_rate": 0.0}
@@ -306,3 +311,94 @@ def test_a_foreign_module_is_refused_by_its_place():
     model = build(SwinTransformer)
     model.layers[0].blocks[1].mlp = GluMlp(8, 32)
     assert "layers.0.blocks.1.mlp is a timm.layers.mlp.GluMlp" in SWIN.problem(model)
+
+
+# ------------------------------------------------------------------------------------- layers that differ
+
+
+@pytest.mark.parametrize(
+    ("counts", "keep", "min_units", "shares"),
+    [
+        ([3, 3, 6, 24], 18, 1, [2, 1, 3, 12]),
+        ([3, 3, 6, 24], 6, 1, [1, 1, 1, 3]),
+        ([3, 3, 6, 24], 5, 0, [1, 0, 1, 3]),
+        ([3, 3, 6, 24], 36, 1, [3, 3, 6, 24]),
+        ([6, 6, 6], 11, 1, [4, 4, 3]),
+        ([6, 6], 0, 0, [0, 0]),
+    ],
+)
+def test_units_are_spread_by_the_size_of_layers(counts, keep, min_units, shares):
+    assert spread(counts, keep, min_units) == shares
+
+
+def test_a_global_plan_starts_whole_and_ends_at_the_ratio():
+    model = build(SwinTransformer)
+    plan = plan_structured(model, {"head": 0.5, "neuron": 0.5}, 2, sorting_mode="global")
+    whole = SWIN.cost(model, {})
+    assert {key: plan[0][key] for key in whole} == whole
+    assert plan[0]["density"] == 1
+    assert (plan[1]["heads"], plan[1]["neurons"]) == (6, 48)
+    assert plan[1]["density"] == pytest.approx(0.5)
+
+
+def test_score_per_mac_takes_the_macs_of_the_ratio(add_noise):
+    model = add_noise(build(SwinTransformer)).eval()
+    units = SWIN.units(model)
+    scores = score_units(model, units, "magnitude")
+    kept = rank_units(model, units, scores, {"head": 0.5, "neuron": 0.5}, "global", 1, "score_per_mac")
+    costs = {key: group.macs(model, group) for key, group in units.items()}
+    removable = sum(group.count * costs[key] for key, group in units.items())
+    gone = sum((group.count - len(kept[key])) * costs[key] for key, group in units.items())
+    assert 0 <= gone - removable / 2 < max(costs.values())
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+@register_model
+def swin_micro(pretrained=False, **options):
+    return build(SwinTransformer, **{"embed_dim": 4, **options})
+
+
+@register_model
+def swinv2_micro(pretrained=False, **options):
+    return build(SwinTransformerV2, **{"embed_dim": 4, **options})
+
+
+RUN = "--dataset digits --device cpu --amp off --img_size 16 --train_limit 40 --batch_size 20 --epochs 2 --lr 0.05 "
+RUN += "--pruning_times 2 --vit_structured --vit_prune_target both --rate 0.5 --arch timm/"
+
+
+@pytest.mark.parametrize(
+    ("arch", "flags"),
+    [
+        ("swin_micro", "--struct rsst --criteria saliency --reg_finish 0.5"),
+        ("swin_micro", "--struct refill --min_units 0 --sorting_mode global --rate 0.8"),
+        ("swinv2_micro", "--struct rsst --criteria l1 --reg_finish 0.5"),
+        ("swinv2_micro", "--struct refill --criteria l2 --no-compact_training"),
+    ],
+)
+def test_the_command_prunes_and_exports(house, tmp_path, arch, flags):
+    assert call([*f"{RUN}{arch} {flags}".split(), "--save_dir", tmp_path / "run"]) in (0, None)
+    proof = json.loads((tmp_path / "run" / "model" / "parity.json").read_text())
+    assert proof["max_difference_float64"] < 1e-12
+    assert proof["top1_agreement"] == 1
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    whole = 2 * (2 + 4), 2 * (8 + 16)
+    heads = 6 if "0.8" not in flags else 2
+    assert sum(config["heads"]) == heads
+    assert sum(config["neurons"]) == (24 if heads == 6 else 9), whole
+    last = rows_of(tmp_path / "run" / "states.csv")[-1]
+    small = export.load(tmp_path / "run" / "model")
+    assert int(last["parameters"]) == count_parameters(small)
+    assert int(last["macs"]) == SWIN.cost(small, {})["macs"]
+
+
+def test_masked_and_compact_runs_agree(house, float64, tmp_path):
+    weights = []
+    for flag in ("--compact_training", "--no-compact_training"):
+        folder = tmp_path / flag.strip("-")
+        flags = "--struct rsst --criteria l2 --reg_finish 0.5 --no-export"
+        assert call([*f"{RUN}swinv2_micro {flags}".split(), flag, "--save_dir", folder]) in (0, None)
+        weights.append(load(folder / "checkpoint.pt")["model"])
+    assert largest_difference(*weights) < 1e-9
