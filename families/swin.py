@@ -35,10 +35,9 @@ def empty_attention(attn, x, mask=None):
 
 
 def narrow_attention(attn, x, mask=None):
-    """SwinV2's attention with any number of heads; timm's takes the width of the tokens for that of its heads."""
+    """SwinV2's attention with fewer heads; timm's takes the width of the tokens for that of its heads."""
     bias = None if attn.q_bias is None else torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-    width = attn.proj.weight.shape[1] // max(1, attn.num_heads)
-    q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, width)).permute(2, 0, 3, 1, 4)
+    q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scale = attn.logit_scale.clamp(max=math.log(100)).exp()
     table = attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2)
     weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
@@ -50,11 +49,10 @@ def narrow_attention(attn, x, mask=None):
 
 def _set_heads(attn: nn.Module, count: int) -> None:
     attn.num_heads = count
-    if hasattr(attn, "cpb_mlp"):
-        if attn.proj.in_features != attn.dim:
-            attn.forward = MethodType(narrow_attention, attn)
-    elif count == 0:
+    if count == 0:
         attn.forward = MethodType(empty_attention, attn)
+    elif hasattr(attn, "cpb_mlp") and attn.proj.in_features != attn.dim:
+        attn.forward = MethodType(narrow_attention, attn)
 
 
 # ---------------------------------------------------------------------------------------------- what a unit is
@@ -204,8 +202,8 @@ def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
     for stage in model.layers:
         if hasattr(stage.downsample, "reduction"):
             total += math.prod(stage.output_resolution) * stage.downsample.reduction.weight.numel()
-    for _, block in _blocks(model):
-        if hasattr(block.attn, "cpb_mlp"):
+    for name, block in _blocks(model):
+        if hasattr(block.attn, "cpb_mlp") and counts[f"{name}.attn"]:
             total += _positions(block.attn) * block.attn.cpb_mlp[0].weight.numel()
     for key, group in swin_units(model).items():
         total += counts[key] * group.macs(model, group)
@@ -275,7 +273,7 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
 
 _SNIPPET = """\
 import json
-{imports}
+{imports}{functions}
 with open("config.json") as file:
     config = json.load(file)
 model, weights = timm.create_model(**config["swin"]), load_file("model.safetensors")
@@ -284,7 +282,7 @@ for name, tensor in weights.items():
     setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
 attentions = [block.attn for stage in model.layers for block in stage.blocks]
 for attn, heads in zip(attentions, config["heads"]):
-    attn.num_heads = heads{forward}
+    attn.num_heads = heads{forwards}
 model.load_state_dict(weights)
 model.eval()
 """
@@ -294,22 +292,22 @@ _FORWARD = """
 
 
 def loading_lines(config: Mapping) -> str:
-    """The lines that load an exported model with timm alone; SwinV2 takes its attention with it."""
-    lines = ["import timm", "from safetensors.torch import load_file", "from torch import nn"]
-    forward, source = "", ""
+    """The lines that load an exported model with timm alone, and the attention that timm has not."""
+    plain = ["import timm"]
+    parts = ["from safetensors.torch import load_file", "from torch import nn"]
+    forwards = {}
     if config["version"] == 2:
-        lines = ["import math", *lines, "import torch", "import torch.nn.functional as F"]
-        forward, source = "attn.proj.weight.shape[1] < attn.dim", narrow_attention
-    elif 0 in config["heads"]:
-        forward, source = "heads == 0", empty_attention
-    if forward:
-        lines.append("from types import MethodType")
-        forward = _FORWARD.format(when=forward, name=source.__name__)
-        source = f"\n\n{inspect.getsource(source)}\n"
-    imports = sorted(line for line in lines if line.startswith("import ")) + sorted(
-        line for line in lines if line.startswith("from ")
+        plain = ["import math", *plain, "import torch", "import torch.nn.functional as F"]
+        forwards["attn.proj.weight.shape[1] < attn.dim"] = narrow_attention
+    if 0 in config["heads"]:
+        forwards["heads == 0"] = empty_attention
+    if forwards:
+        parts.append("from types import MethodType")
+    return _SNIPPET.format(
+        imports="\n".join(plain + parts) + "\n",
+        functions="".join(f"\n{inspect.getsource(function)}\n" for function in forwards.values()),
+        forwards="".join(_FORWARD.format(when=when, name=f.__name__) for when, f in forwards.items()),
     )
-    return _SNIPPET.format(imports="\n".join(imports) + f"\n{source}", forward=forward)
 
 
 class SwinFamily:
