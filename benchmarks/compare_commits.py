@@ -87,8 +87,7 @@ def kill_in_state_1(process: subprocess.Popen, folder: Path) -> None:
 
 
 def columns_of(table: Path) -> dict[str, tuple[str, ...]]:
-    with table.open(newline="") as file:
-        return {name: tuple(values) for name, *values in zip(*csv.reader(file), strict=True)}
+    return {name: tuple(values) for name, *values in zip(*csv.reader(table.read_text().splitlines()), strict=True)}
 
 
 def differences(old: Path, new: Path) -> tuple[list[str], list[str]]:

@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import warnings
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
 
 import torch
 from torch.autograd import DeviceType

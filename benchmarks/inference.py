@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
 
 import torch
 from timm.layers import Attention

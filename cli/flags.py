@@ -35,6 +35,13 @@ def _run(group: Group) -> None:
     group.add_argument("--print_freq", type=int, default=200, help="log every so many batches")
     _switch(group, "--verbose", "log more: names of tensors, ids of neurons")
     _switch(group, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
+    group.add_argument(
+        "--list_archs",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print timm's models that can be pruned (names like PATTERN) and exit; with --verbose the others and why",
+    )
     _switch(group, "--overwrite", "replace the run that --save_dir holds")
     group.add_argument(
         "--no-export", dest="export", action="store_false", default=True, help="do not write the small model to model/"
@@ -53,7 +60,7 @@ def _data(group: Group) -> None:
 
 
 def _model(group: Group) -> None:
-    group.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME of a plain ViT")
+    group.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME (--list_archs)")
     group.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
     group.add_argument(
         "--pretrained",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from cli.archs import list_archs
 from cli.checks import check_and_complete
 from cli.config import config_flags
 from cli.flags import build_parser
@@ -15,7 +16,8 @@ from utils import RunError
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with everything left to itself filled in; contradictions end here, before any work.
 
-    `notes` holds what should be said in the log about flags that have no effect.
+    `notes` holds what should be said in the log about flags that have no effect. `--list_archs` answers here and
+    leaves, as `--help` does.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -24,6 +26,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     except RunError as error:
         parser.error(str(error))
     args = parser.parse_args(argv)
+    if args.list_archs is not None:
+        try:
+            print(list_archs(args.list_archs, args.verbose))
+        except RunError as error:
+            parser.error(str(error))
+        parser.exit()
     bare = build_parser()
     for action in bare._actions:
         action.default = argparse.SUPPRESS

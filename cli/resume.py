@@ -10,7 +10,7 @@ from utils import OneLineParser, load_tensors
 
 FREE_ON_RESUME = {
     "workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data", "config",
-    "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite",
+    "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite", "list_archs",
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ class Family(Protocol):
     # density in the element-wise masks asks for
     counts_by: str
     classifier: str  # what the names of the classifier's parameters start with
+    timm_files: tuple[str, ...]  # of timm.models, with wildcards: where its architectures are defined
     config_keys: tuple[str, ...]  # an exported config.json with one of them describes a model of this family
 
     def problem(self, model: nn.Module) -> str | None:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from families.parts import BRANCHES, class_name
+from families.parts import BRANCHES, PARALLEL_BLOCKS, class_name
 
+# Plain attention and plain MLPs: layers of the right size in place of the others.
 _SNIPPET = """\
 import json
 import timm
@@ -51,14 +52,81 @@ for name, tensor in weights.items():
     layer = model.get_submodule(path)
     if getattr(layer, leaf).shape != tensor.shape:
         setattr(layer, leaf, nn.Parameter(tensor)){norms}
-attentions = [module for name, module in model.named_modules() if name.endswith(".attn")]
+{attentions}
 for attn, heads in zip(attentions, config["heads"]):
     attn.num_heads = attn.num_kv_heads = heads
     attn.attn_dim, attn.fused_attn = heads * config["head_dim"], heads > 0{swap}
 model.load_state_dict(weights){after}
 model.eval()
 """
-_NORM_CLASS = """
+_PLAIN = {
+    "imports": "",
+    "classes": "",
+    "norms": "",
+    "attentions": 'attentions = [module for name, module in model.named_modules() if name.endswith(".attn")]',
+    "swap": "",
+    "after": "",
+}
+_BIAS = """
+for attn in attentions if attentions[0].q_bias is not None else ():
+    attn.qkv.bias = nn.Parameter(torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias]))"""
+# What a trait puts into the places of `_BY_SHAPE`. timm's EvaAttention, BEiT's and ParallelScalingBlock take the width
+# of the tokens for that of their heads; AttentionRope and Attention compute the same without that.
+_TRAITS = {
+    "EvaAttention": {
+        "imports": "import torch\n",
+        "swap": """
+    attn.__class__, attn.num_kv_groups = timm.layers.AttentionRope, 1""",
+        "after": _BIAS,
+    },
+    "mixed RoPE": {  # its frequencies keep their number; those of the heads that are left come first
+        "classes": """
+
+def rope_of_heads(attn, args, options):
+    return args, {**options, "rope": options["rope"][: attn.num_heads]}
+
+""",
+        "swap": """
+    attn.register_forward_pre_hook(rope_of_heads, with_kwargs=True)""",
+    },
+    "BeitAttention": {
+        "imports": "import torch\n",
+        "classes": """
+
+class NarrowAttention(timm.layers.Attention):
+    def forward(self, x, shared_rel_pos_bias=None):
+        index = self.relative_position_index
+        bias = self.relative_position_bias_table[index.flatten()].unflatten(0, index.shape)
+        return super().forward(x, attn_mask=bias.permute(2, 0, 1)[None])
+
+""",
+        "swap": """
+    attn.q_norm = attn.k_norm = attn.norm = nn.Identity()
+    attn.__class__, attn.head_dim, attn.gate = NarrowAttention, config["head_dim"], None""",
+        "after": _BIAS,
+    },
+    "ParallelScalingBlock": {
+        "imports": "import torch\n",
+        "classes": """
+
+class NarrowBlock(timm.models.vision_transformer.ParallelScalingBlock):
+    def forward(self, x):
+        hidden, qkv = self.in_proj(self.in_norm(x)).tensor_split([len(self.in_proj.weight) - 3 * self.attn_dim], dim=-1)
+        hidden = self.mlp_act(hidden if self.mlp_bias is None else hidden + self.mlp_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        scores = self.scale * self.q_norm(q) @ self.k_norm(k).transpose(-2, -1)
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        if self.out_proj is None:
+            return x + self.ls(self.attn_out_proj(attended) + self.mlp_out_proj(hidden))
+        return x + self.ls(self.out_proj(torch.cat([attended, hidden], dim=-1)))
+
+""",
+        "attentions": "attentions = list(model.blocks)",
+        "swap": """
+    attn.__class__ = NarrowBlock""",
+    },
+    "LayerNorm": {
+        "classes": """
 
 class NarrowNorm(nn.LayerNorm):  # what is gone was zeros, and mean and variance count them
     def forward(self, x):
@@ -66,44 +134,34 @@ class NarrowNorm(nn.LayerNorm):  # what is gone was zeros, and mean and variance
         norm = nn.functional.layer_norm(padded, self.normalized_shape, eps=self.eps)
         return norm[..., : x.shape[-1]] * self.weight + self.bias
 
-"""
-_NORMS = """
+""",
+        "norms": """
         if isinstance(layer, nn.LayerNorm):
-            layer.__class__ = NarrowNorm"""
-# EvaAttention takes its width for that of the tokens; AttentionRope is the same without that, and without loose biases.
-_EVA = """
-    attn.__class__, attn.num_kv_groups = timm.layers.AttentionRope, 1"""
-_EVA_BIAS = """
-for attn in attentions if attentions[0].q_bias is not None else ():
-    attn.qkv.bias = nn.Parameter(torch.cat([attn.q_bias, attn.k_bias[: len(attn.q_bias)], attn.v_bias]))"""
+            layer.__class__ = NarrowNorm""",
+    },
+}
 
 
-def traits_of(model: nn.Module) -> dict:
-    """What a loader has to know of a model besides its timm name: nothing for plain attention and plain MLPs."""
-    classes = {type(module).__name__.removeprefix("Narrow") for module in model.modules() if _is_known(module)}
-    classes |= {type(block).__name__.removeprefix("Narrow") for block in model.blocks if hasattr(block, "in_split")}
-    classes |= {"LayerNorm" for module in model.modules() if type(module).__name__ == "NarrowLayerNorm"}
-    if any(getattr(module, "gate", None) is not None for module in model.modules()):
-        classes.add("gate")
-    classes |= {"parallel" for block in model.blocks if hasattr(block, "attns")}
-    special = sorted(classes - {"Attention", "Mlp"})
+def traits_of(model: nn.Module) -> dict[str, list[str]]:
+    """{"modules": what a loader has to know besides the timm name}; nothing for plain attention and plain MLPs."""
+    found = {"parallel" for block in model.blocks if hasattr(block, "attns")}
+    found |= {"mixed RoPE"} if getattr(model, "rope_mixed", False) else set()
+    for module in model.modules():
+        name = class_name(module)
+        if name in BRANCHES or name in PARALLEL_BLOCKS or name == "models.narrow.NarrowLayerNorm":
+            beit = name == "timm.models.beit.Attention"
+            found.add("BeitAttention" if beit else type(module).__name__.removeprefix("Narrow"))
+            found |= {"gate"} if getattr(module, "gate", None) is not None else set()
+    special = sorted(found - {"Attention", "Mlp"})
     return {"modules": special} if special else {}
-
-
-def _is_known(module: nn.Module) -> bool:
-    return class_name(module) in BRANCHES
 
 
 def loading_lines(config: Mapping) -> str:
     """The snippet for an exported model's config.json."""
-    modules = config.get("modules", ())
-    if "vit" in config or not modules:
+    if "modules" not in config:
         return LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
-    eva, norm = "EvaAttention" in modules, "LayerNorm" in modules
-    return _BY_SHAPE.format(
-        imports="import torch\n" if eva else "",
-        classes=_NORM_CLASS if norm else "",
-        norms=_NORMS if norm else "",
-        swap=_EVA if eva else "",
-        after=_EVA_BIAS if eva else "",
-    )
+    places = dict(_PLAIN)
+    for name in config["modules"]:
+        for place, text in _TRAITS.get(name, {}).items():
+            places[place] = text if place in ("imports", "attentions") else places[place] + text
+    return _BY_SHAPE.format(**places)

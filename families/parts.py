@@ -230,6 +230,7 @@ HEADS = Branch(
     gates={"gate": 1},
     seen=_queries_keys_values,
 )
+ROPE_HEADS = replace(HEADS, narrow="NarrowAttentionRope")
 EVA_HEADS = replace(
     HEADS, loose={"q_bias": (0, 0), "v_bias": (0, 2)}, followers=("k_bias",), narrow="NarrowEvaAttention"
 )
@@ -266,7 +267,8 @@ PARALLEL_NEURONS = replace(
 BRANCHES: dict[str, Branch] = {
     **{f"{place}.Attention": HEADS for place in PLAIN_MODULES},
     **{f"{place}.Mlp": NEURONS for place in PLAIN_MODULES},
-    "timm.layers.attention.AttentionRope": HEADS,
+    "timm.layers.attention.AttentionRope": ROPE_HEADS,
+    "models.narrow.NarrowAttentionRope": ROPE_HEADS,
     "timm.models.eva.EvaAttention": EVA_HEADS,
     "models.narrow.NarrowEvaAttention": EVA_HEADS,
     "timm.models.beit.Attention": BEIT_HEADS,

@@ -133,6 +133,7 @@ class CnnFamily:
     kinds = ("filter",)
     counts_by = "density"
     classifier = "fc."
+    timm_files = ()
     config_keys = ("resnet",)
 
     cost = staticmethod(cnn_cost)

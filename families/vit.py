@@ -10,6 +10,7 @@ is written in `families/parts.py`. `VIT` is the family's entry in `families.FAMI
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from families.parts import (
     head_dim,
 )
 from models.vit import VisionTransformer
-from pruning.units import Kept, LayoutError, Units, count_parameters, unit_parameters
+from pruning.units import Kept, LayoutError, Stack, Units, count_parameters, unit_parameters
 from utils import RunError
 
 PRUNABLE_SUFFIXES = (
@@ -54,7 +55,10 @@ def vit_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> di
     units, layers = {}, {"head": 0, "neuron": 0}
     for key, name, module, branch in known_branches(model):
         if branch.kind in kinds:
-            units[key] = branch.units(module, f"{name}.", layers[branch.kind])
+            group = branch.units(module, f"{name}.", layers[branch.kind])
+            if branch.kind == "head" and getattr(model, "rope_mixed", False):
+                group = replace(group, followers={**group.followers, "rope.freqs": Stack(1, group.layer, group.count)})
+            units[key] = group
         layers[branch.kind] += 1
     return units
 
@@ -103,8 +107,6 @@ def layout_problem(model: nn.Module) -> str | None:
     embed = getattr(model, "patch_embed", None)
     if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or not hasattr(embed, "num_patches"):
         return f"{kind}'s patch embedding is not one convolution (hybrid, NaFlex); not a plain ViT"
-    if getattr(model, "rope_mixed", False):
-        return f"{kind}.rope mixes frequencies per block and head, for all blocks in one tensor; not supported"
     if getattr(model, "rel_pos_bias", None) is not None:
         return f"{kind}.rel_pos_bias is one table of relative positions for the heads of all blocks; not supported"
     for index, block in enumerate(blocks):
@@ -185,7 +187,19 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
         total += left * group.macs(model, group)
     if isinstance(model.head, nn.Linear):
         total += model.head.weight.numel()
-    return total
+    return total + _pool_macs(model)
+
+
+def _pool_macs(model: nn.Module) -> int:
+    """What an attention pool costs: its keys and values see all tokens, everything else only the few latent ones."""
+    pool = getattr(model, "attn_pool", None)
+    if not hasattr(pool, "kv"):
+        return 0
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    layers = [module.weight.numel() for module in pool.modules() if isinstance(module, nn.Linear)]
+    keys_values = pool.kv.weight.numel()
+    products = 2 * tokens * pool.num_heads * pool.head_dim
+    return tokens * keys_values + pool.latent_len * (sum(layers) - keys_values + products)
 
 
 def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
@@ -306,6 +320,7 @@ class VitFamily:
     counts_by = "ratio"
     classifier = "head"  # distilled models have `head` and `head_dist`
     config_keys = ("vit", "timm")
+    timm_files = ("vision_transformer*", "eva", "deit", "beit")
 
     problem = staticmethod(layout_problem)
     cost = staticmethod(vit_cost)

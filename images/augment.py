@@ -6,7 +6,7 @@ random numbers must not move), a function here, and its place in `Batches.batch`
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ class Draws:
         return self._each(lambda values: values.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Draws":
-        drawn = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Draws(**{name: None if values is None else change(values) for name, values in drawn.items()})
+        return Draws(**{name: None if values is None else change(values) for name, values in vars(self).items()})
 
 
 class PaddedImages:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -43,13 +43,25 @@ def _attend(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | Non
     return x.transpose(1, 2).flatten(2)
 
 
+def rope_of_heads(attn: nn.Module, rope: Tensor | None) -> Tensor | None:
+    """RoPE [N, 2 * head_dim] of all heads alike, or [heads, N, 2 * head_dim], of which the first are those left."""
+    return rope[: attn.num_heads] if rope is not None and rope.ndim == 3 else rope
+
+
+class NarrowAttentionRope(AttentionRope):
+    """AttentionRope where RoPE is mixed per head, for all blocks in one tensor that keeps its width."""
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        return super().forward(x, rope_of_heads(self, rope), attn_mask, is_causal)
+
+
 class NarrowEvaAttention(EvaAttention):
     """EvaAttention with any number of heads."""
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         gate = self.gate(x).sigmoid() if getattr(self, "gate", None) is not None else None
         q, k, v = _by_head(self, queries_keys_values(self, x))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, rope = self.q_norm(q), self.k_norm(k), rope_of_heads(self, rope)
         if rope is not None:
             first, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
             q, k = (

@@ -90,6 +90,37 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How a follower of all layers' units, [..., layers, units, ...], goes with those of one of them.
+
+    As layers may keep different numbers, it keeps its shape: what is left of a layer stands in front, zeros behind.
+    """
+
+    dim: int  # of the layers; that of the units is the next
+    layer: int
+    count: int
+
+    def select(self, tensor: Tensor, kept: Tensor) -> Tensor:
+        return self._moved(tensor, kept, torch.arange(len(kept), device=kept.device))
+
+    def scatter(self, small: Tensor, kept: Tensor) -> Tensor:
+        return self._moved(small, torch.arange(len(kept), device=kept.device), kept)
+
+    def _moved(self, tensor: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        result, values = tensor.clone(), tensor.select(self.dim, self.layer).index_select(self.dim, source)
+        result.select(self.dim, self.layer).zero_().index_copy_(self.dim, target, values)
+        return result
+
+    def mask(self, like: Tensor, kept: Sequence[int]) -> Tensor:
+        """0/1 tensor of `like`'s shape, 0 on what follows units that are not kept."""
+        mask = torch.ones_like(like)
+        gone = [unit for unit in range(self.count) if unit not in set(kept)]
+        index = torch.as_tensor(gone, dtype=torch.long, device=like.device)
+        mask.select(self.dim, self.layer).index_fill_(self.dim, index, 0)
+        return mask
+
+
+@dataclass(frozen=True)
 class Tap:
     """A place in the network where units show as activations: a module's input or output.
 
@@ -135,7 +166,7 @@ class Units:
     parts: Mapping[str, Layout]
     output: Tap
     contribution: Tap
-    followers: Mapping[str, Layout] = field(default_factory=dict)
+    followers: Mapping[str, Layout | Stack] = field(default_factory=dict)
     place: str | None = None
     removable: bool = True
     resize: Callable[[nn.Module, int], None] | None = None
@@ -151,7 +182,7 @@ class Units:
         return {name: self.parts[name] for name in self.weights or [next(iter(self.parts))]}
 
     @property
-    def cut_out(self) -> Iterator[tuple[str, Layout]]:
+    def cut_out(self) -> Iterator[tuple[str, Layout | Stack]]:
         """All tensors that get shorter when units are physically removed."""
         return chain(self.parts.items(), self.followers.items()) if self.removable else iter(())
 
@@ -179,13 +210,13 @@ def unit_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Ten
 
 def follower_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """0/1 masks by name of what goes with units when they are cut out, 1 where it stays; only where something goes."""
-    return {
-        name: layout.mask(tensors[name], kept[key])
-        for key, group in units.items()
-        if group.removable and len(kept.get(key, range(group.count))) < group.count
-        for name, layout in group.followers.items()
-        if name in tensors
-    }
+    masks: dict[str, Tensor] = {}
+    for key, group in units.items():
+        if group.removable and len(kept.get(key, range(group.count))) < group.count:
+            for name in group.followers.keys() & tensors.keys():
+                mask = group.followers[name].mask(tensors[name], kept[key])
+                masks[name] = masks[name] * mask if name in masks else mask
+    return masks
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
 # where and how a run was made, not what was computed
 _CIRCUMSTANCES = {
     "save_dir", "exp_name", "device", "gpu", "workers", "print_freq", "verbose", "resume", "checkpoint", "overwrite",
-    "checkpoint_every", "config", "data", "dry_run", "export", "notes", "pretrained_note",
+    "checkpoint_every", "config", "data", "dry_run", "export", "list_archs", "notes", "pretrained_note",
 }  # fmt: skip
 _STRUCTURED = {
     "vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units", "refill",

@@ -274,5 +274,6 @@ def record(folder, argv):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             seen.code = call([*argv, "--save_dir", seen.dir])
         seen.elsewhere = os.listdir(here)
-    seen.out, seen.err, seen.log = out.getvalue(), err.getvalue(), (seen.dir / "run.log").read_text()
+    seen.out, seen.err = out.getvalue(), err.getvalue()
+    seen.log = log_of(seen.dir) if seen.dir.exists() else ""
     return seen

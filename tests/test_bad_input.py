@@ -331,6 +331,7 @@ def broken_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken") / "run"
     with pytest.MonkeyPatch.context() as patch, signal_at("state 1 epoch 2/2 batch 1/", signal.SIGTERM):
         patch.setitem(models.BUILDERS, "vit_micro", vit_micro)
+        patch.setattr(os, "fsync", lambda _: None)  # as in house
         code, _, err = call([*BASE, *STRUCTURED, "--save_dir", folder])
     assert code == 143, err
     assert {"checkpoint.pt", "checkpoint.prev.pt", "init.pt", "best.pt"} <= set(os.listdir(folder))
@@ -349,51 +350,31 @@ def sealed(broken_once):
     return path.read_bytes(), utils.load_tensors(path, "--checkpoint")
 
 
-def same(one, other):
-    if isinstance(other, torch.Tensor):
-        return isinstance(one, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(other, dict):
-        return isinstance(one, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in other)
-    if isinstance(other, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return one == other or (one != one and other != other)
-
-
-def load_or_refuse(path, data):
-    """What a file of these bytes holds, or None when it is refused."""
+def assert_unloadable(path, data):
+    """A file of these bytes is refused, silently but for one line that names it."""
     path.write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        try:
-            return utils.load_tensors(path, "--checkpoint")
-        except utils.RunError as error:
-            reason = str(error)
-    assert "\n" not in reason
-    assert str(path) in reason
-    return None
+        with pytest.raises(utils.RunError, match=re.escape(str(path))) as caught:
+            utils.load_tensors(path, "--checkpoint")
+    assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=120, **quiet)
 @given(st.data())
-def test_a_flipped_bit_or_a_cut_anywhere_is_refused_or_changes_nothing(sealed, tmp_path_factory, data):
-    whole, content = sealed
-    path = tmp_path_factory.getbasetemp() / "damaged.pt"
-    bit = data.draw(st.integers(0, 8 * len(whole) - 1) | st.integers(8 * len(whole) - 1600, 8 * len(whole) - 1))
-    changed = bytearray(whole)
-    changed[bit // 8] ^= 1 << bit % 8
-    for damaged in (bytes(changed), whole[: bit // 8]):
-        found = load_or_refuse(path, damaged)
-        assert found is None or same(found, content)
-        if bit // 8 < len(whole) - 73:  # within the archive; behind it are 9 bytes and 64 digits
-            assert found is None or damaged != bytes(changed)
-        if bit // 8 < len(whole) - 100:
-            assert found is None
+def test_a_flipped_bit_or_a_cut_anywhere_is_refused(sealed, tmp_path_factory, data):
+    whole, path = sealed[0], tmp_path_factory.getbasetemp() / "damaged.pt"
+    archive = len(whole) - 73  # behind it are 9 bytes and 64 digits
+    bit = data.draw(st.integers(0, 8 * archive - 1) | st.integers(8 * archive - 1600, 8 * archive - 1))
+    flipped = whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
+    assert_unloadable(path, flipped)
+    assert_unloadable(path, whole[: min(bit // 8, archive - 27)])  # of its last bytes a zip may lack some
 
 
 @settings(max_examples=60, **quiet)
 @given(st.binary(max_size=200))
 def test_no_bytes_load_as_a_checkpoint(tmp_path_factory, data):
-    assert load_or_refuse(tmp_path_factory.getbasetemp() / "junk.pt", data) is None
+    assert_unloadable(tmp_path_factory.getbasetemp() / "junk.pt", data)
 
 
 @pytest.mark.parametrize("form", ["sealed", "zip", "legacy", "pickle"])
@@ -452,7 +433,7 @@ def test_wrong_entries_in_a_sound_file_are_one_line(value, sealed, broken):
 
 FREE = words(
     "workers device gpu print_freq verbose save_dir resume checkpoint data config checkpoint_every wandb_mode "
-    "wandb_project wandb_entity dry_run overwrite"
+    "wandb_project wandb_entity dry_run overwrite list_archs"
 )
 
 

@@ -7,6 +7,7 @@ Runs of the micro model that are made once (RUNS in micro.py), and functions of 
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import micro
 import pytest
@@ -36,7 +37,7 @@ import main_imp_fillback as entry
 import rsst
 from engine.choose import choose_target
 from engine.model import first_model
-from engine.optimizer import Schedule
+from engine.optimizer import Schedule, make_optimizer
 from engine.run import enforce
 from vit_structured_pruning import CRITERIA
 
@@ -466,13 +467,6 @@ def test_oneshot_removes_the_units_whatever_compact_training_says(done):
     assert width[2, 6] < WHOLE
 
 
-def test_bf16_differs_from_float32_in_training_only(done, seen):
-    half = done("rsst rewound")
-    whole = seen(*flags_of("rsst rewound", ""), "--amp", "off")
-    assert_same_tensors(load(half.dir / "init.pt"), load(whole.dir / "init.pt"))
-    assert metrics(half.dir, TIMES) != metrics(whole.dir, TIMES)
-
-
 # --------------------------------------------------------------------------- functions of the engine by themselves
 
 
@@ -506,7 +500,7 @@ def test_refilled_weights_do_not_return_to_the_elementwise_mask(method, make):
     first = run.progress.elementwise
     for name, mask in masks.items():
         back = mask > first[name]
-        assert back.any()
+        assert int(back.sum()) == int(int((first[name] == 0).sum()) * 0.4 + 1e-9) > 0
         run.dense.get_parameter(f"{name}.weight").detach()[back] = 9.0
     choose(run, 2)
     assert not any((mask > first[name]).any() for name, mask in run.progress.elementwise.items())
@@ -589,8 +583,11 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
     run.progress.state = 1
     run.begin_state()
     run.doom(choose_target(run))
-    run.set_up_state().step()
+    training = run.set_up_state()
+    training.step()
     assert found == [(False, True)] * len(LAYERS)
+    # no gradient outlives a step: it would hold the memory of the graph that it was made in
+    assert all(parameter.grad is None for parameter in training.model.parameters())
 
 
 @pytest.mark.usefixtures("house")
@@ -602,3 +599,16 @@ def test_initial_weights_from_a_file(nested, noisy, tmp_path):
     else:
         torch.save({nested: weights} if nested else weights, path)
     assert_same_tensors(first_model(entry.parse_args([*MICRO, "--init", str(path)])).state_dict(), weights)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_weight_decay_acts_on_the_weights_of_layers_alone(opt, micro_vit):
+    before = {name: value.clone() for name, value in micro_vit.named_parameters()}
+    args = SimpleNamespace(opt=opt, momentum=0.9, weight_decay=0.1, compile=None)
+    optimizer = make_optimizer(args, micro_vit, torch.tensor(0.5))
+    for parameter in micro_vit.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in micro_vit.named_parameters():
+        matrix = name.endswith(".weight") and value.ndim > 1  # not norms, biases, class token and positions
+        torch.testing.assert_close(value, before[name] * (0.95 if matrix else 1), rtol=1e-6, atol=0)

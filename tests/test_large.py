@@ -1,6 +1,8 @@
 """Laws of image folders, timm's models and pretrained weights through the whole command."""
 
 import json
+import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -11,39 +13,28 @@ from micro import call
 from PIL import Image
 
 import export
-from vit_structured_pruning import layout_problem
+from vit_pruning_utils import is_vit_model
 
-SHORT = [
-    "--batch_size",
-    "8",
-    "--epochs",
-    "1",
-    "--pruning_times",
-    "2",
-    "--rate",
-    "0.5",
-    "--device",
-    "cpu",
-    "--amp",
-    "off",
-    "--lr",
-    "0.01",
-    "--workers",
-    "0",
-]
+SHORT = shlex.split("--batch_size 8 --epochs 1 --pruning_times 2 --rate 0.5 --device cpu --amp off --workers 0")
 BOTH = ["--struct", "rsst", "--vit_structured", "--vit_prune_target", "both"]
-TINY_VIT = ["--arch", "timm/test_vit"]  # timm's own model for tests: 64 wide, 6 blocks of 2 heads, 0.4 M parameters
+TINY_VIT = ["--arch", "timm/test_vit", "--img_size", "32"]  # timm's own for tests: 64 wide, 6 blocks of 2 heads
 
 
 @pytest.fixture(autouse=True)
-def _in_house(house):
-    pass
+def _in_house(house, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures have tests of their own
 
 
 def picture(path, seed, mode="RGB", kind="JPEG"):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(seed).randint(0, 256, (40 + seed % 9, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, kind)
+
+
+def curve(folder):
+    """Loss and accuracy of each epoch."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["train_loss"], row["val_accuracy"]) for row in rows]
 
 
 @pytest.fixture
@@ -60,109 +51,84 @@ def imagenet(tmp_path):
     return root
 
 
-def test_an_imagenet_tree_trains_prunes_and_exports(imagenet, tmp_path, capsys):
-    folder = tmp_path / "run"
-    flags = ["--dataset", "imagenet", "--data", imagenet, *TINY_VIT, "--img_size", "32", *SHORT, *BOTH]
-    assert call([*flags, "--save_dir", folder]) == 0
+def test_an_imagenet_tree_trains_prunes_and_exports_the_same_with_workers(imagenet, tmp_path, capsys):
+    flags = ["--dataset", "imagenet", "--data", imagenet, *TINY_VIT, *SHORT, *BOTH, "--aug", "strong"]
+    assert call([*flags, "--save_dir", "run"]) == 0
     text = capsys.readouterr().out
-    assert "3 classes" in text
-    assert "n00000000/3.JPEG" in text
-    assert "1 images could not be read" in text
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    model = export.load(folder / "model")
+    for told in ("3 classes", "n00000000/3.JPEG", "1 images could not be read"):
+        assert told in text
+    folder = tmp_path / "cwd" / "run"
     config = json.loads((folder / "model" / "config.json").read_text())
-    assert model.num_classes == 3
+    assert export.load(folder / "model").num_classes == 3
     assert config["timm"] == {"model_name": "test_vit", "num_classes": 3, "img_size": 32}
     assert config["heads"] == [1] * 6  # half of two
     assert config["mean"] == [0.485, 0.456, 0.406]
-    assert (folder / "report.html").is_file()
-
-
-def test_worker_processes_change_nothing(imagenet, tmp_path):
-    flags = ["--dataset", "imagenet", "--data", imagenet, *TINY_VIT, "--img_size", "32", *SHORT, "--struct", "dense"]
-    losses = []
-    for workers in (0, 2):
-        folder = tmp_path / f"w{workers}"
-        assert call([*flags, "--workers", workers, "--aug", "strong", "--save_dir", folder, "--no-export"]) == 0
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses.append([(row["train_loss"], row["val_accuracy"]) for row in rows])
-    assert losses[0] == losses[1]
+    assert call([*flags, "--pruning_times", 1, "--workers", 2, "--save_dir", "workers", "--no-export"]) == 0
+    assert curve(folder.with_name("workers")) == curve(folder)[:1]
 
 
 def test_both_layouts_of_tiny_imagenet(tmp_path):
-    plain, original = tmp_path / "plain", tmp_path / "original"
-    lines = []
+    plain, original, lines = tmp_path / "plain", tmp_path / "original", []
     for label in range(2):
-        for index in range(10):
-            picture(plain / "train" / f"n{label}" / f"{index}.JPEG", index + 50 * label)
-            picture(original / "train" / f"n{label}" / "images" / f"n{label}_{index}.JPEG", index + 50 * label)
-        for index in range(3):
-            picture(plain / "val" / f"n{label}" / f"{index}.JPEG", 200 + index + 50 * label)
-            picture(original / "val" / "images" / f"val_{label}{index}.JPEG", 200 + index + 50 * label)
-            lines.append(f"val_{label}{index}.JPEG\tn{label}\t0\t0\t62\t62")
-    (original / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
-    results = []
+        for index in range(13):
+            seed = index + 50 * label
+            if index < 10:
+                picture(plain / "train" / f"n{label}" / f"{index}.JPEG", seed)
+                picture(original / "train" / f"n{label}" / "images" / f"n{label}_{index}.JPEG", seed)
+            else:
+                picture(plain / "val" / f"n{label}" / f"{index}.JPEG", seed)
+                picture(original / "val" / "images" / f"val_{label}{index}.JPEG", seed)
+                lines.append(f"val_{label}{index}.JPEG\tn{label}\t0\t0\t62\t62\n")
+    (original / "val" / "val_annotations.txt").write_text("".join(lines))
+    ends = []
     for tree in (plain, original):
-        folder = tmp_path / f"run_{tree.name}"
-        flags = ["--dataset", "tiny-imagenet", "--data", tree, *TINY_VIT, "--img_size", "32", *SHORT]
-        assert call([*flags, "--struct", "refill", "--vit_structured", "--save_dir", folder, "--no-export"]) == 0
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        results.append([(row["train_loss"], row["val_accuracy"]) for row in rows])
-    assert results[0] == results[1]
+        folder = tmp_path / f"run {tree.name}"
+        flags = ["--dataset", "tiny-imagenet", "--data", tree, *TINY_VIT, *SHORT, "--pruning_times", 1, "--no-export"]
+        assert call([*flags, "--save_dir", folder]) == 0
+        ends.append((curve(folder), (folder / "states.csv").read_text().rpartition(",")[0]))  # all but the seconds
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "tiny-imagenet", "folder"])
-@pytest.mark.parametrize("tree", ["missing", "empty", "flat"])
-def test_a_wrong_tree_is_one_line(dataset, tree, tmp_path, capsys):
-    root = tmp_path / "data"
-    if tree != "missing":
-        root.mkdir()
-    if tree == "flat":
-        picture(root / "a.jpg", 1)
-    flags = ["--dataset", dataset, "--data", root, "--arch", "vit_small_imagenet", *SHORT]
-    assert call([*flags, "--save_dir", tmp_path / "run"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert dataset in error
-    assert "train/CLASS" in error
-    assert not (tmp_path / "run").exists()
+def test_a_wrong_tree_is_one_line(dataset, tmp_path, capsys):
+    picture(tmp_path / "flat" / "a.jpg", 1)
+    (tmp_path / "empty").mkdir()
+    for tree in ("missing", "empty", "flat"):
+        assert call(["--dataset", dataset, "--data", tmp_path / tree, *TINY_VIT, *SHORT, "--save_dir", "run"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert dataset in error
+        assert "train/CLASS" in error
+        assert not (tmp_path / "cwd" / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "patch", "tokens"),
+    ("name", "patch"),
     [
         # class token and 4 registers, LayerScale
-        pytest.param("vit_small_patch14_reg4_dinov2", 14, 4 + 5, marks=pytest.mark.slow),
-        ("deit_tiny_distilled_patch16_224", 16, 4 + 2),  # class and distillation token, two classifiers
+        pytest.param("vit_small_patch14_reg4_dinov2", 14, marks=pytest.mark.slow),
+        ("deit_tiny_distilled_patch16_224", 16),  # class and distillation token, two classifiers
     ],
 )
-def test_timm_models_of_other_families(name, patch, tokens, tmp_path, monkeypatch):
-    """Structured RSST, resumed in its middle, removed, exported, and loaded by the card's lines in plain timm."""
-    folder = tmp_path / "run"
-    flags = ["--dataset", "digits", "--train_limit", "24", "--arch", f"timm/{name}", "--img_size", 2 * patch, *SHORT]
-    flags += [*BOTH, "--val_fraction", "0.02", "--save_dir", folder]
-    assert call([*flags, "--pruning_times", "2", "--no-export"]) == 0
-    assert call(["--resume", "--save_dir", folder]) == 0
-    assert export.main([str(folder)]) == 0
-    config = json.loads((folder / "model" / "config.json").read_text())
-    proof = json.loads((folder / "model" / "parity.json").read_text())
+def test_timm_models_of_other_families(name, patch, tmp_path, monkeypatch):
+    """Structured RSST, removed, exported, and loaded by the card's lines in plain timm."""
+    folder, size = tmp_path / "run", ["--arch", f"timm/{name}", "--img_size", 2 * patch]
+    flags = ["--dataset", "digits", "--train_limit", 24, *size, *SHORT, *BOTH, "--val_fraction", 0.02]
+    assert call([*flags, "--save_dir", folder]) == 0
+    config, proof = (json.loads((folder / "model" / f"{file}.json").read_text()) for file in ("config", "parity"))
     dense = timm.create_model(name, num_classes=10, img_size=2 * patch)
     assert config["heads"] == [dense.blocks[0].attn.num_heads // 2] * 12
     assert config["neurons"] == [dense.blocks[0].mlp.fc1.out_features // 2] * 12
     assert proof["max_difference_float64"] < 1e-12
-
-    model = export.load(folder / "model")
-    assert layout_problem(model) is None
-    assert model.pos_embed.shape[1] in (tokens, tokens - model.num_prefix_tokens)
-    images = torch.randn(2, 3, 2 * patch, 2 * patch, generator=torch.Generator().manual_seed(0))
-    card = (folder / "model" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
+    model, names = export.load(folder / "model"), {}
+    assert is_vit_model(model)
+    assert model.pos_embed.shape == dense.pos_embed.shape
+    code = (folder / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 20
     assert "export" not in code
-    names: dict = {}
     monkeypatch.chdir(folder / "model")
     exec(code, names)
+    images = torch.randn(2, 3, 2 * patch, 2 * patch, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(names["model"](images), model(images), rtol=0, atol=1e-6)
 
@@ -170,48 +136,37 @@ def test_timm_models_of_other_families(name, patch, tokens, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", "no transformer blocks"),
         ("convnext_atto", "no transformer blocks"),
         ("naflexvit_base_patch16_gap", "patch embedding"),
         ("eva02_tiny_patch14_224", "SwiGLU"),
     ],
 )
-def test_other_layouts_are_refused_with_the_reason(name, reason, tmp_path, capsys):
+def test_other_layouts_are_refused_with_the_reason(name, reason, capsys):
     if name not in timm.list_models():
         pytest.skip(f"this timm has no {name}")
-    flags = ["--dataset", "digits", "--arch", f"timm/{name}", *BOTH, "--dry_run"]
-    assert call([*flags]) == 2
+    assert call(["--dataset", "digits", "--arch", f"timm/{name}", *BOTH, "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert reason in error
 
 
-def test_without_network_the_way_out_is_said_and_fallback_goes_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    folder = tmp_path / "run"
-    flags = ["--dataset", "digits", "--train_limit", "16", "--arch", "timm/vit_tiny_patch16_224", "--img_size", "16"]
-    flags += ["--patch_size", "8", *SHORT, "--pruning_times", "1", "--pretrained", "--save_dir", folder]
-    assert call([*flags]) == 2
+def test_pretrained_weights_that_cannot_be_had_end_the_command_or_with_fallback_are_noted(tmp_path, capsys):
+    flags = ["--dataset", "digits", "--train_limit", 16, *TINY_VIT, *SHORT, "--pruning_times", 1, "--no-export"]
+    flags += ["--pretrained", "none.pth", "--save_dir", "run"]
+    folder = tmp_path / "cwd" / "run"
+    assert call(flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "--pretrained PATH" in error
-    assert not folder.exists()
-
+    assert (error.count("\n"), "--pretrained none.pth" in error, folder.exists()) == (1, True, False)
     assert call([*flags, "--pretrained_fallback"]) == 0
-    text = capsys.readouterr().out
     note = yaml.safe_load((folder / "args.yaml").read_text())["pretrained_note"]
-    assert "timm" in note
-    assert note in text
-    assert "timm could not fetch" in (folder / "report.md").read_text()
+    assert "--pretrained none.pth" in note
+    assert note in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["vit_small_imagenet", "vit_base_imagenet", "vit_large_imagenet"])
 def test_the_imagenet_builders_run_at_224_pixels(arch, imagenet, tmp_path):
-    folder = tmp_path / "run"
-    flags = ["--dataset", "imagenet", "--data", imagenet, "--arch", arch, *SHORT, *BOTH, "--batch_size", "2"]
-    flags += ["--train_limit", "4", "--score_batches", "1", "--rate", "0.67"]
-    assert call([*flags, "--save_dir", folder, "--opt", "sgd"]) == 0
-    proof = json.loads((folder / "model" / "parity.json").read_text())
+    flags = ["--dataset", "imagenet", "--data", imagenet, "--arch", arch, *SHORT, *BOTH, "--batch_size", 2]
+    assert call([*flags, "--train_limit", 4, "--score_batches", 1, "--rate", 0.67, "--save_dir", tmp_path / "run"]) == 0
+    proof = json.loads((tmp_path / "run" / "model" / "parity.json").read_text())
     assert proof["max_difference_float32"] <= proof["bound_float32"]

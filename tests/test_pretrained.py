@@ -102,7 +102,9 @@ def public_weights(monkeypatch):
 
 @pytest.mark.parametrize(("arch", "name"), PUBLIC.items())
 def test_public_weights_are_timms_default_or_of_the_tag(arch, name, public_weights, caplog):
-    default = build_model(arch, 10, pretrained=True, **TINY)
+    assert getattr(vit, arch)(**TINY).pretrained_report is None
+    caplog.clear()
+    default = getattr(vit, arch)(num_classes=10, pretrained=True, **TINY)
     tagged = build_model(arch, 10, pretrained=True, pretrained_tag="augreg_in21k", **TINY)
     assert list(public_weights) == [name, f"{name}.augreg_in21k"]
     for model, source in zip((default, tagged), public_weights.values(), strict=True):
@@ -110,13 +112,6 @@ def test_public_weights_are_timms_default_or_of_the_tag(arch, name, public_weigh
     resampled = EMBEDDINGS if default.patch_embed.img_size == (32, 32) else set()
     assert set(default.pretrained_report.resampled) == resampled
     assert not warnings_of(caplog)  # not even that vit_large needs much data from scratch
-
-
-def test_builders_of_the_module_report_too(public_weights):
-    assert vit.vit_small(**TINY).pretrained_report is None
-    model = vit.vit_small(num_classes=7, pretrained=True, **TINY)
-    assert len(model.pretrained_report.transferred) == 2 * 12 + 4
-    assert torch.equal(model.norm.weight, public_weights["vit_small_patch16_224"].norm.weight)
 
 
 def test_public_weights_of_timm_models_go_the_same_way(public_weights, caplog):
@@ -259,41 +254,33 @@ def test_wrappings_are_taken_off(file, tmp_path):
 def google_layout(model, layout):
     """{name: array} of the files that vision_transformer ("original") and big_vision publish for a ViT."""
     root = {"original": "", "optimizer": "opt/target/", "big_vision": "params/", "stacked": "params/img/"}[layout]
-    attention, mlp, norm = (1, 3, 2) if layout in ("original", "optimizer") else (0, 0, 1)
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    dim, heads, trunk = model.embed_dim, model.blocks[0].attn.num_heads, f"{root}Transformer/"
-    positions = f"{trunk}posembed_input/pos_embedding" if norm == 2 else f"{root}pos_embedding"
-    arrays = {f"{root}embedding/kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0)}
-    arrays |= {f"{root}embedding/bias": weights["patch_embed.proj.bias"], positions: weights["pos_embed"]}
-    arrays[f"{root}cls"] = weights["cls_token"]
-
-    def put(place, name, kernel="kernel", shape=None):
-        weight = weights[f"{name}.weight"].T
-        arrays[f"{place}/{kernel}"] = weight if shape is None else weight.reshape(shape)
-        arrays[f"{place}/bias"] = weights[f"{name}.bias"]
-
-    put(f"{trunk}encoder_norm", "norm", "scale")
-    if "head.weight" in weights:
-        put(f"{root}head", "head")
-    for index in range(len(model.blocks)):
-        block, ours = f"{trunk}encoderblock_{index}/", f"blocks.{index}."
-        put(f"{block}LayerNorm_0", f"{ours}norm1", "scale")
-        put(f"{block}LayerNorm_{norm}", f"{ours}norm2", "scale")
-        place = f"{block}MultiHeadDotProductAttention_{attention}/"
-        rows = weights[f"{ours}attn.qkv.weight"].reshape(3, heads, dim // heads, dim)
-        bias = weights[f"{ours}attn.qkv.bias"].reshape(3, heads, dim // heads)
-        for part, name in enumerate(("query", "key", "value")):
-            arrays[f"{place}{name}/kernel"] = rows[part].transpose(2, 0, 1)
-            arrays[f"{place}{name}/bias"] = bias[part]
-        put(f"{place}out", f"{ours}attn.proj", shape=(heads, dim // heads, dim))
-        put(f"{block}MlpBlock_{mlp}/Dense_0", f"{ours}mlp.fc1")
-        put(f"{block}MlpBlock_{mlp}/Dense_1", f"{ours}mlp.fc2")
+    old = layout in ("original", "optimizer")
+    attention = f"MultiHeadDotProductAttention_{1 if old else 0}"
+    places = {"norm": "Transformer/encoder_norm", "head": "head", "patch_embed.proj": "embedding"}
+    inside = {"norm1": "LayerNorm_0", "norm2": f"LayerNorm_{2 if old else 1}", "attn.proj": f"{attention}/out"}
+    inside |= {"attn.qkv": attention, **{f"mlp.fc{n + 1}": f"MlpBlock_{3 if old else 0}/Dense_{n}" for n in (0, 1)}}
+    depth, heads, dim = len(model.blocks), model.blocks[0].attn.num_heads, model.embed_dim
+    for i in range(depth):
+        places |= {f"blocks.{i}.{name}": f"Transformer/encoderblock_{i}/{place}" for name, place in inside.items()}
+    arrays = {"cls": model.cls_token, f"{'Transformer/posembed_input/' if old else ''}pos_embedding": model.pos_embed}
+    for module, place in places.items():
+        if "head" in module and not model.num_classes:
+            continue
+        layer, kernel = model.get_submodule(module), "scale" if "norm" in module else "kernel"
+        weight = layer.weight.t() if layer.weight.ndim < 4 else layer.weight.permute(2, 3, 1, 0)
+        if module.endswith("qkv"):
+            for name, rows, bias in zip(("query", "key", "value"), weight.T.chunk(3), layer.bias.chunk(3), strict=True):
+                arrays[f"{place}/{name}/kernel"] = rows.T.reshape(dim, heads, -1)
+                arrays[f"{place}/{name}/bias"] = bias.reshape(heads, -1)
+            continue
+        arrays[f"{place}/{kernel}"] = weight.reshape(heads, -1, dim) if module.endswith("attn.proj") else weight
+        arrays[f"{place}/bias"] = layer.bias
+    arrays = {name: array.detach().numpy() for name, array in arrays.items()}
     if layout == "stacked":
-        first = f"{trunk}encoderblock_0/"
-        for name in [name for name in arrays if name.startswith(first)]:
-            every = [arrays.pop(name.replace("_0/", f"_{index}/", 1)) for index in range(len(model.blocks))]
+        for name in [name for name in arrays if "encoderblock_0/" in name]:
+            every = [arrays.pop(name.replace("_0/", f"_{index}/", 1)) for index in range(depth)]
             arrays[name.replace("encoderblock_0/", "encoderblock/")] = np.stack(every)
-    return arrays
+    return {root + name: array for name, array in arrays.items()}
 
 
 @pytest.mark.parametrize("layout", ["original", "optimizer", "big_vision", "stacked"])

@@ -658,16 +658,21 @@ def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     assert "accuracy" in ax.get_ylabel()
 
 
-def test_comparison_shows_top5_where_it_was_measured(tmp_path, figures):
+def test_comparison_shows_top5_where_measured_and_the_spread_of_dense_runs(tmp_path, figures):
     make_run(tmp_path / "a", top5=(0.90, 0.80, 0.70))
     make_run(tmp_path / "b", top5=(0.94, 0.82, 0.70), seed=1)
     make_run(tmp_path / "c", struct="refill")
-    out = report.compare([tmp_path / name for name in "abc"])
+    for seed, value in enumerate((0.60, 0.64)):
+        make_run(tmp_path / f"dense{seed}", (1.0,), test=(value,), struct="dense", seed=seed)
+    out = report.compare([tmp_path / name for name in ("a", "b", "c", "dense0", "dense1")])
     rows = table_rows((out / "compare.md").read_text(), "density level")
     assert [(row["top-5"], row["top-5 sd"]) for row in rows[:2]] == [("92.00%", "2.83"), ("-", "-")]
     cells = [(row["test_top5_mean"], row["test_top5_sd"]) for row in read_csv(out / "compare.csv")]
     assert [float(cell) for cell in cells[1]] == pytest.approx([0.81, 0.01 * math.sqrt(2)])
     assert cells[3] == ("", "")
+    (band,) = figures[0].subfigs[0].axes[0].patches  # mean 62 and sd of the dense runs
+    root = math.sqrt(2)
+    assert (band.get_y(), band.get_height()) == (pytest.approx(62 - 2 * root), pytest.approx(4 * root))
 
 
 def test_data_sets_are_kept_apart_and_nothing_in_common_is_said(tmp_path, figures):

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import packaging
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.compare_commits import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
@@ -465,22 +469,26 @@ def test_a_comparison_without_data_set_or_seeds_says_its_usage(comparison):
     assert comparison(name, "digits", "0", "--lr", "1") == (2, "", told, [])
 
 
-@pytest.mark.slow
-def test_a_comparison_of_real_runs_ends_with_its_tables(project, tmp_path):
-    (project.root / "main_imp_fillback.py").unlink()
-    for path in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
-        if path.name != "benchmarks":
-            (project.root / path.name).symlink_to(path)
-    flags = "--epochs 1 --pruning_times 2 --rate 0.3 --img_size 8 --train_limit 40 --batch_size 20 --device cpu"
-    environ = {"OUT": tmp_path / "out", "OMP_NUM_THREADS": 1, "WANDB_MODE": "disabled", "HOME": tmp_path}
-    script = project.root / "benchmarks" / "compare_methods.sh"
-    status, out, err = project.bash(script, "digits", "0", "1", "--", *flags.split(), timeout=900, **environ)
-    assert status == 0, err
-    folders = {f"{method}_s{seed}" for method in ("dense", "imp", "refill", "rsst") for seed in (0, 1)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*folders, "report"}
-    report = tmp_path / "out" / "report"
-    tables = [line for line in (report / "compare.md").read_text().splitlines() if line.startswith("|")]
-    assert all(any(method in line for line in tables) for method in ("Dense", "IMP", "Refill", "RSST"))
-    assert {"compare.csv", "compare.png", "compare.html"} <= {path.name for path in report.iterdir()}
-    status, out, err = project.bash(script, "digits", "0", "1", timeout=300, **environ)
-    assert (status, out.count(" is complete\n")) == (0, len(folders)), err
+# benchmarks/compare_commits.py
+
+
+def finished_run(folder, weight=0.0, accuracy="0.5", kept=2, seconds=1, top5=""):
+    write(folder / "model" / "config.json", json.dumps({"kept_heads": [[0, 1], [kept]], "metrics": accuracy}))
+    write(folder / "states.csv", f"state,accuracy{top5 and ',top5'},seconds\n0,{accuracy}{top5},{seconds}\n")
+    write(folder / "units.csv", f"layer,kept\nblocks.0.attn,{kept}\n")
+    save_file({"norm.weight": torch.tensor([weight]), "norm.bias": torch.zeros(2)}, folder / "model/model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seconds": 9}, ([], [])),
+        ({"weight": -0.0}, (["tensor norm.weight"], [])),
+        ({"accuracy": "0.50"}, (["states.csv accuracy"], [])),
+        ({"kept": 1}, (["units.csv kept", "config.json kept_heads"], [])),
+        ({"top5": ",0.9"}, ([], ["states.csv new column top5"])),
+    ],
+)
+def test_commits_are_compared_to_the_bit(tmp_path, change, expected):
+    assert differences(finished_run(tmp_path / "old"), finished_run(tmp_path / "new", **change)) == expected
