@@ -318,6 +318,7 @@ class SwinFamily:
     counts_by = "ratio"
     classifier = "head"
     config_keys = ("swin",)
+    timm_files = ("swin_transformer*",)
 
     problem = staticmethod(layout_problem)
     cost = staticmethod(swin_cost)
