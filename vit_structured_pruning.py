@@ -31,7 +31,7 @@ from families.vit import (
     vit_units,
 )
 from pruning.masks import normalise_names, plain_weights
-from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units
+from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units, spread
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import CRITERIA, SCORE_BATCHES, Criterion, captured, evaluating, score_units, trained_weights
 from pruning.units import (
@@ -225,7 +225,8 @@ def plan_structured(
 ) -> list[dict[str, float]]:
     """What each state trains, before anything is trained: heads, neurons, parameters, MACs and density.
 
-    `ratios` is {"head": fraction, "neuron": fraction}; the rows hold the totals, which do not depend on scores.
+    `ratios` is {"head": fraction, "neuron": fraction}; the rows hold the totals, which do not depend on scores (but for
+    MACs and parameters of a global ranking where layers differ in width).
     """
     family = family_of(model)
     units = family.units(model)
@@ -239,9 +240,10 @@ def plan_structured(
             if sorting_mode == "layer-wise":
                 left.update({key: keep_count(units[key].count, wanted, min_units) for key in pool})
             else:
-                total = keep_count(sum(units[key].count for key in pool), wanted, len(pool) * min_units)
-                # which layer they come from is up to the scores; all layers cost the same
-                left.update({key: total // len(pool) + (i < total % len(pool)) for i, key in enumerate(pool)})
+                counts = [units[key].count for key in pool]
+                total = keep_count(sum(counts), wanted, len(pool) * min_units)
+                # which layer they come from is up to the scores; here all lose the same share
+                left.update(zip(pool, spread(counts, total, min_units), strict=True))
         row = family.cost(model, {key: range(count) for key, count in left.items()})
         row["density"] = sum(left[key] * unit_weights(model, group) for key, group in units.items()) / weights
         rows.append({"state": state, **row})

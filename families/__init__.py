@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from families.resnet import CNN
+from families.swin import SWIN
 from families.vit import VIT
 from pruning.units import Kept, LayoutError, Units
 
@@ -66,6 +67,7 @@ class Family(Protocol):
 FAMILIES: tuple[Family, ...] = (
     VIT,
     CNN,
+    SWIN,
 )
 
 

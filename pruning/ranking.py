@@ -7,7 +7,7 @@ Selection happens once, by a stable sort, and feeds masks, plan and surgery alik
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ def scheduled_ratio(schedule: str, ratio: float, state: int, states: int) -> flo
 def keep_count(count: int, ratio: float, minimum: int = 1) -> int:
     """How many of `count` units stay at `ratio`: max(minimum, floor(count (1 - ratio) + 1e-9))."""
     return max(minimum, math.floor(count * (1 - ratio) + 1e-9))
+
+
+def spread(counts: Sequence[int], keep: int, min_units: int = 1) -> list[int]:
+    """`keep` of all units divided among layers of `counts` units, each its share but at least `min_units`."""
+    total = max(1, sum(counts))
+    shares = [max(min_units, count * keep // total) for count in counts]
+    while over := keep - sum(shares):
+        step = 1 if over > 0 else -1
+        movable = [layer for layer, share in enumerate(shares) if min_units <= share + step <= counts[layer]]
+        # the one farthest from its share, of equal ones the first
+        shares[max(movable, key=lambda i: step * (counts[i] * keep - shares[i] * total))] += step
+    return shares
 
 
 def filter_count(filters: int, density: float, fillback_rate: float) -> int:
@@ -123,8 +135,8 @@ def _rank_by_cost(model, units, pools, ratios, min_units) -> dict[str, list[int]
     for kind, pool in pools.items():
         count = sum(map(len, pool.values()))
         gone = count - keep_count(count, ratios[kind], len(pool) * min_units)
-        group = units[next(iter(pool))]  # a kind costs the same in every layer
-        quota += gone * group.macs(model, group)
+        # layers of different width cost different MACs; what the ratio asks for is then that of the mean unit
+        quota += gone * sum(len(pool[key]) * units[key].macs(model, units[key]) for key in pool) // max(1, count)
     for key, group in units.items():
         if group.kind in pools:
             scores, cost = pools[group.kind][key], group.macs(model, group)

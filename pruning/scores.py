@@ -176,10 +176,10 @@ def _score_activations(model, units, criterion, batches, loss, max_batches) -> d
                     _summed_loss(logits, labels.to(device), loss), [activations[key] for key in present]
                 )
             for index, key in enumerate(present):
-                layout = taps[key].layout
-                inputs = [layout.per_image(_float64(activations[key]))]
+                tap = taps[key]
+                inputs = [tap.per_image(_float64(activations[key]), len(images))]
                 if needs_gradient:
-                    inputs.append(layout.per_image(_float64(gradients[index])))
+                    inputs.append(tap.per_image(_float64(gradients[index]), len(images)))
                 totals[key] += criterion.score(*inputs).sum(0).detach().cpu()
             images_seen += len(images)
     if images_seen == 0:

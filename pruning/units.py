@@ -125,16 +125,22 @@ class Tap:
     """A place in the network where units show as activations: a module's input or output.
 
     `compute(module, activation)` makes what `layout` divides of it, where no module gives that by itself: the queries,
-    keys and values of several layers, or of a layer whose bias is kept apart.
+    keys and values of several layers, or of a layer whose bias is kept apart. Where the module sees `windows`, the
+    first dimension is images x windows, those of one image in a row.
     """
 
     module: str
     side: str  # "input" or "output"
     layout: Layout
     compute: Callable[[nn.Module, Tensor], Tensor] | None = None
+    windows: bool = False
 
     def values(self, module: nn.Module, activation: Tensor) -> Tensor:
         return activation if self.compute is None else self.compute(module, activation)
+
+    def per_image(self, activation: Tensor, images: int) -> Tensor:
+        """What was seen of that many images as [images, count, values of each unit]."""
+        return self.layout.per_image(activation.unflatten(0, (images, -1)) if self.windows else activation)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ class Units:
 
     `resize(module, count)` tells the module that `module`, or else the units' key, names how many are left.
     `macs(model, units)` counts what one unit costs; None where that depends on what else is left. Units that are
-    `listed` are few enough for reports to name each of them.
+    `listed` are few enough for reports to name each of them. Parts that are `unranked` are no prunable weights, though
+    weights of a layer.
     """
 
     kind: str  # "head", "neuron", "filter", "row"
@@ -167,6 +174,7 @@ class Units:
     listed: bool = False
     weights: tuple[str, ...] = ()
     module: str | None = None
+    unranked: tuple[str, ...] = ()
 
     @property
     def scored(self) -> dict[str, Layout]:
@@ -218,7 +226,8 @@ def count_parameters(model: nn.Module) -> int:
 
 def unit_weights(model: nn.Module, group: Units) -> int:
     """Prunable weights that one unit of the group holds (biases not counted)."""
-    return _elements(model, group, [name for name in group.parts if name.endswith(".weight")], least_dimensions=2)
+    names = [name for name in group.parts if name.endswith(".weight") and name not in group.unranked]
+    return _elements(model, group, names, least_dimensions=2)
 
 
 def unit_parameters(model: nn.Module, group: Units) -> int:

@@ -1,0 +1,346 @@
+"""timm's Swin and SwinV2: their heads and neurons, what these cost, which work, how they are saved.
+
+    units = swin_units(model)                                   # {"layers.0.blocks.0.attn": Units(...), ...}
+    SWIN.cost(model, kept)                                      # heads, neurons, parameters and MACs that are left
+
+A model comes in; units, counts and plain values go out. Stages have widths and depths of their own; what merges patches
+between them stays whole, as does the residual stream. `SWIN` is the family's entry in `families.FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from families.parts import EVA_HEADS, HEADS, NEURONS, Branch, class_name
+from pruning.units import Kept, Layout, LayoutError, Units, count_parameters, unit_parameters, unit_weights
+from utils import RunError
+
+PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+# ------------------------------------------------------------------------------- attention with fewer heads
+
+
+def empty_attention(attn, x, mask=None):
+    """Attention without heads gives its output bias; timm's cannot tell how wide no heads are."""
+    return attn.proj_drop(attn.proj(x[..., :0]))
+
+
+def narrow_attention(attn, x, mask=None):
+    """SwinV2's attention with fewer heads; timm's takes the width of the tokens for that of its heads."""
+    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    scale = attn.logit_scale.clamp(max=math.log(100)).exp()
+    table = attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2)
+    weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
+    weights = weights + 16 * table[attn.relative_position_index].permute(2, 0, 1).sigmoid()
+    if mask is not None:
+        weights = (weights.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+    return attn.proj_drop(attn.proj((attn.attn_drop(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)))
+
+
+def _set_heads(attn: nn.Module, count: int) -> None:
+    attn.num_heads = count
+    if count == 0:
+        attn.forward = MethodType(empty_attention, attn)
+    elif hasattr(attn, "cpb_mlp") and attn.proj.in_features != attn.dim:
+        attn.forward = MethodType(narrow_attention, attn)
+
+
+# ---------------------------------------------------------------------------------------------- what a unit is
+
+
+class WindowHeads(Branch):
+    """The heads of a window attention, which does not note how wide they are."""
+
+    def width(self, module: nn.Module) -> int:
+        if hasattr(module, "scale"):
+            return round(module.scale**-2)  # told even when no head is left
+        return module.proj.in_features // max(1, module.num_heads)
+
+
+def _windowed(heads: Branch, **differences) -> WindowHeads:
+    return WindowHeads(**{**vars(heads), "narrow": None, "tell": _set_heads, **differences})
+
+
+# of each class of block: its attention, and what a head owns there
+BLOCKS = {
+    "timm.models.swin_transformer.SwinTransformerBlock": (
+        "timm.models.swin_transformer.WindowAttention",
+        _windowed(HEADS, seen=None, loose={"relative_position_bias_table": (1, None)}),
+    ),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": (
+        "timm.models.swin_transformer_v2.WindowAttention",
+        _windowed(EVA_HEADS, loose={**EVA_HEADS.loose, "logit_scale": (0, None)}),
+    ),
+}
+POSITIONS = "cpb_mlp.2.weight"  # SwinV2's rows of each head in the layers that make its table of relative positions
+
+
+def swin_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> dict[str, Units]:
+    """The heads ("layers.S.blocks.N.attn") and neurons ("layers.S.blocks.N.mlp") of a Swin, in the order of its layers.
+
+    A head owns its rows of `attn.qkv` with their biases and its columns of `attn.proj`, as in a plain ViT; besides, in
+    Swin its column of `relative_position_bias_table`, in SwinV2 its `logit_scale`, its shares of `q_bias` and `v_bias`
+    and its row of the last layer of `cpb_mlp`.
+
+    Raises:
+        LayoutError: the blocks are not those of timm's Swin or SwinV2.
+    """
+    reason = layout_problem(model)
+    if reason:
+        raise LayoutError(reason)
+    units = {}
+    for layer, (name, block) in enumerate(_blocks(model)):
+        if "head" in kinds:
+            units[f"{name}.attn"] = _heads_of(block, f"{name}.attn.", layer)
+        if "neuron" in kinds:
+            units[f"{name}.mlp"] = replace(
+                NEURONS.units(block.mlp, f"{name}.mlp.", layer), macs=partial(_neuron_macs, block)
+            )
+    return units
+
+
+def _heads_of(block: nn.Module, prefix: str, layer: int) -> Units:
+    attn, heads = block.attn, BLOCKS[class_name(block)][1]
+    group = heads.units(attn, prefix, layer)
+    parts, unranked = dict(group.parts), ()
+    if hasattr(attn, "cpb_mlp"):
+        unranked = (f"{prefix}{POSITIONS}",)
+        parts[unranked[0]] = Layout(0, 1, group.count, 1)
+    return replace(
+        group,
+        parts=parts,
+        unranked=unranked,
+        output=replace(group.output, windows=True),
+        contribution=replace(group.contribution, windows=True),
+        macs=partial(_head_macs, block),
+    )
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for stage, layer in enumerate(model.layers):
+        for index, block in enumerate(layer.blocks):
+            yield f"layers.{stage}.blocks.{index}", block
+
+
+def _branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Branch]]:
+    for name, block in _blocks(model):
+        yield f"{name}.attn", block.attn, BLOCKS[class_name(block)][1]
+        yield f"{name}.mlp", block.mlp, NEURONS
+
+
+def layout_problem(model: nn.Module) -> str | None:
+    """Why this model's blocks cannot be pruned by head and neuron; None when they can."""
+    kind = type(model).__name__
+    stages = getattr(model, "layers", None)
+    if not isinstance(stages, nn.Sequential | nn.ModuleList) or not all(hasattr(stage, "blocks") for stage in stages):
+        return f"{kind} has no stages with blocks at .layers; not a Swin"
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(getattr(embed, "proj", None), nn.Conv2d) or not getattr(embed, "img_size", None):
+        return f"{kind}.patch_embed is not one convolution for images of one size; not a Swin"
+    for name, block in _blocks(model):
+        if class_name(block) not in BLOCKS:
+            return f"{kind}.{name} is a {class_name(block)}, not a Swin's block"
+        attention, _ = BLOCKS[class_name(block)]
+        if class_name(block.attn) != attention:
+            return f"{kind}.{name}.attn is a {class_name(block.attn)}, not a Swin's WindowAttention"
+        if class_name(block.mlp) != "timm.layers.mlp.Mlp":
+            return f"{kind}.{name}.mlp is a {class_name(block.mlp)}, not a Swin's Mlp"
+        if not isinstance(block.mlp.fc1, nn.Linear) or not isinstance(block.mlp.norm, nn.Identity):
+            return f"{kind}.{name}.mlp has convolutions or a norm inside; not a Swin's Mlp"
+    return None if any(True for _ in _blocks(model)) else f"{kind}.layers has no blocks; not a Swin"
+
+
+def prunable_layers(model: nn.Module, patch_embed: bool = False) -> dict[str, nn.Module]:
+    """Layers whose weights count as prunable, by name and in the model's order."""
+    suffixes = PRUNABLE_SUFFIXES + (("patch_embed.proj",) if patch_embed else ())
+    return {name: module for name, module in model.named_modules() if name.endswith(suffixes)}
+
+
+# ------------------------------------------------------------------------------------- what it counts and costs
+
+
+def _head_macs(block: nn.Module, model: nn.Module, group: Units) -> int:
+    """MACs per image of one head of this block: N' d D for each of q, k, v and the projection, 2 N' W d for attention.
+
+    W tokens are in a window, N' in all windows: timm pads what does not fill them. SwinV2 makes its table of relative
+    positions anew in each forward pass; it counts as if for one image.
+    """
+    (height, width), sides = block.window_size, block.input_resolution
+    window = height * width
+    tokens = math.ceil(sides[0] / height) * math.ceil(sides[1] / width) * window
+    macs = tokens * unit_weights(model, group) + 2 * tokens * window * group.contribution.layout.width
+    if hasattr(block.attn, "cpb_mlp"):
+        macs += _positions(block.attn) * block.attn.cpb_mlp[2].in_features
+    return macs
+
+
+def _neuron_macs(block: nn.Module, model: nn.Module, group: Units) -> int:
+    return math.prod(block.input_resolution) * unit_weights(model, group)
+
+
+def _positions(attn: nn.Module) -> int:
+    height, width = attn.window_size
+    return (2 * height - 1) * (2 * width - 1)
+
+
+def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
+    """Forward multiply-accumulates of one image by closed form, norms and activations not counted; see `_head_macs`.
+
+    `counts` gives the units left per key of `swin_units`.
+    """
+    total = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+    for stage in model.layers:
+        if hasattr(stage.downsample, "reduction"):
+            total += math.prod(stage.output_resolution) * stage.downsample.reduction.weight.numel()
+    for name, block in _blocks(model):
+        if hasattr(block.attn, "cpb_mlp") and counts[f"{name}.attn"]:
+            total += _positions(block.attn) * block.attn.cpb_mlp[0].weight.numel()
+    for key, group in swin_units(model).items():
+        total += counts[key] * group.macs(model, group)
+    return total + (model.head.fc.weight.numel() if isinstance(model.head.fc, nn.Linear) else 0)
+
+
+def swin_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    units = swin_units(model)
+    left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
+    gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
+    return {
+        "heads": sum(left[key] for key, group in units.items() if group.kind == "head"),
+        "neurons": sum(left[key] for key, group in units.items() if group.kind == "neuron"),
+        "parameters": count_parameters(model) - gone,
+        "macs": swin_macs(model, left),
+    }
+
+
+@torch.no_grad()
+def working_units_(model: nn.Module) -> dict[str, list[int]]:
+    """Which heads and neurons still work, {units key: ids}; what dead ones emit is folded away, in place.
+
+    Dead is a head whose `attn.proj` columns or v rows are zero, a neuron whose `mlp.fc2` column or `mlp.fc1` row is.
+    They emit the constant of their biases, padding included, which goes to the output bias.
+    """
+    alive = {}
+    for key, module, branch in _branches(model):
+        silent, constant = branch.silent_units(module)
+        name = branch.output_name(module)
+        output, layout = getattr(module, name), branch.units(module, "", 0).parts[f"{name}.weight"]
+        columns = layout.split(output.weight)[:, 0]  # [D, count, width]
+        works = columns.any(0).any(1) & ~silent
+        output.bias += torch.einsum("duw,uw->d", columns[:, ~works], constant[~works])
+        alive[key] = works.nonzero().flatten().tolist()
+    return alive
+
+
+# ------------------------------------------------------------------------------------------- on disk and back
+
+
+def describe(small: nn.Module, kept: Kept) -> dict:
+    """The architecture of a removed model as plain values: `swin` has the arguments of `timm.create_model`."""
+    units = swin_units(small)
+    heads, neurons = ([key for key, group in units.items() if group.kind == kind] for kind in ("head", "neuron"))
+    version = 2 if any(hasattr(block.attn, "cpb_mlp") for _, block in _blocks(small)) else 1
+    return {
+        "swin": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args},
+        "version": version,
+        "heads": [units[key].count for key in heads],
+        "neurons": [units[key].count for key in neurons],
+        "kept_heads": [kept[key] for key in heads],
+        "kept_neurons": [kept[key] for key in neurons],
+    }
+
+
+def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
+    """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
+    try:
+        import timm
+    except ImportError as error:
+        raise RunError("this model was made from a timm model: pip install timm") from error
+    model = timm.create_model(**config["swin"])
+    left = {"head": iter(config["heads"]), "neuron": iter(config["neurons"])}
+    return model, {key: range(next(left[group.kind])) for key, group in swin_units(model).items()}
+
+
+_SNIPPET = """\
+import json
+{imports}{functions}
+with open("config.json") as file:
+    config = json.load(file)
+model, weights = timm.create_model(**config["swin"]), load_file("model.safetensors")
+for name, tensor in weights.items():
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+attentions = [block.attn for stage in model.layers for block in stage.blocks]
+for attn, heads in zip(attentions, config["heads"]):
+    attn.num_heads = heads{forwards}
+model.load_state_dict(weights)
+model.eval()
+"""
+_FORWARD = """
+    if {when}:
+        attn.forward = MethodType({name}, attn)"""
+
+
+def loading_lines(config: Mapping) -> str:
+    """The lines that load an exported model with timm alone, and the attention that timm has not."""
+    plain = ["import timm"]
+    parts = ["from safetensors.torch import load_file", "from torch import nn"]
+    forwards = {}
+    if config["version"] == 2:
+        plain = ["import math", *plain, "import torch", "import torch.nn.functional as F"]
+        forwards["attn.proj.weight.shape[1] < attn.dim"] = narrow_attention
+    if 0 in config["heads"]:
+        forwards["heads == 0"] = empty_attention
+    if forwards:
+        parts.append("from types import MethodType")
+    return _SNIPPET.format(
+        imports="\n".join(plain + parts) + "\n",
+        functions="".join(f"\n{inspect.getsource(function)}\n" for function in forwards.values()),
+        forwards="".join(_FORWARD.format(when=when, name=f.__name__) for when, f in forwards.items()),
+    )
+
+
+class SwinFamily:
+    """timm's Swin and SwinV2 as `families.Family` asks for them."""
+
+    title = "Swin"
+    kinds = ("head", "neuron")
+    counts_by = "ratio"
+    classifier = "head"
+    config_keys = ("swin",)
+    timm_files = ("swin_transformer*",)
+
+    problem = staticmethod(layout_problem)
+    cost = staticmethod(swin_cost)
+    working_units_ = staticmethod(working_units_)
+    describe = staticmethod(describe)
+    rebuild = staticmethod(rebuild)
+
+    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
+        return prunable_layers(model, patch_embed=first)
+
+    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
+        return swin_units(model, self.kinds if kinds is None else kinds)
+
+    def image_size(self, model: nn.Module) -> int:
+        return model.patch_embed.img_size[0]
+
+    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
+        return None
+
+    def card(self, config: Mapping) -> tuple[str, str]:
+        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
+        return left, f"## Loading it with timm alone\n\n```python\n{loading_lines(config)}```\n"
+
+
+SWIN = SwinFamily()
