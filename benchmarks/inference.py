@@ -2,9 +2,11 @@
 """Dense, masked, removed, and Torch-Pruning's result at the same counts: forward passes, interleaved medians.
 
     python benchmarks/inference.py [--arch vit_tiny] [--batch_sizes 1 64] [--repeats 21] [--threads N]
+    python benchmarks/inference.py --arch timm/vit_small_patch16_dinov3 --img_size 224 --head_ratio 0.5 --mlp_ratio 0.5
 
 All four start from one timm model of the architecture's geometry. Two thirds of the heads and 70% of the MLP neurons
-go, chosen by magnitude. The limit is dense over removed MACs. Needs `pip install torch-pruning` for the last column.
+go unless told otherwise, chosen by magnitude. The limit is dense over removed MACs. Torch-Pruning's rows need
+`pip install torch-pruning` and a model that its graph can follow.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
 
 import torch
-from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -28,18 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from export import compact
+from families import family_of
+from models import build_model
 from models.vit import CONFIGS
+from pruning.ranking import rank_units
+from pruning.scores import score_units
+from pruning.units import Units, unit_masks
 from utils import format_table
-from vit_pruning_utils_head_mlp import rank_units
-from vit_structured_pruning import score_units, unit_masks, vit_macs, vit_units
-
-HEAD_RATIO, MLP_RATIO = 2 / 3, 0.7
 
 
-def timm_model(arch: str) -> nn.Module:
+def dense_model(arch: str, img_size: int | None) -> nn.Module:
+    """On timm's own modules; ours are the same functions, which Torch-Pruning does not know."""
+    if arch not in CONFIGS:
+        return build_model(arch, 10, img_size).eval()
     config = CONFIGS[arch]
     return VisionTransformer(
-        img_size=config.img_size,
+        img_size=img_size or config.img_size,
         patch_size=config.patch_size,
         embed_dim=config.embed_dim,
         depth=config.depth,
@@ -49,17 +54,20 @@ def timm_model(arch: str) -> nn.Module:
     ).eval()
 
 
-def torch_pruning_result(dense: nn.Module, keep_heads: int, keep_neurons: int) -> nn.Module:
+def torch_pruning_result(dense: nn.Module, units: dict[str, Units], kept: dict[str, list[int]], size: int) -> nn.Module:
     """The same counts by Torch-Pruning's dependency graph, as its ViT example does it."""
     import torch_pruning as tp
 
     model = copy.deepcopy(dense)
-    attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    hidden = model.blocks[0].mlp.fc1.out_features
-    size = model.patch_embed.img_size[0]
-    head_ratio = 1 - (keep_heads + 0.5) / attentions[0].num_heads  # it rounds the number to remove up
-    ratios = {block.mlp.fc1: 1 - keep_neurons / hidden for block in model.blocks}
-    ratios |= {attention.qkv: head_ratio for attention in attentions}  # heads go only where channels would
+    ratios, attentions = {}, {}
+    for key, group in units.items():
+        module, left = model.get_submodule(key), len(kept[key])
+        if group.kind == "neuron":
+            ratios[module.fc1] = 1 - left / group.count
+        else:
+            attentions[module.qkv] = module
+            ratios[module.qkv] = 1 - (left + 0.5) / group.count  # it rounds the number to remove up
+    head_ratio = max(ratios[qkv] for qkv in attentions)
     pruner = tp.pruner.BasePruner(
         model,
         torch.randn(1, 3, size, size),
@@ -67,52 +75,62 @@ def torch_pruning_result(dense: nn.Module, keep_heads: int, keep_neurons: int) -
         pruning_ratio=0.0,
         pruning_ratio_dict=ratios,
         ignored_layers=[model.head, model.patch_embed.proj],
-        num_heads={attention.qkv: attention.num_heads for attention in attentions},
+        num_heads={qkv: module.num_heads for qkv, module in attentions.items()},
         prune_num_heads=True,
         prune_head_dims=False,
         head_pruning_ratio=head_ratio,
     )
     pruner.step()
-    for attention in attentions:
-        attention.num_heads = pruner.num_heads[attention.qkv]
-        attention.attn_dim = attention.qkv.out_features // 3
-    return model.eval()
+    for qkv, module in attentions.items():
+        module.num_heads = pruner.num_heads[qkv]
+        module.attn_dim = qkv.out_features // 3
+    model.eval()
+    model(torch.randn(1, 3, size, size))  # what it cannot follow shows here
+    return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", choices=list(CONFIGS), default="vit_tiny")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-
-    dense = timm_model(args.arch)
-    units = vit_units(dense)
-    scores = score_units(dense, units, "magnitude")
-    kept = rank_units(dense, units, scores, {"head": HEAD_RATIO, "neuron": MLP_RATIO})
+def candidates(arch: str, img_size: int | None, ratios: dict[str, float]) -> tuple[dict[str, nn.Module], int, float]:
+    """The models by name, the pixels of their images, and dense over removed MACs."""
+    dense = dense_model(arch, img_size)
+    family = family_of(dense)
+    units, size = family.units(dense), family.image_size(dense)
+    kept = rank_units(dense, units, score_units(dense, units, "magnitude"), ratios)
     masked = copy.deepcopy(dense)
     parameters = dict(masked.named_parameters())
     with torch.no_grad():
         for name, mask in unit_masks(units, kept, parameters).items():
             parameters[name].mul_(mask)
     removed, _ = compact(masked, kept)
-    models = {"dense": dense, "masked": masked, "removed": removed}
-    heads, neurons = len(kept["blocks.0.attn"]), len(kept["blocks.0.mlp"])
+    models = {"dense": dense, "masked": masked, "removed": removed.eval()}
     try:
-        models["Torch-Pruning"] = torch_pruning_result(dense, heads, neurons)
+        models["Torch-Pruning"] = torch_pruning_result(dense, units, kept, size)
     except ImportError:
-        print("Torch-Pruning is not installed (pip install torch-pruning): its column is left out")
-    limit = vit_macs(dense) / vit_macs(removed)
+        print("Torch-Pruning is not installed (pip install torch-pruning): its rows are left out")
+    except Exception as error:  # whatever its graph does not know
+        print(f"Torch-Pruning cannot prune this model ({type(error).__name__}: {str(error).splitlines()[0][:150]})")
+    before, after = family.cost(dense, {}), family.cost(dense, kept)
+    print(f"{arch}, {size} pixels: " + ", ".join(f"{name} {before[name]:,} -> {after[name]:,}" for name in before))
     for name, model in models.items():
-        block = model.blocks[0]
-        print(f"{name:<14} {block.attn.num_heads} heads, {block.mlp.fc1.out_features} neurons per block, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters")  # fmt: skip
+        print(f"{name:<14} {sum(p.numel() for p in model.parameters()):,} parameters")
+    return models, size, before["macs"] / after["macs"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(CONFIGS)}, or timm/NAME")
+    parser.add_argument("--img_size", type=int, help="pixels; the architecture's own when not given")
+    parser.add_argument("--head_ratio", type=float, default=2 / 3, help="share of the heads that goes")
+    parser.add_argument("--mlp_ratio", type=float, default=0.7, help="share of the MLP neurons that goes")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    ratios = {"head": args.head_ratio, "neuron": args.mlp_ratio}
+    models, size, limit = candidates(args.arch, args.img_size, ratios)
 
     rows = []
-    size = dense.patch_embed.img_size[0]
     for batch_size in args.batch_sizes:
         images = torch.randn(batch_size, 3, size, size)
         times: dict[str, list[float]] = {name: [] for name in models}

@@ -10,6 +10,7 @@ this package asks which family a model has.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from typing import Protocol
 
 import torch
@@ -75,12 +76,15 @@ def family_of(model: nn.Module) -> Family:
     """The family that a model belongs to.
 
     Raises:
-        LayoutError: none; the message gives the first family's reason.
+        LayoutError: none; the message gives the reason of the family that timm's file of the model stands for, or else
+            the first one's.
     """
     for family in FAMILIES:
         if family.problem(model) is None:
             return family
-    raise LayoutError(FAMILIES[0].problem(model))
+    file = type(model).__module__.rpartition(".")[2]
+    near = (family for family in FAMILIES if any(fnmatch(file, pattern) for pattern in family.timm_files))
+    raise LayoutError(next(near, FAMILIES[0]).problem(model))
 
 
 def family_of_config(config: Mapping) -> Family:
