@@ -40,6 +40,7 @@ from engine.model import first_model
 from engine.optimizer import Schedule, make_optimizer
 from engine.run import enforce
 from engine.training import StateTraining
+from vit_pruning_utils_head_mlp import target_ratios
 from vit_structured_pruning import CRITERIA
 
 words = str.split
@@ -55,6 +56,14 @@ def column(folder, name):
 
 
 # ------------------------------------------------------------------------------------------------- what is left
+
+
+@pytest.mark.parametrize("target", ["head", "mlp", "both"])
+@pytest.mark.parametrize("neurons", [None, 0.0, 0.7])
+def test_neurons_go_by_their_own_ratio_or_else_by_that_of_heads(target, neurons):
+    ratios = {"head": 0.3, "neuron": 0.3 if neurons is None else neurons}
+    kinds = {"head": ["head"], "mlp": ["neuron"], "both": ["head", "neuron"]}[target]
+    assert target_ratios(target, 0.3, neurons) == {kind: ratios[kind] for kind in kinds}
 
 
 def kept_of(count, share):
