@@ -65,9 +65,17 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
+    _check_recipe_numbers(args)
     require(0 <= args.weight_decay < math.inf, "--weight_decay", args.weight_decay, "must be 0 or more")
     require(0 <= args.fillback_rate <= 1, "--fillback_rate", args.fillback_rate, "must lie in [0, 1]")
     require(0 < args.val_fraction < 1, "--val_fraction", args.val_fraction, "must lie in (0, 1)")
+
+
+def _check_recipe_numbers(args: argparse.Namespace) -> None:
+    require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
+    require(
+        args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"
+    )
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -91,9 +99,16 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.prune_type == "pt" and not args.pretrained:
         raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
     milestones_of(args)  # raises
+    if args.min_lr is not None and args.sched != "cosine":
+        raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    if args.layer_decay is not None and args.struct == "rsst" and args.reg_form == "gradient":
+        raise RunError(
+            f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
+            "differ from layer to layer; use --reg_form decay"
+        )
     if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"

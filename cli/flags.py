@@ -83,6 +83,14 @@ def _train(group: Group) -> None:
     group.add_argument("--weight_decay", type=float, default=1e-4, help="on weight matrices, not biases and norms")
     group.add_argument("--warmup", type=int, help="epochs of linear warm-up, per step; epochs // 6 when not given")
     group.add_argument("--sched", choices=["multistep", "cosine"], default="multistep", help="learning-rate schedule")
+    group.add_argument("--min_lr", type=float, help="the cosine ends there, at the last step of a state")
+    group.add_argument(
+        "--layer_decay",
+        type=float,
+        metavar="D",
+        help="for pretrained starts: layer i of a ViT with N blocks trains at D^(N + 1 - i) of the learning rate, the "
+        "embedding being layer 0 and the classifier N + 1",
+    )
     group.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
     group.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
     group.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")

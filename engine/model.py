@@ -19,9 +19,18 @@ from utils import RunError, load_state_file
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     try:
-        return models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
+        model = models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error
+    _check_blocks(args, model)
+    return model
+
+
+def _check_blocks(args: argparse.Namespace, model: nn.Module) -> None:
+    """Some flags of training need a model that is made of blocks."""
+    for name in ("layer_decay",):
+        if getattr(args, name) is not None and not hasattr(model, "blocks"):
+            raise RunError(f"--{name} {getattr(args, name)}: goes by blocks, and {args.arch} has none; leave it out")
 
 
 def first_model(args: argparse.Namespace) -> nn.Module:

@@ -74,7 +74,7 @@ class Run:
         self.steps_per_epoch = self.train_data.steps_per_epoch
         self.total_steps = self.steps_per_epoch * self.epochs
         self.schedule = Schedule(
-            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps
+            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.rewind_weights: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import rsst
 from engine import journal
 from engine.capture import GRAPHS, CapturedStep
-from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments
+from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments, set_rate
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
@@ -41,7 +41,6 @@ class StateTraining:
         self.run, self.args, self.progress = run, run.args, run.progress
         device = run.device
         # read and written by every step, hence on the device and never replaced: a captured step knows their addresses
-        self.rate = torch.zeros((), dtype=run.dtype, device=device)  # learning rate
         self.sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else None, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all losses so far
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # steps of this epoch while that held
@@ -71,7 +70,7 @@ class StateTraining:
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
-        self.optimizer = make_optimizer(self.args, self.model, self.rate)
+        self.optimizer = make_optimizer(self.args, self.model, torch.zeros((), dtype=run.dtype, device=run.device))
         doomed = {name: laid_out_like(parameters[name], mask) for name, mask in doomed.items()}
         self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
         if self.penalty:
@@ -148,7 +147,7 @@ class StateTraining:
             self._start_epoch(epoch, batch)
         images, labels = run.train_data.batch(progress.state, epoch, batch)
         rate = run.schedule.rate(progress.step)
-        self.rate.fill_(rate)
+        set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
         if self.penalty:
             self.strength = self.ramp.value(progress.step + 1)
