@@ -72,6 +72,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_recipe_numbers(args: argparse.Namespace) -> None:
+    for name in ("mixup", "cutmix"):
+        value = getattr(args, name)
+        require(value is None or 0 <= value < math.inf, f"--{name}", value, "must be 0, for off, or more")
     require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
     require(
         args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"

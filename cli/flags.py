@@ -49,7 +49,14 @@ def _data(group: Group) -> None:
     group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
     group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
     group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
-    group.add_argument("--aug", choices=["none", "basic", "strong"], default="basic", help="crop and flip; and more")
+    group.add_argument(
+        "--aug",
+        choices=["none", "basic", "strong", "rand"],
+        default="basic",
+        help="basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and "
+        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to 33%% of "
+        "the area of a quarter of the images), on folders too",
+    )
 
 
 def _model(group: Group) -> None:
@@ -94,6 +101,10 @@ def _train(group: Group) -> None:
     group.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
     group.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
     group.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
+    group.add_argument("--mixup", type=float, metavar="A", help="mix images in pairs, shares by Beta(A, A); off")
+    group.add_argument(
+        "--cutmix", type=float, metavar="A", help="paste rectangles of one image into another, areas by Beta(A, A); off"
+    )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
         "--compile",

@@ -11,7 +11,7 @@ import models
 from dataset import dataset_facts
 from engine.optimizer import milestones_of
 from families import family_of
-from models.vit import PretrainedError
+from models.vit import PretrainedError, import_timm
 from pruning.ranking import KINDS
 from pruning.units import LayoutError, Units
 from utils import RunError, load_state_file
@@ -19,6 +19,8 @@ from utils import RunError, load_state_file
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     try:
+        if args.mixup or args.cutmix:
+            import_timm("--mixup and --cutmix")
         model = models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error

@@ -23,6 +23,7 @@ from engine.checkpoint import Background, RunState, save_checkpoint
 from engine.choose import Target
 from engine.evaluation import accuracies
 from engine.folder import plain_args, write_flags
+from engine.mixing import Mixing
 from engine.model import run_length, units_of_run
 from engine.optimizer import Schedule, load_moments
 from engine.tracking import Tracker
@@ -68,6 +69,9 @@ class Run:
         batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
         self.facts = facts
         self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        self.mixing = None
+        if args.mixup or args.cutmix:
+            self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
         self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
         self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.states, self.epochs, milestones = run_length(args)

@@ -12,13 +12,13 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import rsst
 from engine import journal
 from engine.capture import GRAPHS, CapturedStep
+from engine.objective import count_right, cross_entropy
 from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments, set_rate
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -145,7 +145,10 @@ class StateTraining:
         epoch, batch = divmod(progress.step, run.steps_per_epoch)
         if self.bar is None:
             self._start_epoch(epoch, batch)
-        images, labels = run.train_data.batch(progress.state, epoch, batch)
+        images, targets = run.train_data.batch(progress.state, epoch, batch)
+        images = images.to(run.dtype)
+        if run.mixing:
+            images, targets = run.mixing(images, targets, progress.state, epoch, batch)
         rate = run.schedule.rate(progress.step)
         set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
@@ -153,7 +156,7 @@ class StateTraining:
             self.strength = self.ramp.value(progress.step + 1)
             decays = self.args.reg_form == "decay"
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
-        self.update(images.to(run.dtype), labels)
+        self.update(images, targets)
         progress.step += 1
         if self.penalty and self.ramp.is_recorded(progress.step):
             self.residuals.add(progress.step, self.strength, self.penalty.measure())
@@ -173,22 +176,22 @@ class StateTraining:
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
 
-    def device_step(self, images: Tensor, labels: Tensor) -> None:
+    def device_step(self, images: Tensor, targets: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
 
         Args:
             images: [B, 3, H, W], B = batch_size * accum_steps.
-            labels: [B].
+            targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
-        parts = zip(images.chunk(args.accum_steps), labels.chunk(args.accum_steps), strict=True)
+        parts = zip(images.chunk(args.accum_steps), targets.chunk(args.accum_steps), strict=True)
         for part, truth in parts:
             with autocast(self.run.device, self.run.precision):
                 logits = self.forward(part)
-                loss = F.cross_entropy(logits, truth, label_smoothing=args.label_smoothing)
-            loss = loss * (len(truth) / len(labels))
+                loss = cross_entropy(logits, truth, args.label_smoothing)
+            loss = loss * (len(truth) / len(targets))
             scaler.scale(loss).backward()
-            self._count(loss.detach(), (logits.detach().argmax(1) == truth).sum() / len(labels))
+            self._count(loss.detach(), count_right(logits.detach(), truth) / len(targets))
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm

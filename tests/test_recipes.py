@@ -3,12 +3,18 @@ default, goes through masks, cuts and small networks, and goes on to the same bi
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from micro import DEPTH, MICRO, call, make_run, vit_micro
+from micro import DEPTH, MICRO, TIMES, assert_same_tensors, call, load, make_run, metrics, vit_micro, wrap
 
 import main_imp_fillback as entry
+from dataset import DATASETS, Batches, Split, load_dataset, make_batches
+from engine.mixing import Mixing
+from engine.objective import count_right, cross_entropy
 from engine.optimizer import Schedule, layer_scales, parameter_groups
+from images.orders import random_seed
+from images.randaugment import OPERATIONS, draw_operations, rand_augment
 
 
 def parse(*flags):
@@ -97,3 +103,229 @@ def test_rates_that_cannot_be_are_refused(refused):
     refused("--layer_decay nan", "--layer_decay nan", "(0, 1]")
     refused("--layer_decay 0.5 --reg_form gradient", "--reg_form decay")
     refused("--layer_decay 0.5 --arch res20s", "--layer_decay 0.5", "res20s")
+
+
+# ----------------------------------------------------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize(("mixup", "cutmix", "smoothing"), [(0.8, 0, 0.1), (0, 1.0, 0), (0.8, 1.0, 0.1)])
+def test_batches_are_mixed_as_timm_mixes_them(mixup, cutmix, smoothing, make_batch):
+    timm = pytest.importorskip("timm.data.mixup")
+    mixing, reference = (
+        Mixing(mixup, cutmix, smoothing, 5, seed=3),
+        timm.Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=5),
+    )
+    for step in range(8):
+        images, labels = make_batch(seed=step)
+        before = images.clone()
+        mixed, targets = mixing(images, labels, 1, 2, step)
+        seed = random_seed(3, 1, 2, step, 1)
+        np.random.seed([seed % 2**32, seed >> 32])
+        expected = reference(images.clone(), labels)
+        assert torch.equal(images, before)
+        torch.testing.assert_close(mixed, expected[0])
+        torch.testing.assert_close(targets, expected[1])
+
+
+def test_targets_sum_to_1_and_name_the_images_that_are_mixed():
+    labels = torch.arange(7)
+    images = torch.arange(1.0, 8.0)[:, None, None, None].expand(-1, 3, 16, 16)  # each image its own grey, odd batch
+    kinds = set()
+    for step in range(30):
+        mixed, targets = Mixing(1.0, 1.0, 0.0, 7, seed=0)(images, labels, 0, 0, step)
+        assert torch.allclose(targets.sum(1), torch.ones(7))
+        share = float(targets[0, 0])
+        kinds.add("cut" if set(mixed[0].unique().tolist()) <= {1.0, 7.0} else "mixed")
+        for i, image in enumerate(mixed):
+            other = 6 - i
+            own = share if i != other else 1.0
+            assert float(targets[i, i]) == pytest.approx(own, abs=1e-6)
+            assert float(image.mean()) == pytest.approx(own * (i + 1) + (1 - own) * (other + 1), abs=1e-4)
+    assert kinds == {"cut", "mixed"}
+
+
+def test_mixing_is_a_pure_function_of_the_step_and_leaves_numpy_alone(make_batch):
+    images, labels = make_batch()
+    mixing = Mixing(1.0, 1.0, 0.0, 5, seed=0)
+    np.random.seed(0)
+    expected = np.random.rand()
+    np.random.seed(0)
+    first = mixing(images, labels, 0, 1, 2)[0]
+    assert np.random.rand() == expected
+    again = Mixing(1.0, 1.0, 0.0, 5, seed=0)
+    assert torch.equal(again(images, labels, 0, 1, 2)[0], first)
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(again(images, labels, *other)[0], first)
+    assert not torch.equal(Mixing(1.0, 1.0, 0.0, 5, seed=1)(images, labels, 0, 1, 2)[0], first)
+
+
+def test_a_mixed_image_is_right_at_its_larger_share_and_costs_by_its_shares():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0]])
+    shares = torch.tensor([[0.7, 0.3, 0.0], [0.6, 0.4, 0.0]])
+    assert int(count_right(logits, shares)) == 1
+    assert int(count_right(logits, torch.tensor([0, 1]))) == 2
+    by_hand = -(shares * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(cross_entropy(logits, shares, 0.1), by_hand)  # smoothed already
+
+
+# ------------------------------------------------------------------------------------------------------ RandAugment
+
+
+def colours(count=4, side=16, channels=3):
+    return torch.randint(0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_are_those_of_torchvision(operation, sign, channels):
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    names = {name: name.title().replace("_", "") for name in OPERATIONS} | {"autocontrast": "AutoContrast"}
+    policy = v2.RandAugment(num_ops=2)
+    magnitudes = policy._AUGMENTATION_SPACE[names[operation]][0](31, 16, 16)
+    magnitude = 0.0 if magnitudes is None else float(magnitudes[9]) if magnitudes.ndim else float(magnitudes)
+    signed = policy._AUGMENTATION_SPACE[names[operation]][1]
+    kind, images = OPERATIONS.index(operation), colours(channels=channels).clamp(20, 200)
+    expected = images.to(torch.uint8)
+    interpolation = v2.InterpolationMode.NEAREST
+    for _ in range(2):
+        magnitude_now = magnitude * sign if signed else magnitude
+        expected = policy._apply_image_or_video_transform(
+            expected, names[operation], magnitude_now, interpolation=interpolation, fill={}
+        )
+    shape = (len(images), 2)
+    found = rand_augment(images.float(), torch.full(shape, kind), torch.full(shape, sign))
+    differ = (found - expected).abs()
+    assert float((differ > 1).float().mean()) < 0.01  # a pixel that comes from halfway between two
+    assert torch.equal(found, found.round())
+    assert 0 <= float(found.min()) <= float(found.max()) <= 255
+
+
+def test_images_of_a_batch_get_their_own_operations_in_their_order():
+    images = colours(6).float()
+    kinds = torch.tensor([[0, 5], [5, 0], [6, 11], [11, 6], [13, 12], [3, 3]])
+    signs = torch.tensor([[1, -1], [1, 1], [-1, 1], [1, -1], [1, 1], [1, -1]])
+    together = rand_augment(images, kinds, signs)
+    for i in range(6):
+        assert torch.equal(together[i : i + 1], rand_augment(images[i : i + 1], kinds[i : i + 1], signs[i : i + 1]))
+    assert not torch.equal(rand_augment(images, kinds.flip(1), signs.flip(1))[2], together[2])
+
+
+def resident(aug, images=96, side=28, seed=0):
+    split = Split(torch.full((images, 3, side, side), 200, dtype=torch.uint8), torch.zeros(images, dtype=torch.long))
+    return Batches(split, DATASETS["cifar10"], images, "cpu", seed, aug)
+
+
+def test_rand_erases_a_quarter_of_the_images_to_the_mean():
+    data, shares = resident("rand", images=600), []
+    images, _ = data.batch(0, 0, 0)
+    erased = (images == 0).all(1)  # the mean, which no pixel of these images has
+    for mask in erased:
+        if mask.any():
+            rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+            assert int(mask.sum()) == len(rows) * len(columns)  # one rectangle
+            shares.append(float(mask.float().mean()))
+    assert len(shares) / 600 == pytest.approx(0.25, abs=0.06)
+    assert min(shares) > 0.01
+    assert max(shares) < 0.4
+
+
+def test_rand_is_a_pure_function_of_the_step_and_draws_every_operation():
+    first = resident("rand").batch(1, 2, 0)[0]
+    assert torch.equal(resident("rand").batch(1, 2, 0)[0], first)
+    assert not torch.equal(resident("rand").batch(1, 3, 0)[0], first)
+    kinds, signs = draw_operations(2000, torch.Generator().manual_seed(0))
+    assert set(kinds.flatten().tolist()) == set(range(14))
+    assert set(signs.flatten().tolist()) == {-1, 1}
+
+
+def test_numbers_of_mixing_that_cannot_be_are_refused(refused):
+    for flag in ("--mixup", "--cutmix"):
+        refused(f"{flag} -1", f"{flag} -1.0", "or more")
+        refused(f"{flag} nan", f"{flag} nan")
+
+
+# -------------------------------------------------------------------------------------------------- all of it, in runs
+
+PARTS = {
+    "rates": "--sched cosine --min_lr 0.001 --layer_decay 0.7",
+    "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1",
+    "augmentation": "--aug rand",
+}
+ALL = " ".join(PARTS.values())
+UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
+STOPS = {"before the cut": (1, 4), "after the cut": (1, 10)}
+
+
+def left_by(folder):
+    """All that a run leaves and that has to be the same."""
+    content = load(folder / "checkpoint.pt")
+    tensors = {name: content["weights"][name] for name in content["weights"]}
+    for number, moments in content["moments"].items():
+        tensors |= {f"{number}.{name}": value for name, value in moments.items()}
+    best = load(folder / "best.pt")
+    tensors |= {f"best.{name}": value for name, value in best["weights"].items()}
+    return tensors, metrics(folder, drop=TIMES)
+
+
+@pytest.fixture
+def stopped(house, tmp_path, monkeypatch):
+    """stopped(flags, state, step): what a run leaves that is interrupted before this step and goes on; and one that
+    is not."""
+
+    monkeypatch.setattr(entry.report, "write", lambda _: None)  # drawing takes longer than the run
+
+    def look(flags, state, step, base=MICRO):
+        flags = [*base, *flags.split(), "--checkpoint_every", "1"]
+        assert call([*flags, "--save_dir", tmp_path / "whole"]) == 0
+
+        def interrupt(training):
+            if (training.progress.state, training.progress.step) == (state, step):
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            wrap(patch, "step", before=interrupt)
+            assert call([*flags, "--save_dir", tmp_path / "broken"]) == 130
+        assert call(["--resume", "--save_dir", tmp_path / "broken"]) == 0
+        return left_by(tmp_path / "broken"), left_by(tmp_path / "whole")
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("part", "stop"), [*((part, "after the cut") for part in PARTS), *(("all", stop) for stop in STOPS)]
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(part, stop, stopped):
+    flags = ALL if part == "all" else PARTS[part]
+    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {flags} --pruning_times 2", *STOPS[stop])
+    assert_same_tensors(found, expected)
+    assert rows == expected_rows
+
+
+def picture_folder(path):
+    image = pytest.importorskip("PIL.Image")
+    generator = np.random.RandomState(0)
+    for name in ("one", "two"):
+        (path / "train" / name).mkdir(parents=True)
+        for number in range(25):
+            pixels = generator.randint(0, 256, (20, 20, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(path / "train" / name / f"{number}.png")
+    return path
+
+
+def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(stopped, tmp_path):
+    data = picture_folder(tmp_path / "pictures")
+    base = [*MICRO, "--dataset", "folder", "--data", str(data), "--workers", "0", "--img_size", "16"]
+    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {ALL} --pruning_times 2", 1, 3, base)
+    assert_same_tensors(found, expected)
+    assert rows == expected_rows
+
+
+def test_folders_erase_to_the_mean(tmp_path):
+    data = picture_folder(tmp_path)
+    splits = load_dataset("folder", str(data), 16, 0.1, None)
+    batches = {aug: make_batches(splits.train, splits.facts, 40, "cpu", 0, aug) for aug in ("strong", "rand")}
+    plain, erased = (data.batch(0, 0, 0)[0] for data in batches.values())
+    changed = (plain != erased).any(1)
+    assert 2 <= int(changed.any((1, 2)).sum()) <= 20
+    assert float(erased.abs().amax(1)[changed].max()) < 0.5 / 255 / min(splits.facts.std) * 1.01  # one level's rounding
