@@ -8,6 +8,7 @@ import re
 
 import models
 from dataset import DATASETS
+from engine.capture import GRAPHS
 from engine.optimizer import milestones_of
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -75,6 +76,7 @@ def _check_recipe_numbers(args: argparse.Namespace) -> None:
     for name in ("mixup", "cutmix"):
         value = getattr(args, name)
         require(value is None or 0 <= value < math.inf, f"--{name}", value, "must be 0, for off, or more")
+    require(args.drop_path is None or 0 <= args.drop_path < 1, "--drop_path", args.drop_path, "must lie in [0, 1)")
     require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
     require(
         args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"
@@ -107,6 +109,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    if args.drop_path and args.compile in GRAPHS:
+        raise RunError(
+            f"--drop_path {args.drop_path}: drops other branches in every step, and --compile {args.compile} captures "
+            "one; use --compile default"
+        )
     if args.layer_decay is not None and args.struct == "rsst" and args.reg_form == "gradient":
         raise RunError(
             f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "

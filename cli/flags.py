@@ -105,6 +105,13 @@ def _train(group: Group) -> None:
     group.add_argument(
         "--cutmix", type=float, metavar="A", help="paste rectangles of one image into another, areas by Beta(A, A); off"
     )
+    group.add_argument(
+        "--drop_path",
+        type=float,
+        metavar="R",
+        help="stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a "
+        "ViT to R in the last; off",
+    )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
         "--compile",

@@ -9,6 +9,7 @@ from torch import nn
 
 import models
 from dataset import dataset_facts
+from engine.depth import has_branches
 from engine.optimizer import milestones_of
 from families import family_of
 from models.vit import PretrainedError, import_timm
@@ -30,9 +31,10 @@ def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
 
 def _check_blocks(args: argparse.Namespace, model: nn.Module) -> None:
     """Some flags of training need a model that is made of blocks."""
-    for name in ("layer_decay",):
-        if getattr(args, name) is not None and not hasattr(model, "blocks"):
-            raise RunError(f"--{name} {getattr(args, name)}: goes by blocks, and {args.arch} has none; leave it out")
+    for name, fits in (("layer_decay", hasattr(model, "blocks")), ("drop_path", has_branches(model))):
+        value = getattr(args, name)
+        if value and not fits:
+            raise RunError(f"--{name} {value}: goes by the blocks of a ViT, which {args.arch} has not; leave it out")
 
 
 def first_model(args: argparse.Namespace) -> nn.Module:

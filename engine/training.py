@@ -18,6 +18,7 @@ from tqdm import tqdm
 import rsst
 from engine import journal
 from engine.capture import GRAPHS, CapturedStep
+from engine.depth import StochasticDepth
 from engine.objective import count_right, cross_entropy
 from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments, set_rate
 from pruning.masks import density
@@ -66,6 +67,8 @@ class StateTraining:
         whole = run.dense.state_dict()
         followers = follower_masks(run.units, progress.kept, whole)
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
+        rate = self.args.drop_path
+        self.depth = StochasticDepth(self.model, rate, self.args.seed) if rate else None
         self.forward = self._compiled()
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
@@ -149,6 +152,8 @@ class StateTraining:
         images = images.to(run.dtype)
         if run.mixing:
             images, targets = run.mixing(images, targets, progress.state, epoch, batch)
+        if self.depth:
+            self.depth.draw(images, progress.state, epoch, batch)
         rate = run.schedule.rate(progress.step)
         set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
@@ -185,7 +190,10 @@ class StateTraining:
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
         parts = zip(images.chunk(args.accum_steps), targets.chunk(args.accum_steps), strict=True)
+        start = 0
         for part, truth in parts:
+            if self.depth:
+                self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
                 logits = self.forward(part)
                 loss = cross_entropy(logits, truth, args.label_smoothing)

@@ -6,10 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from micro import DEPTH, MICRO, TIMES, assert_same_tensors, call, load, make_run, metrics, vit_micro, wrap
+from micro import (
+    DEPTH,
+    MICRO,
+    TIMES,
+    assert_same_tensors,
+    call,
+    largest_difference,
+    load,
+    make_run,
+    metrics,
+    vit_micro,
+    wrap,
+)
 
 import main_imp_fillback as entry
 from dataset import DATASETS, Batches, Split, load_dataset, make_batches
+from engine.depth import StochasticDepth
 from engine.mixing import Mixing
 from engine.objective import count_right, cross_entropy
 from engine.optimizer import Schedule, layer_scales, parameter_groups
@@ -245,12 +258,85 @@ def test_numbers_of_mixing_that_cannot_be_are_refused(refused):
         refused(f"{flag} nan", f"{flag} nan")
 
 
+# ------------------------------------------------------------------------------------------------- stochastic depth
+
+
+def both_vits(make_micro_vit):
+    ours = make_micro_vit(depth=3)
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    geometry = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
+    theirs = timm.VisionTransformer(num_classes=5, **geometry)
+    theirs.load_state_dict(ours.state_dict())
+    return ours.train(), theirs.train()
+
+
+def test_dropped_branches_by_hand_in_our_model_and_in_timms(make_micro_vit, make_batch):
+    images, _ = make_batch(images=8)
+    for model in both_vits(make_micro_vit):
+        whole = model(images)
+        depth = StochasticDepth(model, 0.6, seed=0)
+        depth.draw(images, 0, 0, 0)
+        depth.show(0, 8)
+        assert {float(factor) for factor in depth.factors.flatten()} <= {0.0, 1.0, *map(approximately, (0.7, 0.4))}
+        tokens = model.patch_embed(images)
+        tokens = torch.cat([model.cls_token.expand(8, -1, -1), tokens], 1) + model.pos_embed
+        for block, (first, second) in zip(model.blocks, depth.factors[:, :, None, None].split(2), strict=True):
+            tokens = tokens + first * block.attn(block.norm1(tokens))
+            tokens = tokens + second * block.mlp(block.norm2(tokens))
+        expected = model.head(model.norm(tokens)[:, 0])
+        assert not torch.allclose(model(images), whole)
+        torch.testing.assert_close(model(images), expected)
+        torch.testing.assert_close(model.eval()(images), whole)  # only training drops
+
+
+def approximately(keep):
+    return float(torch.tensor(1 / keep))
+
+
+def test_branches_are_dropped_as_often_as_the_rates_say(make_micro_vit):
+    depth = StochasticDepth(make_micro_vit(depth=3), 0.5, seed=1)
+    depth.draw(torch.zeros(4000, 1), 2, 3, 4)
+    shares = (depth.factors == 0).float().mean(1)
+    assert shares.tolist() == pytest.approx([0, 0, 0.25, 0.25, 0.5, 0.5], abs=0.03)
+    assert depth.factors.mean(1).tolist() == pytest.approx([1] * 6, abs=0.06)
+    first = depth.factors
+    depth.draw(torch.zeros(4000, 1), 2, 3, 4)
+    assert torch.equal(depth.factors, first)
+    for key in ((1, 3, 4), (2, 2, 4), (2, 3, 5)):
+        depth.draw(torch.zeros(4000, 1), *key)
+        assert not torch.equal(depth.factors, first)
+
+
+def test_each_part_of_an_accumulated_step_drops_its_own_images(make_micro_vit):
+    depth = StochasticDepth(make_micro_vit(), 0.5, seed=0)
+    depth.draw(torch.zeros(6, 1), 0, 0, 0)
+    for start, stop in ((0, 3), (3, 6)):
+        depth.show(start, stop)
+        assert torch.equal(depth.paths[-1].factor, depth.factors[-1, start:stop])
+
+
+@pytest.mark.usefixtures("float64")
+def test_compact_and_masked_training_agree(seen):
+    flags = f"{UNITS} {ALL} --pruning_times 2 --layer_decay 1".split()  # `seen` looks at one learning rate
+    compact, masked = seen(*flags), seen(*flags, "--no-compact_training")
+    assert compact.steps[1, 12].width < masked.steps[1, 12].width
+    for key, step in compact.steps.items():
+        assert largest_difference(step.weights, masked.steps[key].weights) < 1e-9, key
+
+
+def test_dropping_that_cannot_be_is_refused(refused):
+    refused("--drop_path 1", "--drop_path 1.0", "[0, 1)")
+    refused("--drop_path 0.1 --compile graph", "--drop_path 0.1", "--compile graph")
+    refused("--drop_path 0.1 --arch res20s", "--drop_path 0.1", "res20s")
+
+
 # -------------------------------------------------------------------------------------------------- all of it, in runs
 
 PARTS = {
     "rates": "--sched cosine --min_lr 0.001 --layer_decay 0.7",
     "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1",
     "augmentation": "--aug rand",
+    "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
 ALL = " ".join(PARTS.values())
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
