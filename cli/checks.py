@@ -77,6 +77,7 @@ def _check_recipe_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         require(value is None or 0 <= value < math.inf, f"--{name}", value, "must be 0, for off, or more")
     require(args.drop_path is None or 0 <= args.drop_path < 1, "--drop_path", args.drop_path, "must lie in [0, 1)")
+    require(args.ema_decay is None or 0 <= args.ema_decay < 1, "--ema_decay", args.ema_decay, "must lie in [0, 1)")
     require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
     require(
         args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"

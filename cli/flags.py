@@ -112,6 +112,13 @@ def _train(group: Group) -> None:
         help="stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a "
         "ViT to R in the last; off",
     )
+    group.add_argument(
+        "--ema_decay",
+        type=float,
+        metavar="D",
+        help="validate, select and export the exponential moving average of the weights of a state, of decay D, or "
+        "(1 + t) / (10 + t) after t steps while that is smaller; off",
+    )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
         "--compile",

@@ -52,7 +52,7 @@ EVAL_BATCH = 256
 class Run:
     """One run: its dense model, data, files and progress.
 
-    `dense` has the original shapes and holds the weights between states.
+    `dense` has the original shapes and holds the weights between states, `average` their average where one is kept.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Run:
             args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        self.average: dict[str, Tensor] = {}
         self.rewind_weights: dict[str, Tensor] = {}
         self.progress = RunState()
         self.training: StateTraining | None = None
@@ -97,6 +98,7 @@ class Run:
         everything = {key: list(range(group.count)) for key, group in self.units.items()}
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
         self.start_tracking()
+        self._say_what_counts()
 
     def resume(self, content: dict) -> None:
         """Take over where a checkpoint stands; nothing is written before it proves sound."""
@@ -117,6 +119,7 @@ class Run:
         if self.rewind_sha256 != content["rewind_sha256"]:
             raise RunError(f"--resume: {path} is not the file that this run started from")
         self.dense.load_state_dict(content["weights"])
+        self._take_average(content.get("average", {}))
         restore_random_states(content["random"])
         if self.progress.begun:
             self.training = StateTraining(self)
@@ -124,12 +127,26 @@ class Run:
             if content["scaler"]:  # empty unless the run trained in fp16 so far
                 self.scaler.load_state_dict(content["scaler"])
 
+    def _take_average(self, average: dict[str, Tensor]) -> None:
+        shapes = {name: value.shape for name, value in self.dense.state_dict().items()} if self.args.ema_decay else {}
+        if {name: value.shape for name, value in average.items()} != shapes:
+            raise ValueError("the average of the weights")
+        self.average = {name: value.to(self.device) for name, value in average.items()}
+
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
         write_flags(self.save_dir, self.args)  # more states, other devices
         journal.write(self.save_dir, self.progress)
         self.start_tracking()
         log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
+        self._say_what_counts()
+
+    def _say_what_counts(self) -> None:
+        if self.args.ema_decay:
+            log.info(
+                f"ema: validated, selected, tested and exported is the average of the weights, decay "
+                f"{self.args.ema_decay:g}; scores, rewinding and what goes on training use the weights themselves"
+            )
 
     def start_tracking(self) -> None:
         args = self.args
@@ -179,9 +196,21 @@ class Run:
         progress = self.progress
         progress.target, progress.target_kept = target
         progress.masks, progress.kept = target
-        enforce(self.dense, self.parameter_masks(*target))
-        after = self.evaluate(self.dense, "val")["accuracy"]
+        masks = self.parameter_masks(*target)
+        enforce(self.dense, masks)
+        after = self._selected_accuracy(masks)
         progress.cut = {"before": progress.history[-1]["val_accuracy"], "after": after}
+
+    def _selected_accuracy(self, masks: dict[str, Tensor]) -> float:
+        """Of the validation images, under masks by parameter name: by the average of the weights where one is kept."""
+        if not self.average:
+            return self.evaluate(self.dense, "val")["accuracy"]
+        last = weights_of(self.dense)
+        self.dense.load_state_dict(self.average)
+        enforce(self.dense, masks)
+        found = self.evaluate(self.dense, "val")["accuracy"]
+        self.dense.load_state_dict(last)
+        return found
 
     def rewind(self) -> None:
         """Put `dense` where the next state starts; see --prune_type."""
@@ -271,6 +300,7 @@ class Run:
         content = {
             "weights": weights_of(self.dense),
             "moments": cpu_copy(self.training.optimizer.state_dict()["state"]),
+            "average": cpu_copy(self.average),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": self.rewind_sha256,

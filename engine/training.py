@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import rsst
 from engine import journal
+from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
 from engine.depth import StochasticDepth
 from engine.objective import count_right, cross_entropy
@@ -24,7 +25,7 @@ from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
-from utils import RunError, autocast, save_tensors, weights_of
+from utils import RunError, autocast, cpu_copy, save_tensors, weights_of
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -60,6 +61,7 @@ class StateTraining:
             run.dense.get_parameter(name).detach().mul_(mask)
         doomed = {name: masks.get(name, 1) * (1 - mask) for name, mask in target.items()}
         self.model, self.model_kept = self._network()
+        self.average = self._start_average(masks) if self.args.ema_decay else None
         if self.model_kept:
             masks, doomed = (slice_tensors(tensors, run.units, progress.kept) for tensors in (masks, doomed))
         parameters = dict(self.model.named_parameters())
@@ -88,6 +90,20 @@ class StateTraining:
         model = remove_units(copy.deepcopy(run.dense), run.units, kept)
         layout = run.family.memory_format(True, run.precision)
         return model if layout is None else model.to(memory_format=layout), kept
+
+    def _start_average(self, masks: dict[str, Tensor]) -> Average:
+        """The average of the network's weights: of a state that starts, they; later what `run` has, under the masks."""
+        run, so_far = self.run, None
+        if self.progress.step:
+            so_far = {name: value * masks.get(name, 1) for name, value in run.average.items()}
+            if self.model_kept:
+                so_far = slice_tensors(so_far, run.units, self.model_kept)
+        return Average(self.model, self.args.ema_decay, so_far)
+
+    @property
+    def selected(self) -> nn.Module:
+        """What is validated and, when it is the best, kept: the average of the weights, or they themselves."""
+        return self.average.model if self.average else self.model
 
     def _compiled(self) -> nn.Module:
         mode = self.args.compile
@@ -163,6 +179,8 @@ class StateTraining:
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
         self.update(images, targets)
         progress.step += 1
+        if self.average:
+            self.average.update(progress.step)
         if self.penalty and self.ramp.is_recorded(progress.step):
             self.residuals.add(progress.step, self.strength, self.penalty.measure())
         self.bar.update()
@@ -236,14 +254,14 @@ class StateTraining:
     def cut(self) -> None:
         """RSST: the doomed weights become zero for good; optimizer state goes with them."""
         run, progress = self.run, self.progress
-        before, residual = run.evaluate(self.model, "val")["accuracy"], self.penalty.residual()
+        before, residual = run.evaluate(self.selected, "val")["accuracy"], self.penalty.residual()
         self.sync_dense()
         moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
         progress.masks, progress.kept = progress.target, progress.target_kept
         self.build()
         masks = run.parameter_masks(progress.masks, progress.kept)
         put_moments(self.optimizer, self.model, run.units, self.model_kept, moments, masks)
-        after = run.evaluate(self.model, "val")["accuracy"]
+        after = run.evaluate(self.selected, "val")["accuracy"]
         progress.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
@@ -261,7 +279,7 @@ class StateTraining:
         self.bar = None
         self.check_finite()
         seconds = time.perf_counter() - self.epoch_started
-        val, fading = run.evaluate(self.model, "val"), self._fading()
+        val, fading = run.evaluate(self.selected, "val"), self._fading()
         cost = run.family.cost(run.dense, progress.kept)
         row = self._epoch_row(epoch, val, cost, fading, seconds)
         progress.history.append(row)
@@ -274,7 +292,8 @@ class StateTraining:
         # before the cut the model is not yet what the state ends with
         if not self.penalty and val["accuracy"] > progress.best.get("accuracy", -1.0):
             progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
-            best = {"weights": weights_of(run.dense), "state": progress.state, "kept": progress.kept, **progress.best}
+            weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
+            best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
             run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
@@ -290,16 +309,20 @@ class StateTraining:
         self.run.checkpoint()
 
     def sync_dense(self) -> None:
-        """Carry the weights of the network that trains back into `run.dense`."""
+        """Carry the weights of the network that trains back into `run.dense`, their average into `run.average`."""
         run = self.run
-        if self.model is run.dense and not self.frozen:
-            return
-        weights = self.model.state_dict()
-        if self.model is not run.dense:
-            weights = scatter_tensors(weights, run.units, self.model_kept)
+        if self.average:
+            run.average = self._dense_shaped(self.average.model)
+        if self.model is not run.dense or self.frozen:
+            run.dense.load_state_dict(self._dense_shaped(self.model))
+
+    def _dense_shaped(self, model: nn.Module) -> dict[str, Tensor]:
+        """Clones of a network's weights in the shapes of `run.dense`."""
+        # without units to put back, what scatters only clones
+        weights = scatter_tensors(model.state_dict(), self.run.units, self.model_kept)
         for name, (frozen, value) in self.frozen.items():
             weights[name] = torch.where(frozen, value, weights[name])
-        run.dense.load_state_dict(weights)
+        return weights
 
     def check_finite(self) -> None:
         if not self.finite:

@@ -1,6 +1,7 @@
 """How strongly a state trains: schedules with a floor, decay by layer, mixing, averages, teachers. All of it is off by
 default, goes through masks, cuts and small networks, and goes on to the same bits after a stop."""
 
+import copy
 import math
 
 import numpy as np
@@ -12,8 +13,12 @@ from micro import (
     TIMES,
     assert_same_tensors,
     call,
+    clones,
+    dead_rows,
+    dense_shaped,
     largest_difference,
     load,
+    log_of,
     make_run,
     metrics,
     vit_micro,
@@ -22,6 +27,8 @@ from micro import (
 
 import main_imp_fillback as entry
 from dataset import DATASETS, Batches, Split, load_dataset, make_batches
+from engine.averaging import Average
+from engine.choose import choose_target
 from engine.depth import StochasticDepth
 from engine.mixing import Mixing
 from engine.objective import count_right, cross_entropy
@@ -330,12 +337,117 @@ def test_dropping_that_cannot_be_is_refused(refused):
     refused("--drop_path 0.1 --arch res20s", "--drop_path 0.1", "res20s")
 
 
+# ---------------------------------------------------------------------------------------------------------- averages
+
+
+def averages_by_hand(flags, tmp_path, monkeypatch):
+    """Runs the command; {(state, epoch): (average by hand, average of the run)} in dense shapes, and the folder."""
+    monkeypatch.setattr(entry.report, "write", lambda _: None)
+    hand, found = {}, {}
+
+    def first(training):
+        if training.progress.step == 0:
+            hand.update(dense_shaped(training))
+
+    def lerp(training):
+        keep = min(0.9, (1 + training.progress.step) / (10 + training.progress.step))
+        for name, value in dense_shaped(training).items():
+            hand[name] = hand[name] * keep + value * (1 - keep)
+
+    def mask(training):
+        for name, kept in training.run.parameter_masks(training.progress.masks, training.progress.kept).items():
+            hand[name] *= kept
+
+    def compare(training):
+        for name, (frozen, value) in training.frozen.items():  # what reads filters that are gone counts no more
+            hand[name] = torch.where(frozen, value, hand[name])
+        epoch = training.progress.step // training.run.steps_per_epoch - 1
+        found[training.progress.state, epoch] = clones(hand), clones(training.run.average)
+
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(patch, "step", before=first, after=lerp)
+        wrap(patch, "cut", after=mask)
+        wrap(patch, "end_epoch", after=compare)
+        assert call([*MICRO, *flags.split(), "--save_dir", tmp_path / "run"]) == 0
+    return found, tmp_path / "run"
+
+
+@pytest.mark.parametrize("more", ["", "--no-compact_training", "--opt adamw --lr 0.002 --mixup 1"])
+def test_the_average_is_that_of_a_hand_loop_through_the_cut(more, house, tmp_path, monkeypatch):
+    found, folder = averages_by_hand(f"{UNITS} --ema_decay 0.9 --pruning_times 2 {more}", tmp_path, monkeypatch)
+    assert len(found) == 8
+    for by_hand, average in found.values():
+        assert largest_difference(average, by_hand) < 1e-5
+    best, rows = load(folder / "best.pt"), metrics(folder)
+    assert_same_tensors(best["weights"], found[1, best["epoch"]][1])  # what is kept is the average
+    last = load(folder / "checkpoint.pt")
+    assert largest_difference(last["weights"], found[1, 3][1]) > 1e-6  # what goes on training is not
+    kept = {key: sorted(ids) for key, ids in best["kept"].items()}
+    for layer, ids in kept.items():
+        rows_of_layer = "qkv" if layer.endswith("attn") else "fc1"
+        assert not best["weights"][f"{layer}.{rows_of_layer}.weight"][dead_rows(layer, ids)].any()
+    assert best["accuracy"] == max(row["val_accuracy"] for row in rows if row["state"] == 1 and row["epoch"] > 1)
+    assert "ema: validated, selected, tested and exported is the average of the weights" in log_of(folder)
+
+
+def test_the_average_is_what_is_validated_and_what_refill_measures_at_its_cut(house, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", *["--struct", "refill", "--vit_structured", "--rate", "0.5", "--ema_decay", "0.9"])
+    run.begin_state()
+    training = run.set_up_state()
+    while not training.finished:
+        training.step()
+        if training.at_epoch_end:
+            training.end_epoch()
+    dense = copy.deepcopy(run.dense)
+    dense.load_state_dict(run.average)
+    assert run.progress.history[-1]["val_accuracy"] == run.evaluate(dense, "val")["accuracy"]
+    last = clones(run.dense.state_dict())
+    run.end_state()
+    run.begin_state()
+    target = choose_target(run)
+    asked = []
+    monkeypatch.setattr(type(run), "evaluate", lambda run, model, part: asked.append(clones(model.state_dict())) or ONE)
+    run.cut_at_once(target)
+    masks = run.parameter_masks(*target)
+    expected = {name: value * masks.get(name, 1) for name, value in run.average.items()}
+    assert_same_tensors(asked[0], expected)
+    assert_same_tensors(run.dense.state_dict(), {name: value * masks.get(name, 1) for name, value in last.items()})
+    run.close()
+
+
+ONE = {"accuracy": 1.0}
+
+
+def test_batch_norms_statistics_are_averaged_and_counted(tmp_path):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+    average = Average(model, 0.5)
+    model(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))  # running mean 0.1 x (2, 4)
+    average.update(100)
+    assert average.model[0].running_mean.tolist() == pytest.approx([0.1, 0.2])
+    assert int(average.model[0].num_batches_tracked) == 1
+
+
+def test_filters_go_from_the_average_too(house, tmp_path, monkeypatch):
+    flags = "--struct rsst --arch res20s --rate 0.4 --ema_decay 0.9 --pruning_times 2 --reg_finish 0.5 --epochs 2"
+    found, _ = averages_by_hand(flags, tmp_path, monkeypatch)
+    for by_hand, average in found.values():
+        counts = [name for name in average if name.endswith("num_batches_tracked")]
+        assert all(int(average.pop(name)) > 0 and by_hand.pop(name).any() for name in counts)
+        assert largest_difference(average, by_hand) < 1e-4
+
+
+def test_an_average_that_cannot_be_is_refused(refused):
+    refused("--ema_decay 1", "--ema_decay 1.0", "[0, 1)")
+    refused("--ema_decay nan", "--ema_decay nan")
+
+
 # -------------------------------------------------------------------------------------------------- all of it, in runs
 
 PARTS = {
     "rates": "--sched cosine --min_lr 0.001 --layer_decay 0.7",
     "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1",
     "augmentation": "--aug rand",
+    "average": "--ema_decay 0.9",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
 ALL = " ".join(PARTS.values())
@@ -350,6 +462,7 @@ def left_by(folder):
     for number, moments in content["moments"].items():
         tensors |= {f"{number}.{name}": value for name, value in moments.items()}
     best = load(folder / "best.pt")
+    tensors |= {f"average.{name}": value for name, value in content["average"].items()}
     tensors |= {f"best.{name}": value for name, value in best["weights"].items()}
     return tensors, metrics(folder, drop=TIMES)
 
