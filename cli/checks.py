@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 
 import models
 from dataset import DATASETS
 from engine.capture import GRAPHS
+from engine.distill import SELF
 from engine.optimizer import milestones_of
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -110,6 +112,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    _check_teacher(args)
     if args.drop_path and args.compile in GRAPHS:
         raise RunError(
             f"--drop_path {args.drop_path}: drops other branches in every step, and --compile {args.compile} captures "
@@ -124,6 +127,27 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    for name in ("kd_alpha", "kd_temperature"):
+        if getattr(args, name) is not None and args.teacher is None:
+            raise RunError(f"--{name} {getattr(args, name)}: belongs to --teacher, which says who teaches")
+    if args.teacher is None:
+        return
+    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
+    args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
+    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
+    require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
+    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense"):
+        raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
+    if args.teacher.startswith(models.TIMM):
+        try:
+            models.check_arch(args.teacher)
+        except ValueError as error:
+            raise RunError(f"--teacher {args.teacher}: {error}") from error
+    elif args.teacher != SELF and not os.path.exists(args.teacher):
+        raise RunError(f"--teacher {args.teacher}: no such file or folder; give self, a path or timm/NAME")
 
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:

@@ -207,6 +207,18 @@ def _penalty(group: Group) -> None:
     _switch(group, "--block_loss_grad", "doomed weights get no gradient from the loss")
 
 
+def _teaching(group: Group) -> None:
+    group.add_argument(
+        "--teacher",
+        metavar="self|PATH|timm/NAME",
+        help="learn from this model's logits, too: self, the selected model of state 0, kept as teacher.pt; an "
+        "exported model/ or the run's folder that holds it; a checkpoint, or a file of weights of this architecture; "
+        "public weights of timm that know the data set's classes",
+    )
+    group.add_argument("--kd_alpha", type=float, help="the teacher's share of the loss, in [0, 1]; 0.5 with a teacher")
+    group.add_argument("--kd_temperature", type=float, help="divides the logits of both; 2 with a teacher")
+
+
 def _tracking(group: Group) -> None:
     group.add_argument(
         "--wandb_mode",
@@ -225,6 +237,7 @@ GROUPS = {
     "training (each state anew)": _train,
     "pruning": _prune,
     "rsst": _penalty,
+    "distillation": _teaching,
     "tracking": _tracking,
 }
 

@@ -7,6 +7,7 @@ with the weights. What lives as long as a state is `training.StateTraining`.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 import time
@@ -21,6 +22,7 @@ from dataset import Splits, make_batches
 from engine import journal
 from engine.checkpoint import Background, RunState, save_checkpoint
 from engine.choose import Target
+from engine.distill import SELF, Teacher, wants_teacher
 from engine.evaluation import accuracies
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
@@ -56,7 +58,13 @@ class Run:
     """
 
     def __init__(
-        self, args: argparse.Namespace, device: torch.device, splits: Splits, dense: nn.Module, save_dir: Path
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        splits: Splits,
+        dense: nn.Module,
+        save_dir: Path,
+        teacher: nn.Module | None = None,
     ):
         self.args, self.device, self.save_dir = args, device, save_dir
         self.precision = pick_precision(args.amp, device)
@@ -72,6 +80,9 @@ class Run:
         self.mixing = None
         if args.mixup or args.cutmix:
             self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
+        self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
+        if teacher is not None:
+            self._be_taught_by(teacher)
         self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
         self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.states, self.epochs, milestones = run_length(args)
@@ -120,6 +131,7 @@ class Run:
             raise RunError(f"--resume: {path} is not the file that this run started from")
         self.dense.load_state_dict(content["weights"])
         self._take_average(content.get("average", {}))
+        self.teacher_sha256 = content.get("teacher_sha256", "")
         restore_random_states(content["random"])
         if self.progress.begun:
             self.training = StateTraining(self)
@@ -142,6 +154,8 @@ class Run:
         self._say_what_counts()
 
     def _say_what_counts(self) -> None:
+        if self.teacher:
+            self._say_who_teaches()
         if self.args.ema_decay:
             log.info(
                 f"ema: validated, selected, tested and exported is the average of the weights, decay "
@@ -223,9 +237,32 @@ class Run:
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
         self.dense.load_state_dict(start, strict=False)
 
+    def _be_taught_by(self, model: nn.Module) -> None:
+        like, args = next(self.dense.parameters()), self.args
+        as_they_are = args.aug == "none" and self.mixing is None
+        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are)
+
+    def _say_who_teaches(self) -> None:
+        args = self.args
+        log.info(
+            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss at temperature "
+            f"{args.kd_temperature:g}{'; its logits are kept' if self.teacher.table is not None else ''}"
+        )
+
+    def _be_taught_by_state_0(self) -> None:
+        path = self.save_dir / "teacher.pt"
+        model = copy.deepcopy(self.dense)
+        model.load_state_dict(load_tensors(path, "--teacher self"))
+        if sha256(path) != self.teacher_sha256:
+            raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
+        self._be_taught_by(model)
+        self._say_who_teaches()
+
     def set_up_state(self) -> StateTraining:
         """What trains the state that has begun; a resumed one is there already."""
         self.training = self.training or StateTraining(self)
+        if self.progress.state > 0 and self.teacher is None and wants_teacher(self.args):
+            self._be_taught_by_state_0()
         self.clock = self.last_checkpoint = time.perf_counter()
         return self.training
 
@@ -239,6 +276,9 @@ class Run:
             self.dense.load_state_dict(best["weights"])
         else:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+        if progress.state == 0 and self.args.teacher == SELF:
+            save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
+            self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
         test = self.evaluate(self.dense, "test")
         self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
@@ -304,6 +344,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": self.rewind_sha256,
+            "teacher_sha256": self.teacher_sha256,
             "random": random_states(),
             "args": plain_args(self.args),
         }

@@ -20,7 +20,7 @@ from engine import journal
 from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
 from engine.depth import StochasticDepth
-from engine.objective import count_right, cross_entropy
+from engine.objective import count_right, cross_entropy, distillation
 from engine.optimizer import laid_out_like, make_optimizer, moments_by_name, put_moments, set_rate
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -177,7 +177,10 @@ class StateTraining:
             self.strength = self.ramp.value(progress.step + 1)
             decays = self.args.reg_form == "decay"
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
-        self.update(images, targets)
+        taught = ()
+        if run.teacher:
+            taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
+        self.update(images, targets, *taught)
         progress.step += 1
         if self.average:
             self.average.update(progress.step)
@@ -199,22 +202,26 @@ class StateTraining:
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
 
-    def device_step(self, images: Tensor, targets: Tensor) -> None:
+    def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
 
         Args:
             images: [B, 3, H, W], B = batch_size * accum_steps.
             targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
+            taught: a teacher's logits [B, classes], when there is one.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
-        parts = zip(images.chunk(args.accum_steps), targets.chunk(args.accum_steps), strict=True)
+        parts = zip(*(tensor.chunk(args.accum_steps) for tensor in (images, targets, *taught)), strict=True)
         start = 0
-        for part, truth in parts:
+        for part, truth, *lesson in parts:
             if self.depth:
                 self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
                 logits = self.forward(part)
                 loss = cross_entropy(logits, truth, args.label_smoothing)
+                for wanted in lesson:
+                    own_share, taught_share = 1 - args.kd_alpha, args.kd_alpha
+                    loss = own_share * loss + taught_share * distillation(logits, wanted, args.kd_temperature)
             loss = loss * (len(truth) / len(targets))
             scaler.scale(loss).backward()
             self._count(loss.detach(), count_right(logits.detach(), truth) / len(targets))

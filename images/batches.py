@@ -90,6 +90,10 @@ class Batches:
             augment.erase_(images, drawn, self._images.span)
         return images.expand(-1, 3, -1, -1), self.labels.index_select(0, drawn.order)
 
+    def chosen(self, state: int, epoch: int, step: int) -> Tensor:
+        """The positions in the split of the images that `batch` returns, int64 [B] on the device."""
+        return self._draws(state, epoch).order[step_positions(step, self.batch_size, len(self))]
+
     def sequential(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in stored order, never augmented, the last batch as long as it is; at most `limit`
         batches. Shapes as in `batch`."""

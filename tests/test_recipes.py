@@ -24,14 +24,17 @@ from micro import (
     vit_micro,
     wrap,
 )
+from safetensors.torch import save_file
 
+import export
 import main_imp_fillback as entry
 from dataset import DATASETS, Batches, Split, load_dataset, make_batches
 from engine.averaging import Average
 from engine.choose import choose_target
 from engine.depth import StochasticDepth
+from engine.distill import Renormalised, Teacher, named_teacher
 from engine.mixing import Mixing
-from engine.objective import count_right, cross_entropy
+from engine.objective import count_right, cross_entropy, distillation
 from engine.optimizer import Schedule, layer_scales, parameter_groups
 from images.orders import random_seed
 from images.randaugment import OPERATIONS, draw_operations, rand_augment
@@ -441,6 +444,144 @@ def test_an_average_that_cannot_be_is_refused(refused):
     refused("--ema_decay nan", "--ema_decay nan")
 
 
+# ------------------------------------------------------------------------------------------------------ distillation
+
+TEACHING = "--struct refill --vit_structured --rate 0.5 --pruning_times 2"
+
+
+def test_distillation_by_hand():
+    logits = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    loss = distillation(logits, teacher, 2.0)
+    by_hand = 0.0
+    for own, taught in zip(logits.detach().tolist(), teacher.tolist(), strict=True):
+        p, q = ([math.exp(v / 2) / sum(math.exp(w / 2) for w in values) for v in values] for values in (taught, own))
+        by_hand += 4 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 2
+    assert float(loss.detach()) == pytest.approx(by_hand)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = 2 * ((logits / 2).softmax(1) - (teacher / 2).softmax(1)) / 2  # T^2 / T / B
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_teacher_that_equals_the_student_has_no_loss_and_no_gradient(temperature):
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = distillation(logits, logits.detach(), temperature)
+    assert float(loss.detach()) == 0
+    assert float(torch.autograd.grad(loss, logits)[0].abs().max()) < 1e-15
+
+
+@pytest.fixture
+def train(house, tmp_path, monkeypatch):
+    """train("--flags", name="a"): the run's folder."""
+    monkeypatch.setattr(entry.report, "write", lambda _: None)
+
+    def run(flags, name="run", base=MICRO):
+        assert call([*base, *flags.split(), "--save_dir", tmp_path / name]) == 0
+        return tmp_path / name
+
+    return run
+
+
+def test_alpha_0_equals_no_teacher_bit_by_bit(train, tmp_path):
+    without = left_by(train(TEACHING, "without"))
+    silent = left_by(train(f"{TEACHING} --teacher self --kd_alpha 0", "silent"))
+    outside = left_by(train(f"{TEACHING} --teacher {tmp_path}/without/best.pt --kd_alpha 0", "outside"))
+    for found in (silent, outside):
+        assert_same_tensors(found[0], without[0])
+        assert found[1] == without[1]
+
+
+def test_state_0_teaches_the_next_with_its_selected_weights(train, around):
+    taught = []
+    around("step", after=lambda training: taught.append((training.progress.state, training.run.teacher)))
+    folder = train(f"{TEACHING} --teacher self --ema_decay 0.9")
+    assert {state for state, teacher in taught if teacher is not None} == {1}
+    assert {state for state, teacher in taught if teacher is None} == {0}
+    teacher = taught[-1][1].model
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert_same_tensors(teacher.state_dict(), load(folder / "teacher.pt"))
+    assert "distillation: self teaches, with 0.5 of the loss at temperature 2" in log_of(folder)
+
+
+def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train, tmp_path):
+    """With alpha 1 the loss is the divergence from the teacher alone: it starts at zero where both are the same."""
+    folder = train("--struct refill --pruning_times 1 --lr 0.2 --epochs 3", "teacher", [*MICRO, "--aug", "none"])
+    torch.save(load(folder / "best.pt")["weights"], tmp_path / "weights.pt")
+    flags = f"--pruning_times 1 --epochs 1 --lr 1e-9 --warmup 0 --kd_alpha 1 --teacher {folder}/best.pt"
+    same = metrics(train(f"{flags} --init {tmp_path}/weights.pt", "same"))[0]["train_loss"]
+    other = metrics(train(flags, "other"))[0]["train_loss"]
+    assert abs(same) < 1e-5 < 1e-3 < other
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "weights", "safetensors", "exported", "run"])
+def test_who_can_teach(kind, train, tmp_path):
+    folder = train(TEACHING, "teacher", [flag for flag in MICRO if flag != "--no-export"])
+    small = export.load(folder / "model")
+    dense = vit_micro()
+    dense.load_state_dict(load(folder / "best.pt")["weights"])
+    torch.save(dense.state_dict(), tmp_path / "plain.pt")
+    save_file(dense.state_dict(), tmp_path / "plain.safetensors")
+    last = vit_micro()
+    last.load_state_dict(load(folder / "checkpoint.pt")["weights"])
+    path, expected = {
+        "checkpoint": (folder / "checkpoint.pt", last),
+        "weights": (tmp_path / "plain.pt", dense),
+        "safetensors": (tmp_path / "plain.safetensors", dense),
+        "exported": (folder / "model", small),
+        "run": (folder, small),
+    }[kind]
+    args = parse("--teacher", path)
+    generator = torch.get_rng_state()
+    teacher = named_teacher(args, DATASETS["digits"], 16, export.load)
+    assert torch.equal(torch.get_rng_state(), generator)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(teacher(images), expected.eval()(images))
+
+
+def test_a_teacher_of_another_architecture_in_its_checkpoint(train):
+    folder = train("--arch res20s --pruning_times 1 --epochs 1", "cnn")
+    found = named_teacher(parse("--teacher", folder / "checkpoint.pt"), DATASETS["digits"], 16, export.load)
+    assert hasattr(found, "layer1")
+
+
+def test_logits_that_are_kept_are_those_of_each_batch(house, tmp_path):
+    run = make_run(tmp_path / "run", "--aug", "none")
+    model = vit_micro()
+    kept, fresh = (Teacher(model, run.train_data, torch.zeros(1), None, table) for table in (True, False))
+    assert kept.table is not None
+    for step in range(3):
+        images, labels = run.train_data.batch(1, 1, step)
+        assert torch.equal(run.train_data.labels[run.train_data.chosen(1, 1, step)], labels)
+        torch.testing.assert_close(kept.logits(images, 2, 1, 1, step), model(images))
+        torch.testing.assert_close(fresh.logits(images, 2, 1, 1, step), model(images))
+    run.close()
+
+
+def test_a_teacher_sees_images_in_its_own_normalisation():
+    facts = DATASETS["cifar10"]
+    seen = Renormalised(torch.nn.Identity(), facts, (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
+    pixels = torch.rand(2, 3, 4, 4)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (facts.mean, facts.std))
+    own_mean, own_std = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.5, 0.2, 0.1)))
+    torch.testing.assert_close(seen((pixels - mean) / std), (pixels - own_mean) / own_std)
+
+
+def test_teachers_that_cannot_be_are_refused(refused, tmp_path):
+    refused("--kd_alpha 0.5", "--kd_alpha 0.5", "--teacher")
+    refused("--teacher self --kd_alpha 1.5", "--kd_alpha 1.5", "[0, 1]")
+    refused("--teacher self --kd_temperature 0", "--kd_temperature 0.0")
+    refused("--teacher self --pruning_times 1", "--teacher self", "state 0")
+    refused("--teacher self --struct dense", "--teacher self")
+    refused("--teacher none.pt", "--teacher none.pt", "no such file")
+    refused("--teacher timm/none", "--teacher timm/none")
+    torch.save(vit_micro(num_classes=7).state_dict(), tmp_path / "seven.pt")
+    refused(f"--teacher {tmp_path}/seven.pt", "seven.pt", "cannot teach")
+    (tmp_path / "empty").mkdir()
+    refused(f"--teacher {tmp_path}/empty", "--teacher", "empty")
+
+
 # -------------------------------------------------------------------------------------------------- all of it, in runs
 
 PARTS = {
@@ -448,9 +589,11 @@ PARTS = {
     "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1",
     "augmentation": "--aug rand",
     "average": "--ema_decay 0.9",
+    "teacher": "--teacher self",
+    "teacher without augmentation": "--teacher self --aug none",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
-ALL = " ".join(PARTS.values())
+ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
 STOPS = {"before the cut": (1, 4), "after the cut": (1, 10)}
 
