@@ -38,6 +38,7 @@ from dataset import DataError, Splits, load_dataset
 from engine import journal
 from engine.capture import check_compile
 from engine.choose import choose_target
+from engine.distill import named_teacher
 from engine.folder import make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.run import Run
@@ -155,10 +156,11 @@ def start_or_go_on(args: argparse.Namespace) -> None:
     units_of_run(args, model)
     pixels = family_of(model).image_size(model)
     splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+    teacher = named_teacher(args, splits.facts, pixels, export.load)
     lock = make_save_dir(args)
     try:
         save_dir = Path(args.save_dir)
-        run = Run(args, device, splits, model, save_dir)
+        run = Run(args, device, splits, model, save_dir, teacher)
         training = resume(run, content) if content else None
         utils.start_logging(save_dir / "run.log", args.verbose)
         announce(args, device, model, splits)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 
 import models
 from dataset import DATASETS
+from engine.capture import GRAPHS
+from engine.distill import SELF
 from engine.optimizer import milestones_of
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -65,9 +68,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
+    _check_recipe_numbers(args)
     require(0 <= args.weight_decay < math.inf, "--weight_decay", args.weight_decay, "must be 0 or more")
     require(0 <= args.fillback_rate <= 1, "--fillback_rate", args.fillback_rate, "must lie in [0, 1]")
     require(0 < args.val_fraction < 1, "--val_fraction", args.val_fraction, "must lie in (0, 1)")
+
+
+def _check_recipe_numbers(args: argparse.Namespace) -> None:
+    for name in ("mixup", "cutmix"):
+        value = getattr(args, name)
+        require(value is None or 0 <= value < math.inf, f"--{name}", value, "must be 0, for off, or more")
+    require(args.drop_path is None or 0 <= args.drop_path < 1, "--drop_path", args.drop_path, "must lie in [0, 1)")
+    require(args.ema_decay is None or 0 <= args.ema_decay < 1, "--ema_decay", args.ema_decay, "must lie in [0, 1)")
+    require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
+    require(
+        args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"
+    )
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -91,13 +107,47 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.prune_type == "pt" and not args.pretrained:
         raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
     milestones_of(args)  # raises
+    if args.min_lr is not None and args.sched != "cosine":
+        raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    _check_teacher(args)
+    if args.drop_path and args.compile in GRAPHS:
+        raise RunError(
+            f"--drop_path {args.drop_path}: drops other branches in every step, and --compile {args.compile} captures "
+            "one; use --compile default"
+        )
+    if args.layer_decay is not None and args.struct == "rsst" and args.reg_form == "gradient":
+        raise RunError(
+            f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
+            "differ from layer to layer; use --reg_form decay"
+        )
     if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
+
+
+def _check_teacher(args: argparse.Namespace) -> None:
+    for name in ("kd_alpha", "kd_temperature"):
+        if getattr(args, name) is not None and args.teacher is None:
+            raise RunError(f"--{name} {getattr(args, name)}: belongs to --teacher, which says who teaches")
+    if args.teacher is None:
+        return
+    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
+    args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
+    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
+    require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
+    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense"):
+        raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
+    if args.teacher.startswith(models.TIMM):
+        try:
+            models.check_arch(args.teacher)
+        except ValueError as error:
+            raise RunError(f"--teacher {args.teacher}: {error}") from error
+    elif args.teacher != SELF and not os.path.exists(args.teacher):
+        raise RunError(f"--teacher {args.teacher}: no such file or folder; give self, a path or timm/NAME")
 
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:

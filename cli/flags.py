@@ -56,7 +56,14 @@ def _data(group: Group) -> None:
     group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
     group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
     group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
-    group.add_argument("--aug", choices=["none", "basic", "strong"], default="basic", help="crop and flip; and more")
+    group.add_argument(
+        "--aug",
+        choices=["none", "basic", "strong", "rand"],
+        default="basic",
+        help="basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and "
+        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to 33%% of "
+        "the area of a quarter of the images), on folders too",
+    )
 
 
 def _model(group: Group) -> None:
@@ -90,9 +97,35 @@ def _train(group: Group) -> None:
     group.add_argument("--weight_decay", type=float, default=1e-4, help="on weight matrices, not biases and norms")
     group.add_argument("--warmup", type=int, help="epochs of linear warm-up, per step; epochs // 6 when not given")
     group.add_argument("--sched", choices=["multistep", "cosine"], default="multistep", help="learning-rate schedule")
+    group.add_argument("--min_lr", type=float, help="the cosine ends there, at the last step of a state")
+    group.add_argument(
+        "--layer_decay",
+        type=float,
+        metavar="D",
+        help="for pretrained starts: layer i of a ViT with N blocks trains at D^(N + 1 - i) of the learning rate, the "
+        "embedding being layer 0 and the classifier N + 1",
+    )
     group.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
     group.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
     group.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
+    group.add_argument("--mixup", type=float, metavar="A", help="mix images in pairs, shares by Beta(A, A); off")
+    group.add_argument(
+        "--cutmix", type=float, metavar="A", help="paste rectangles of one image into another, areas by Beta(A, A); off"
+    )
+    group.add_argument(
+        "--drop_path",
+        type=float,
+        metavar="R",
+        help="stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a "
+        "ViT to R in the last; off",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=float,
+        metavar="D",
+        help="validate, select and export the exponential moving average of the weights of a state, of decay D, or "
+        "(1 + t) / (10 + t) after t steps while that is smaller; off",
+    )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
         "--compile",
@@ -181,6 +214,18 @@ def _penalty(group: Group) -> None:
     _switch(group, "--block_loss_grad", "doomed weights get no gradient from the loss")
 
 
+def _teaching(group: Group) -> None:
+    group.add_argument(
+        "--teacher",
+        metavar="self|PATH|timm/NAME",
+        help="learn from this model's logits, too: self, the selected model of state 0, kept as teacher.pt; an "
+        "exported model/ or the run's folder that holds it; a checkpoint, or a file of weights of this architecture; "
+        "public weights of timm that know the data set's classes",
+    )
+    group.add_argument("--kd_alpha", type=float, help="the teacher's share of the loss, in [0, 1]; 0.5 with a teacher")
+    group.add_argument("--kd_temperature", type=float, help="divides the logits of both; 2 with a teacher")
+
+
 def _tracking(group: Group) -> None:
     group.add_argument(
         "--wandb_mode",
@@ -199,6 +244,7 @@ GROUPS = {
     "training (each state anew)": _train,
     "pruning": _prune,
     "rsst": _penalty,
+    "distillation": _teaching,
     "tracking": _tracking,
 }
 

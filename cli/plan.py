@@ -56,7 +56,7 @@ def plan(args: argparse.Namespace) -> str:
 
 def _disk(args: argparse.Namespace, parameters: int, prunable: int) -> float:
     """Bytes: two checkpoints, initial and best weights, those to rewind to, and three mask sets in each checkpoint."""
-    moments = 1 if args.opt == "sgd" else 2
+    moments = (1 if args.opt == "sgd" else 2) + bool(args.ema_decay)
     copies = 2 * (1 + moments) + 2 + (args.prune_type == "rewind_lt")
     return 4 * parameters * copies + 2 * 3 * prunable / 8
 

@@ -9,9 +9,10 @@ from torch import nn
 
 import models
 from dataset import dataset_facts
+from engine.depth import has_branches
 from engine.optimizer import milestones_of
 from families import family_of
-from models.vit import PretrainedError
+from models.vit import PretrainedError, import_timm
 from pruning.ranking import KINDS
 from pruning.units import LayoutError, Units
 from utils import RunError, load_state_file
@@ -19,9 +20,21 @@ from utils import RunError, load_state_file
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     try:
-        return models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
+        if args.mixup or args.cutmix:
+            import_timm("--mixup and --cutmix")
+        model = models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error
+    _check_blocks(args, model)
+    return model
+
+
+def _check_blocks(args: argparse.Namespace, model: nn.Module) -> None:
+    """Some flags of training need a model that is made of blocks."""
+    for name, fits in (("layer_decay", hasattr(model, "blocks")), ("drop_path", has_branches(model))):
+        value = getattr(args, name)
+        if value and not fits:
+            raise RunError(f"--{name} {value}: goes by the blocks of a ViT, which {args.arch} has not; leave it out")
 
 
 def first_model(args: argparse.Namespace) -> nn.Module:

@@ -7,6 +7,7 @@ with the weights. What lives as long as a state is `training.StateTraining`.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 import time
@@ -19,8 +20,10 @@ from tqdm import tqdm
 from dataset import Splits, make_batches
 from engine import journal
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
+from engine.distill import SELF, Teacher, wants_teacher
 from engine.evaluation import accuracies
 from engine.folder import plain_args, write_flags
+from engine.mixing import Mixing
 from engine.model import run_length, units_of_run
 from engine.optimizer import Schedule
 from engine.tracking import Tracker
@@ -48,11 +51,17 @@ EVAL_BATCH = 256
 class Run:
     """One run: its dense model, data, files and progress.
 
-    `dense` has the original shapes and holds the weights between states.
+    `dense` has the original shapes and holds the weights between states, `average` their average where one is kept.
     """
 
     def __init__(
-        self, args: argparse.Namespace, device: torch.device, splits: Splits, dense: nn.Module, save_dir: Path
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        splits: Splits,
+        dense: nn.Module,
+        save_dir: Path,
+        teacher: nn.Module | None = None,
     ):
         self.args, self.device, self.save_dir = args, device, save_dir
         self.precision = pick_precision(args.amp, device)
@@ -65,15 +74,22 @@ class Run:
         batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
         self.facts = facts
         self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        self.mixing = None
+        if args.mixup or args.cutmix:
+            self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
+        self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
+        if teacher is not None:
+            self.be_taught_by(teacher)
         self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
         self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.states, self.epochs, milestones = run_length(args)
         self.steps_per_epoch = self.train_data.steps_per_epoch
         self.total_steps = self.steps_per_epoch * self.epochs
         self.schedule = Schedule(
-            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps
+            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
+        self.average: dict[str, Tensor] = {}
         self.rewind_weights: dict[str, Tensor] = {}
         self.progress = RunState()
         self.optimizer: torch.optim.Optimizer | None = None  # of the state that trains
@@ -90,6 +106,7 @@ class Run:
         everything = {key: list(range(group.count)) for key, group in self.units.items()}
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
         self.start_tracking()
+        self._say_what_counts()
 
     def take_over(self, content: dict) -> None:
         """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
@@ -105,7 +122,15 @@ class Run:
         if self.rewind_sha256 != content["rewind_sha256"]:
             raise RunError(f"--resume: {path} is not the file that this run started from")
         self.dense.load_state_dict(content["weights"])
+        self._take_average(content.get("average", {}))
+        self.teacher_sha256 = content.get("teacher_sha256", "")
         restore_random_states(content["random"])
+
+    def _take_average(self, average: dict[str, Tensor]) -> None:
+        shapes = {name: value.shape for name, value in self.dense.state_dict().items()} if self.args.ema_decay else {}
+        if {name: value.shape for name, value in average.items()} != shapes:
+            raise ValueError("the average of the weights")
+        self.average = {name: value.to(self.device) for name, value in average.items()}
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
@@ -113,6 +138,16 @@ class Run:
         journal.write(self.save_dir, self.progress)
         self.start_tracking()
         log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
+        self._say_what_counts()
+
+    def _say_what_counts(self) -> None:
+        if self.teacher:
+            self._say_who_teaches()
+        if self.args.ema_decay:
+            log.info(
+                f"ema: validated, selected, tested and exported is the average of the weights, decay "
+                f"{self.args.ema_decay:g}; scores, rewinding and what goes on training use the weights themselves"
+            )
 
     def start_tracking(self) -> None:
         args = self.args
@@ -161,9 +196,21 @@ class Run:
         progress = self.progress
         progress.target, progress.target_kept = target
         progress.masks, progress.kept = target
-        enforce(self.dense, self.parameter_masks(*target))
-        after = self.evaluate(self.dense, "val")["accuracy"]
+        masks = self.parameter_masks(*target)
+        enforce(self.dense, masks)
+        after = self._selected_accuracy(masks)
         progress.cut = {"before": progress.history[-1]["val_accuracy"], "after": after}
+
+    def _selected_accuracy(self, masks: dict[str, Tensor]) -> float:
+        """Of the validation images, under masks by parameter name: by the average of the weights where one is kept."""
+        if not self.average:
+            return self.evaluate(self.dense, "val")["accuracy"]
+        last = weights_of(self.dense)
+        self.dense.load_state_dict(self.average)
+        enforce(self.dense, masks)
+        found = self.evaluate(self.dense, "val")["accuracy"]
+        self.dense.load_state_dict(last)
+        return found
 
     def rewind(self) -> None:
         """Put `dense` where the next state starts; see --prune_type."""
@@ -176,6 +223,31 @@ class Run:
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
         self.dense.load_state_dict(start, strict=False)
 
+    def be_taught_by(self, model: nn.Module) -> None:
+        """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
+        like, args = next(self.dense.parameters()), self.args
+        as_they_are = args.aug == "none" and self.mixing is None
+        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are)
+
+    def _say_who_teaches(self) -> None:
+        args = self.args
+        log.info(
+            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss at temperature "
+            f"{args.kd_temperature:g}{'; its logits are kept' if self.teacher.table is not None else ''}"
+        )
+
+    def find_teacher(self) -> None:
+        """From state 1 on the selected model of state 0 teaches, with `--teacher self`."""
+        if not (self.args.teacher == SELF and wants_teacher(self.args)) or self.progress.state == 0 or self.teacher:
+            return
+        path = self.save_dir / "teacher.pt"
+        model = copy.deepcopy(self.dense)
+        model.load_state_dict(load_tensors(path, "--teacher self"))
+        if sha256(path) != self.teacher_sha256:
+            raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
+        self.be_taught_by(model)
+        self._say_who_teaches()
+
     def end_state(self) -> None:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
         progress = self.progress
@@ -186,6 +258,9 @@ class Run:
             self.dense.load_state_dict(best["weights"])
         else:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+        if progress.state == 0 and self.args.teacher == SELF:
+            save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
+            self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
         test = self.evaluate(self.dense, "test")
         self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
@@ -247,9 +322,11 @@ class Run:
         content = {
             "weights": weights_of(self.dense),
             "moments": cpu_copy(self.optimizer.state_dict()["state"]),
+            "average": cpu_copy(self.average),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
             "rewind_sha256": self.rewind_sha256,
+            "teacher_sha256": self.teacher_sha256,
             "random": random_states(),
             "args": plain_args(self.args),
         }

@@ -12,19 +12,28 @@ import time
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import rsst
 from engine import journal
+from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
-from engine.optimizer import laid_out_like, load_moments, make_optimizer, moments_by_name, put_moments
+from engine.depth import StochasticDepth
+from engine.objective import count_right, cross_entropy, distillation
+from engine.optimizer import (
+    laid_out_like,
+    load_moments,
+    make_optimizer,
+    moments_by_name,
+    put_moments,
+    set_rate,
+)
 from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
-from utils import RunError, autocast, save_tensors, weights_of
+from utils import RunError, autocast, cpu_copy, save_tensors, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +73,6 @@ class StateTraining:
         self.run, self.args, self.progress = run, run.args, run.progress
         device = run.device
         # read and written by every step, hence on the device and never replaced: a captured step knows their addresses
-        self.rate = torch.zeros((), dtype=run.dtype, device=device)  # learning rate
         self.sums = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else None, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all losses so far
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # steps of this epoch while that held
@@ -83,6 +91,7 @@ class StateTraining:
         enforce(run.dense, masks)
         doomed = {name: masks.get(name, 1) * (1 - mask) for name, mask in target.items()}
         self.model, self.model_kept = self._network()
+        self.average = self._start_average(masks) if self.args.ema_decay else None
         if self.model_kept:
             masks, doomed = (slice_tensors(tensors, run.units, progress.kept) for tensors in (masks, doomed))
         parameters = dict(self.model.named_parameters())
@@ -90,11 +99,14 @@ class StateTraining:
         whole = run.dense.state_dict()
         followers = follower_masks(run.units, progress.kept, whole)
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
+        drops = self.args.drop_path
+        self.depth = StochasticDepth(self.model, drops, self.args.seed) if drops else None
         self.forward = self._compiled()
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
-        self.optimizer = run.optimizer = make_optimizer(self.args, self.model, self.rate)
+        rate = torch.zeros((), dtype=run.dtype, device=run.device)
+        self.optimizer = run.optimizer = make_optimizer(self.args, self.model, rate)
         doomed = {name: laid_out_like(parameters[name], mask) for name, mask in doomed.items()}
         self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
         if self.penalty:
@@ -109,6 +121,20 @@ class StateTraining:
         model = remove_units(copy.deepcopy(run.dense), run.units, kept)
         layout = run.family.memory_format(True, run.precision)
         return model if layout is None else model.to(memory_format=layout), kept
+
+    def _start_average(self, masks: dict[str, Tensor]) -> Average:
+        """The average of the network's weights: of a state that starts, they; later what `run` has, under the masks."""
+        run, so_far = self.run, None
+        if self.progress.step:
+            so_far = {name: value * masks.get(name, 1) for name, value in run.average.items()}
+            if self.model_kept:
+                so_far = slice_tensors(so_far, run.units, self.model_kept)
+        return Average(self.model, self.args.ema_decay, so_far)
+
+    @property
+    def selected(self) -> nn.Module:
+        """What is validated and, when it is the best, kept: the average of the weights, or they themselves."""
+        return self.average.model if self.average else self.model
 
     def _compiled(self) -> nn.Module:
         mode = self.args.compile
@@ -169,16 +195,26 @@ class StateTraining:
         epoch, batch = divmod(progress.step, run.steps_per_epoch)
         if self.bar is None:
             self._start_epoch(epoch, batch)
-        images, labels = run.train_data.batch(progress.state, epoch, batch)
+        images, targets = run.train_data.batch(progress.state, epoch, batch)
+        images = images.to(run.dtype)
+        if run.mixing:
+            images, targets = run.mixing(images, targets, progress.state, epoch, batch)
+        if self.depth:
+            self.depth.draw(images, progress.state, epoch, batch)
         rate = run.schedule.rate(progress.step)
-        self.rate.fill_(rate)
+        set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
         if self.penalty:
             self.strength = self.ramp.value(progress.step + 1)
             decays = self.args.reg_form == "decay"
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
-        self.update(images.to(run.dtype), labels)
+        taught = ()
+        if run.teacher:
+            taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
+        self.update(images, targets, *taught)
         progress.step += 1
+        if self.average:
+            self.average.update(progress.step)
         if self.penalty and self.ramp.is_recorded(progress.step):
             self.residuals.add(progress.step, self.strength, self.penalty.measure())
         self.bar.update()
@@ -188,6 +224,7 @@ class StateTraining:
 
     def _start_epoch(self, epoch: int, batch: int) -> None:
         run = self.run
+        run.find_teacher()
         self.model.train()
         self.sums.copy_(torch.tensor(self.progress.sums if batch else [0.0, 0.0], dtype=self.sums.dtype))
         self.finite_steps.zero_()
@@ -197,22 +234,29 @@ class StateTraining:
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
 
-    def device_step(self, images: Tensor, labels: Tensor) -> None:
+    def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
 
         Args:
             images: [B, 3, H, W], B = batch_size * accum_steps.
-            labels: [B].
+            targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
+            taught: a teacher's logits [B, classes], when there is one.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
-        parts = zip(images.chunk(args.accum_steps), labels.chunk(args.accum_steps), strict=True)
-        for part, truth in parts:
+        parts = zip(*(tensor.chunk(args.accum_steps) for tensor in (images, targets, *taught)), strict=True)
+        start = 0
+        for part, truth, *lesson in parts:
+            if self.depth:
+                self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
                 logits = self.forward(part)
-                loss = F.cross_entropy(logits, truth, label_smoothing=args.label_smoothing)
-            loss = loss * (len(truth) / len(labels))
+                loss = cross_entropy(logits, truth, args.label_smoothing)
+                for wanted in lesson:
+                    own_share, taught_share = 1 - args.kd_alpha, args.kd_alpha
+                    loss = own_share * loss + taught_share * distillation(logits, wanted, args.kd_temperature)
+            loss = loss * (len(truth) / len(targets))
             scaler.scale(loss).backward()
-            self._count(loss.detach(), (logits.detach().argmax(1) == truth).sum() / len(labels))
+            self._count(loss.detach(), count_right(logits.detach(), truth) / len(targets))
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm
@@ -249,14 +293,14 @@ class StateTraining:
     def cut(self) -> None:
         """RSST: the doomed weights become zero for good; optimizer state goes with them."""
         run, progress = self.run, self.progress
-        before, residual = run.evaluate(self.model, "val")["accuracy"], self.penalty.residual()
+        before, residual = run.evaluate(self.selected, "val")["accuracy"], self.penalty.residual()
         self.sync_dense()
         moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
         progress.masks, progress.kept = progress.target, progress.target_kept
         self.build()
         masks = run.parameter_masks(progress.masks, progress.kept)
         put_moments(self.optimizer, self.model, run.units, self.model_kept, moments, masks)
-        after = run.evaluate(self.model, "val")["accuracy"]
+        after = run.evaluate(self.selected, "val")["accuracy"]
         progress.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
@@ -274,7 +318,7 @@ class StateTraining:
         self.bar = None
         self.check_finite()
         seconds = time.perf_counter() - self.epoch_started
-        val, fading = run.evaluate(self.model, "val"), self._fading()
+        val, fading = run.evaluate(self.selected, "val"), self._fading()
         cost = run.family.cost(run.dense, progress.kept)
         row = self._epoch_row(epoch, val, cost, fading, seconds)
         progress.history.append(row)
@@ -287,7 +331,8 @@ class StateTraining:
         # before the cut the model is not yet what the state ends with
         if not self.penalty and val["accuracy"] > progress.best.get("accuracy", -1.0):
             progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
-            best = {"weights": weights_of(run.dense), "state": progress.state, "kept": progress.kept, **progress.best}
+            weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
+            best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
             run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
@@ -303,16 +348,20 @@ class StateTraining:
         self.run.checkpoint()
 
     def sync_dense(self) -> None:
-        """Carry the weights of the network that trains back into `run.dense`."""
+        """Carry the weights of the network that trains back into `run.dense`, their average into `run.average`."""
         run = self.run
-        if self.model is run.dense and not self.frozen:
-            return
-        weights = self.model.state_dict()
-        if self.model is not run.dense:
-            weights = scatter_tensors(weights, run.units, self.model_kept)
+        if self.average:
+            run.average = self._dense_shaped(self.average.model)
+        if self.model is not run.dense or self.frozen:
+            run.dense.load_state_dict(self._dense_shaped(self.model))
+
+    def _dense_shaped(self, model: nn.Module) -> dict[str, Tensor]:
+        """Clones of a network's weights in the shapes of `run.dense`."""
+        # without units to put back, what scatters only clones
+        weights = scatter_tensors(model.state_dict(), self.run.units, self.model_kept)
         for name, (frozen, value) in self.frozen.items():
             weights[name] = torch.where(frozen, value, weights[name])
-        run.dense.load_state_dict(weights)
+        return weights
 
     def check_finite(self) -> None:
         if not self.finite:

@@ -5,6 +5,7 @@
     reading.py   small data sets from files, downloaded when missing        and its reader here
     trees.py     folders of images, listed                                  or its layout here
     splits.py    train, validation and test cut from what was read          `load_dataset`
+    randaugment.py  RandAugment of a batch                              an operation of it
     augment.py   crops, flips and more as batched tensor code               a new augmentation
     folders.py   batches of image files, by worker processes                `FolderBatches`
     batches.py   batches of pixels that live on the device                  `Batches`, `make_batches`

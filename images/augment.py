@@ -5,6 +5,7 @@ float32 pixels. A new augmentation is a field of `Draws`, its lines in `draw` (b
 random numbers must not move), a function here, and its place in `Batches.batch`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from images.facts import DatasetFacts
+from images.randaugment import draw_operations
 
-AUGMENTATIONS = ("none", "basic", "strong")
+AUGMENTATIONS = ("none", "basic", "strong", "rand")
+ERASE_CHANCE, ERASE_AREA, ERASE_RATIO = 0.25, (0.02, 1 / 3), (0.3, 3.3)  # of "rand"; timm's
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Draws:
     contrast: Tensor | None = None  # float32 [N], a factor
     erase_top: Tensor | None = None  # int64 [N], the image size where nothing is erased
     erase_left: Tensor | None = None  # int64 [N]
+    erase_height: Tensor | None = None  # int64 [N]
+    erase_width: Tensor | None = None  # int64 [N]
+    operations: Tensor | None = None  # int64 [N, 2], into `randaugment.OPERATIONS`
+    signs: Tensor | None = None  # int64 [N, 2], their directions
 
     def part(self, positions: slice) -> "Draws":
         return self._each(lambda values: values[positions])
@@ -81,7 +88,7 @@ class PaddedImages:
 
 def check_augmentation(aug: str) -> None:
     if aug not in AUGMENTATIONS:
-        raise ValueError(f"aug {aug!r}: choose none, basic or strong")
+        raise ValueError(f"aug {aug!r}: choose none, basic, strong or rand")
 
 
 def border_width(aug: str, size: int) -> int:
@@ -111,7 +118,26 @@ def draw(aug: str, order: Tensor, images: PaddedImages, flips: bool, generator: 
         top, left = integers(corners), integers(corners)
         drawn["erase_top"] = torch.where(integers(2).bool(), top, size)
         drawn["erase_left"] = left
+    if aug == "rand":
+        drawn["operations"], drawn["signs"] = draw_operations(count, generator)
+        drawn |= _draw_rectangles(count, size, generator)
     return Draws(**drawn)
+
+
+def _draw_rectangles(count: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What random erasing takes out of each image: nothing, or 2% to 33% of its area, up to 3.3 times as long as wide
+    or as wide as long."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    chosen = uniform(0, 1) < ERASE_CHANCE
+    area, ratio = uniform(*ERASE_AREA) * size**2, uniform(*map(math.log, ERASE_RATIO)).exp()
+    height = (area * ratio).sqrt().round().clamp(1, size)
+    width = (area / ratio).sqrt().round().clamp(1, size)
+    top, left = (uniform(0, 1) * (size - height + 1)).floor(), (uniform(0, 1) * (size - width + 1)).floor()
+    found = {"top": top.where(chosen, size), "left": left, "height": height, "width": width}
+    return {f"erase_{name}": value.long() for name, value in found.items()}
 
 
 def jitter_(pixels: Tensor, brightness: Tensor, contrast: Tensor) -> None:
@@ -122,12 +148,15 @@ def jitter_(pixels: Tensor, brightness: Tensor, contrast: Tensor) -> None:
     pixels.sub_(mean).mul_(contrast[:, None, None, None]).add_(mean).clamp_(0, 255)
 
 
-def erase_(images: Tensor, top: Tensor, left: Tensor, span: Tensor) -> None:
-    """Zeroes one square of a quarter of the side in each image. In place; images [B, C, H, H], corners [B], `span`
-    holds 0..H-1 on the device."""
-    side = len(span) // 4
-    rows = (span >= top[:, None]) & (span < top[:, None] + side)
-    columns = (span >= left[:, None]) & (span < left[:, None] + side)
+def erase_(images: Tensor, drawn: Draws, span: Tensor) -> None:
+    """Zeroes one rectangle in each image, as drawn; where no size was, a square of a quarter of the side. In place;
+    images [B, C, H, H], `span` holds 0..H-1 on the device."""
+    top, left = drawn.erase_top[:, None], drawn.erase_left[:, None]
+    height = width = len(span) // 4
+    if drawn.erase_height is not None:
+        height, width = drawn.erase_height[:, None], drawn.erase_width[:, None]
+    rows = (span >= top) & (span < top + height)
+    columns = (span >= left) & (span < left + width)
     images.masked_fill_(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 

@@ -13,6 +13,7 @@ from images import augment
 from images.facts import DatasetFacts, FolderSplit, Split
 from images.folders import FolderBatches
 from images.orders import count_steps, epoch_order, step_positions
+from images.randaugment import rand_augment
 
 
 def make_batches(
@@ -36,7 +37,8 @@ class Batches:
     `aug`: "none"; "basic" is a random crop out of the image with a black border, and a horizontal flip where
     the data set allows it; "strong" adds brightness and contrast jitter (factors 0.6 to 1.4, clamped to the
     pixel range, contrast around the image's own mean) and, for half of the images, one square of a quarter of
-    the side set to the mean (random erasing, Zhong et al. 2017, arXiv:1708.04896).
+    the side set to the mean (random erasing, Zhong et al. 2017, arXiv:1708.04896); "rand" adds to "basic" two random
+    operations of RandAugment and, for a quarter of the images, a rectangle of 2% to 33% of the area set to the mean.
 
     All random numbers come from the CPU generator, seeded by (seed, state, epoch) alone, so the choices are
     the same on every device. Grey images come out as an expanded (stride 0) view of three channels: clone
@@ -81,10 +83,16 @@ class Batches:
             pixels = self._images.crop(drawn.origin, drawn.flip)
         if self.aug == "strong":
             augment.jitter_(pixels, drawn.brightness, drawn.contrast)
+        elif self.aug == "rand":
+            pixels = rand_augment(pixels, drawn.operations, drawn.signs)
         images = self._normalise_(pixels)
-        if self.aug == "strong":
-            augment.erase_(images, drawn.erase_top, drawn.erase_left, self._images.span)
+        if self.aug in ("strong", "rand"):
+            augment.erase_(images, drawn, self._images.span)
         return images.expand(-1, 3, -1, -1), self.labels.index_select(0, drawn.order)
+
+    def chosen(self, state: int, epoch: int, step: int) -> Tensor:
+        """The positions in the split of the images that `batch` returns, int64 [B] on the device."""
+        return self._draws(state, epoch).order[step_positions(step, self.batch_size, len(self))]
 
     def sequential(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in stored order, never augmented, the last batch as long as it is; at most `limit`
