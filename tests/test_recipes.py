@@ -529,6 +529,19 @@ def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train,
     assert abs(same) < 1e-5 < 1e-3 < other
 
 
+def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path, noisy):
+    run = make_run(tmp_path / "run", "--teacher", noisy, "--accum_steps", "2", "--batch_size", "10", "--mixup", "1")
+    run.be_taught_by(vit_micro())
+    seen = {"student": [], "teacher": []}
+    for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
+        model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))
+    run.begin_state()
+    run.set_up_state().step()
+    assert len(seen["student"]) == 2
+    assert torch.equal(torch.cat(seen["student"]), torch.cat(seen["teacher"]))
+    run.close()
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "weights", "safetensors", "exported", "run"])
 def test_who_can_teach(kind, train, tmp_path):
     folder = train(TEACHING, "teacher", [flag for flag in MICRO if flag != "--no-export"])
