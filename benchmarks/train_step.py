@@ -3,6 +3,7 @@
 
     python benchmarks/train_step.py [--archs vit_tiny vit_small] [--batch_size 128] [--repeats 7] [--threads N]
     python benchmarks/train_step.py --models vit_tiny vit_small vit_base     memory, images/s, seconds an epoch
+    python benchmarks/train_step.py --recipes [--archs vit_tiny]             what each part of a recipe adds to a step
     python benchmarks/train_step.py --profile vit_tiny [--amp bf16]          where a step's time goes
 
 The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
@@ -14,6 +15,7 @@ a state whose first units are gone already; the plain steps are handed their bat
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import subprocess
@@ -40,6 +42,13 @@ from families import family_of
 from models import build_model
 
 CIFAR_IMAGES = 50_000
+RECIPES = {
+    "mixup and cutmix": "--mixup 0.8 --cutmix 1",
+    "RandAugment, erasing": "--aug rand",
+    "drop path": "--drop_path 0.1",
+    "average": "--ema_decay 0.999",
+    "a teacher of its own size": f"--teacher {Path(__file__).resolve()}",  # any path: the network is handed over
+}
 
 
 def training_run(flags: list[str], device: str = "cpu", steps: int = 4) -> Run:
@@ -171,6 +180,30 @@ def compare(args: argparse.Namespace) -> None:
     common.save("train_step", {"machine": common.machine(), "rows": rows, "bookkeeping": shares})
 
 
+def recipes(args: argparse.Namespace) -> None:
+    """The share of a step that each part of a recipe adds, beside the same step without."""
+    rows = []
+    for arch in args.archs:
+        steps = {}
+        for name, flags in {"plain": "", **RECIPES}.items():
+            given = f"--arch {arch} --batch_size {args.batch_size} --no-compact_training --amp {args.amp} {flags}"
+            steps[name] = OurStep(given.split())
+            if "--teacher" in flags:
+                run = steps[name].run
+                run.be_taught_by(copy.deepcopy(run.dense))
+            steps[name]()
+        times = common.interleaved({name: partial(common.seconds, each) for name, each in steps.items()}, args.repeats)
+        for name, spent in times.items():
+            added = common.pairwise(spent, times["plain"]) - 1
+            middle = common.quartiles(spent)[1]
+            rows.append(
+                {"model": arch, "step": name, "median ms": f"{1000 * middle:.0f}", "adds": f"{100 * added:.1f}%"}
+            )
+    print(f"\nbatch {args.batch_size}, --amp {args.amp}, {common.machine()}, {args.repeats} repeats\n")
+    print(utils.format_table(rows, {title: title for title in rows[0]}))
+    common.save("train_recipes", {"machine": common.machine(), "amp": args.amp, "rows": rows})
+
+
 def measure_one(arch: str, batch_size: int, amp: str, repeats: int) -> dict:
     """In a process of its own: peak memory and images/s of a step at full size."""
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", amp, "--no-compact_training"]
@@ -217,13 +250,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_small"])
     parser.add_argument("--models", nargs="+", help="the cost of each model instead, in a process of its own")
+    parser.add_argument("--recipes", action="store_true", help="what each part of a recipe adds instead")
     parser.add_argument("--profile", metavar="ARCH", help="the profile of one step instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="time the compiled steps too")
-    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="of --profile")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="of --profile and --recipes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -231,6 +265,8 @@ def main() -> None:
         print(json.dumps(measure_one(args.one, args.batch_size, args.amp, args.repeats)))
     elif args.models:
         models(args)
+    elif args.recipes:
+        recipes(args)
     elif args.profile:
         profile(args)
     else:

@@ -82,7 +82,7 @@ class Run:
             self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
         self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
         if teacher is not None:
-            self._be_taught_by(teacher)
+            self.be_taught_by(teacher)
         self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
         self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.states, self.epochs, milestones = run_length(args)
@@ -237,7 +237,8 @@ class Run:
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
         self.dense.load_state_dict(start, strict=False)
 
-    def _be_taught_by(self, model: nn.Module) -> None:
+    def be_taught_by(self, model: nn.Module) -> None:
+        """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
         as_they_are = args.aug == "none" and self.mixing is None
         self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are)
@@ -255,13 +256,13 @@ class Run:
         model.load_state_dict(load_tensors(path, "--teacher self"))
         if sha256(path) != self.teacher_sha256:
             raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
-        self._be_taught_by(model)
+        self.be_taught_by(model)
         self._say_who_teaches()
 
     def set_up_state(self) -> StateTraining:
         """What trains the state that has begun; a resumed one is there already."""
         self.training = self.training or StateTraining(self)
-        if self.progress.state > 0 and self.teacher is None and wants_teacher(self.args):
+        if self.args.teacher == SELF and wants_teacher(self.args) and self.progress.state > 0 and not self.teacher:
             self._be_taught_by_state_0()
         self.clock = self.last_checkpoint = time.perf_counter()
         return self.training

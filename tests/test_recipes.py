@@ -320,12 +320,17 @@ def test_branches_are_dropped_as_often_as_the_rates_say(make_micro_vit):
         assert not torch.equal(depth.factors, first)
 
 
-def test_each_part_of_an_accumulated_step_drops_its_own_images(make_micro_vit):
-    depth = StochasticDepth(make_micro_vit(), 0.5, seed=0)
-    depth.draw(torch.zeros(6, 1), 0, 0, 0)
-    for start, stop in ((0, 3), (3, 6)):
-        depth.show(start, stop)
-        assert torch.equal(depth.paths[-1].factor, depth.factors[-1, start:stop])
+def test_each_part_of_an_accumulated_step_drops_its_own_images(house, tmp_path):
+    run = make_run(tmp_path / "run", "--drop_path", "0.5", "--batch_size", "10", "--accum_steps", "2")
+    run.begin_state()
+    training, shown = run.set_up_state(), []
+    last = training.depth.paths[-1]
+    last.register_forward_pre_hook(lambda path, _: shown.append(path.factor))
+    training.step()
+    assert [len(factor) for factor in shown] == [10, 10]
+    assert torch.equal(torch.cat(shown), training.depth.factors[-1])
+    assert not torch.equal(*shown)
+    run.close()
 
 
 @pytest.mark.usefixtures("float64")
@@ -429,6 +434,7 @@ def test_the_average_is_that_of_a_hand_loop_through_the_cut(more, house, tmp_pat
     best, rows = load(folder / "best.pt"), metrics(folder)
     assert_same_tensors(best["weights"], found[1, best["epoch"]][1])  # what is kept is the average
     last = load(folder / "checkpoint.pt")
+    assert_same_tensors(last["average"], found[1, 3][1])
     assert largest_difference(last["weights"], found[1, 3][1]) > 1e-6  # what goes on training is not
     kept = {key: sorted(ids) for key, ids in best["kept"].items()}
     for layer, ids in kept.items():
@@ -438,14 +444,16 @@ def test_the_average_is_that_of_a_hand_loop_through_the_cut(more, house, tmp_pat
     assert "ema: validated, selected, tested and exported is the average of the weights" in log_of(folder)
 
 
-def test_the_average_is_what_is_validated_and_what_refill_measures_at_its_cut(house, tmp_path, monkeypatch):
+def test_the_average_is_what_is_validated_and_what_refill_measures_at_its_cut(house, tmp_path, around, monkeypatch):
     run = make_run(tmp_path / "run", *["--struct", "refill", "--vit_structured", "--rate", "0.5", "--ema_decay", "0.9"])
     run.begin_state()
-    training = run.set_up_state()
+    training, asked = run.set_up_state(), []
     while not training.finished:
         training.step()
         if training.at_epoch_end:
+            around("evaluate", before=lambda run, model, part: asked.append(model))
             training.end_epoch()
+    assert {id(model) for model in asked} == {id(training.average.model)}
     dense = copy.deepcopy(run.dense)
     dense.load_state_dict(run.average)
     assert run.progress.history[-1]["val_accuracy"] == run.evaluate(dense, "val")["accuracy"]
@@ -540,6 +548,13 @@ def test_alpha_0_equals_no_teacher_bit_by_bit(train, tmp_path):
 def test_state_0_teaches_the_next_with_its_selected_weights(train, around):
     taught = []
     around("step", after=lambda training: taught.append((training.progress.state, training.run.teacher)))
+    selected = {}
+
+    def note(run):
+        run.writer.wait()
+        selected.setdefault(run.progress.state, load(run.save_dir / "best.pt")["weights"])
+
+    around("end_state", before=note)
     folder = train(f"{TEACHING} --teacher self --ema_decay 0.9")
     assert {state for state, teacher in taught if teacher is not None} == {1}
     assert {state for state, teacher in taught if teacher is None} == {0}
@@ -547,17 +562,29 @@ def test_state_0_teaches_the_next_with_its_selected_weights(train, around):
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert_same_tensors(teacher.state_dict(), load(folder / "teacher.pt"))
+    assert_same_tensors(teacher.state_dict(), selected[0])
     assert "distillation: self teaches, with 0.5 of the loss at temperature 2" in log_of(folder)
 
 
-def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train, tmp_path):
-    """With alpha 1 the loss is the divergence from the teacher alone: it starts at zero where both are the same."""
-    folder = train("--struct refill --pruning_times 1 --lr 0.2 --epochs 3", "teacher", [*MICRO, "--aug", "none"])
-    torch.save(load(folder / "best.pt")["weights"], tmp_path / "weights.pt")
-    flags = f"--pruning_times 1 --epochs 1 --lr 1e-9 --warmup 0 --kd_alpha 1 --teacher {folder}/best.pt"
-    same = metrics(train(f"{flags} --init {tmp_path}/weights.pt", "same"))[0]["train_loss"]
+def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train, noisy):
+    """With alpha 1 the loss is the divergence from the teacher alone: zero where both are the same."""
+    flags = f"--pruning_times 1 --epochs 1 --lr 1e-9 --warmup 0 --kd_alpha 1 --accum_steps 2 --teacher {noisy}"
+    same = metrics(train(f"{flags} --init {noisy}", "same"))[0]["train_loss"]
     other = metrics(train(flags, "other"))[0]["train_loss"]
     assert abs(same) < 1e-5 < 1e-3 < other
+
+
+def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path, noisy):
+    run = make_run(tmp_path / "run", "--teacher", noisy, "--accum_steps", "2", "--batch_size", "10", "--mixup", "1")
+    run.be_taught_by(vit_micro())
+    seen = {"student": [], "teacher": []}
+    for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
+        model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))
+    run.begin_state()
+    run.set_up_state().step()
+    assert len(seen["student"]) == 2
+    assert torch.equal(torch.cat(seen["student"]), torch.cat(seen["teacher"]))
+    run.close()
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "weights", "safetensors", "exported", "run"])
