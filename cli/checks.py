@@ -80,6 +80,8 @@ def _check_recipe_numbers(args: argparse.Namespace) -> None:
         require(value is None or 0 <= value < math.inf, f"--{name}", value, "must be 0, for off, or more")
     require(args.drop_path is None or 0 <= args.drop_path < 1, "--drop_path", args.drop_path, "must lie in [0, 1)")
     require(args.ema_decay is None or 0 <= args.ema_decay < 1, "--ema_decay", args.ema_decay, "must lie in [0, 1)")
+    value = args.layer_scale
+    require(value is None or 0 <= value < math.inf, "--layer_scale", value, "must be 0, for off, or more")
     require(args.min_lr is None or 0 <= args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
     require(
         args.layer_decay is None or 0 < args.layer_decay <= 1, "--layer_decay", args.layer_decay, "must lie in (0, 1]"
@@ -113,6 +115,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     _check_teacher(args)
+    if args.layer_scale and args.pretrained:
+        raise RunError(
+            f"--layer_scale {args.layer_scale}: pretrained weights were trained without; leave one of them out"
+        )
     if args.drop_path and args.compile in GRAPHS:
         raise RunError(
             f"--drop_path {args.drop_path}: drops other branches in every step, and --compile {args.compile} captures "

@@ -86,6 +86,9 @@ def _model(group: Group) -> None:
         help="pretrained patch embedding of another patch size: resample it, or start it anew",
     )
     _switch(group, "--pretrained_fallback", "start from random weights when the pretrained ones cannot be had")
+    group.add_argument(
+        "--layer_scale", type=float, metavar="V", help="our ViTs' branches end in a learned factor from V on; off"
+    )
     group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
 
 

@@ -283,6 +283,8 @@ def describe(small: nn.Module, kept: Kept) -> dict:
                 "num_heads": width // blocks[0].attn.head_dim,
             }
         }
+        if small.init_values:
+            config["vit"]["init_values"] = small.init_values
     else:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
     groups = vit_units(small)

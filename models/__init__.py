@@ -174,6 +174,10 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
     elif size is None and not args.arch.startswith(TIMM) and not args.arch.endswith("_imagenet"):
         size = facts.vit_image_size
     overrides = {"patch_size": args.patch_size} if args.patch_size else {}
+    if getattr(args, "layer_scale", None):
+        if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
+            raise ValueError(f"--layer_scale {args.layer_scale}: is for this program's own ViTs, not {args.arch}")
+        overrides["init_values"] = args.layer_scale
     if not weights:
         check_arch(args.arch)
         _source(args.arch, args.pretrained, args.pretrained_tag)  # refuses what cannot be meant
@@ -202,7 +206,8 @@ def from_weights(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
         else:
             patch = weights["patch_embed.proj.weight"].shape[-1]
             grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch)
+            scales = {"init_values": 1.0} if "blocks.0.ls1.gamma" in weights else {}
+            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch, **scales)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _misfit(arch, error) from error
     load_weights(model, arch, weights)

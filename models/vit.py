@@ -108,21 +108,34 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block."""
+class LayerScale(nn.Module):
+    """A learned factor per channel at the end of a branch (Touvron et al., CaiT, ICCV 2021); named as timm's."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int):
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `init_values` its branches end in a LayerScale that starts there."""
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, init_values: float | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = nn.Identity()  # where training may drop the branch, as in timm
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -140,14 +153,15 @@ class VisionTransformer(nn.Module):
         depth: int = 9,
         num_heads: int = 3,
         mlp_ratio: float = 2.0,
+        init_values: float | None = None,
     ):
         super().__init__()
-        self.num_classes, self.embed_dim = num_classes, embed_dim
+        self.num_classes, self.embed_dim, self.init_values = num_classes, embed_dim, init_values
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         hidden = int(embed_dim * mlp_ratio)
-        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, hidden) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, hidden, init_values) for _ in range(depth)))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self.reset_parameters()

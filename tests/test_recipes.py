@@ -2,6 +2,7 @@
 default, goes through masks, cuts and small networks, and goes on to the same bits after a stop."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from micro import (
     DEPTH,
     MICRO,
     TIMES,
+    WHOLE,
     assert_same_tensors,
     call,
     clones,
@@ -39,6 +41,7 @@ from engine.optimizer import Schedule, layer_scales, parameter_groups
 from engine.training import StateTraining
 from images.orders import random_seed
 from images.randaugment import OPERATIONS, draw_operations, rand_augment
+from models.vit import VisionTransformer
 
 
 def parse(*flags):
@@ -346,6 +349,48 @@ def test_dropping_that_cannot_be_is_refused(refused):
     refused("--drop_path 0.1 --arch res20s", "--drop_path 0.1", "res20s")
 
 
+# -------------------------------------------------------------------------------------------------------- LayerScale
+
+
+def test_layer_scale_is_timms_by_name_and_value(make_micro_vit, make_batch):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    ours, (images, _) = make_micro_vit(init_values=0.1), make_batch()
+    geometry = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "mlp_ratio": 2}
+    theirs = timm.VisionTransformer(num_classes=5, init_values=0.1, **geometry)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(images), theirs.eval()(images))
+    fresh = VisionTransformer(init_values=0.25, depth=1, embed_dim=12)
+    assert set(fresh.blocks[0].ls1.gamma.tolist()) == set(fresh.blocks[0].ls2.gamma.tolist()) == {0.25}
+    assert not any("gamma" in name for name in make_micro_vit().state_dict())
+
+
+@pytest.mark.parametrize("struct", ["rsst --vit_structured --vit_prune_target both", "imp"])
+def test_layer_scale_stays_through_removal_export_and_reload(struct, train, monkeypatch):
+    base = [flag for flag in MICRO if flag != "--no-export"]
+    folder = train(f"--struct {struct} --rate 0.5 --pruning_times 2 --layer_scale 0.5 --opt adamw", "run", base)
+    proof = json.loads((folder / "model" / "parity.json").read_text())
+    assert proof["max_difference_float64"] < 1e-12
+    small, config = export.load(folder / "model"), json.loads((folder / "model" / "config.json").read_text())
+    assert config["vit"]["init_values"] == 0.5
+    gamma = load(folder / "best.pt")["weights"]["blocks.1.ls2.gamma"]
+    assert torch.equal(small.blocks[1].ls2.gamma, gamma)
+    assert float((gamma - 0.5).abs().max()) > 0  # it learns
+    dense = vit_micro(init_values=0.5)
+    assert config["parameters"]["dense"] == sum(p.numel() for p in dense.parameters()) == WHOLE + 4 * 24
+    snippet = (folder / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {}
+    monkeypatch.chdir(folder / "model")
+    exec(snippet, found)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(found["model"](images), small(images))
+
+
+def test_layer_scale_that_cannot_be_is_refused(refused):
+    refused("--layer_scale -1", "--layer_scale -1.0")
+    refused("--layer_scale 0.1 --arch res20s", "--layer_scale 0.1", "res20s")
+    refused("--layer_scale 0.1 --pretrained", "--layer_scale 0.1", "pretrained")
+
+
 # ---------------------------------------------------------------------------------------------------------- averages
 
 
@@ -530,6 +575,19 @@ def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train,
     assert abs(same) < 1e-5 < 1e-3 < other
 
 
+def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path, noisy):
+    run = make_run(tmp_path / "run", "--teacher", noisy, "--accum_steps", "2", "--batch_size", "10", "--mixup", "1")
+    run.be_taught_by(vit_micro())
+    seen = {"student": [], "teacher": []}
+    for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
+        model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))
+    run.begin_state()
+    run.set_up_state().step()
+    assert len(seen["student"]) == 2
+    assert torch.equal(torch.cat(seen["student"]), torch.cat(seen["teacher"]))
+    run.close()
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "weights", "safetensors", "exported", "run"])
 def test_who_can_teach(kind, train, tmp_path):
     folder = train(TEACHING, "teacher", [flag for flag in MICRO if flag != "--no-export"])
@@ -606,6 +664,7 @@ PARTS = {
     "average": "--ema_decay 0.9",
     "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
+    "scale": "--layer_scale 0.1",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
 ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")
