@@ -582,7 +582,7 @@ def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path
     for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))
     run.begin_state()
-    run.set_up_state().step()
+    StateTraining(run).step()
     assert len(seen["student"]) == 2
     assert torch.equal(torch.cat(seen["student"]), torch.cat(seen["teacher"]))
     run.close()
