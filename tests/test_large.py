@@ -138,7 +138,7 @@ def test_timm_models_of_other_families(name, patch, tmp_path, monkeypatch):
     [
         ("convnext_atto", "no transformer blocks"),
         ("naflexvit_base_patch16_gap", "patch embedding"),
-        ("eva02_tiny_patch14_224", "SwiGLU"),
+        ("vit_relpos_small_patch16_224", "RelPosAttention"),
     ],
 )
 def test_other_layouts_are_refused_with_the_reason(name, reason, capsys):
