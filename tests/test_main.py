@@ -156,16 +156,18 @@ def test_help_has_its_groups_and_every_flag(capsys):
         assert re.search(rf"(^|[\s,\[]){flag}\b", text), flag
 
 
-@pytest.mark.parametrize("module", ["main_imp_fillback", "conftest"])
-def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(module, tmp_path):
+def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(tmp_path):
     """The variable is read when torch loads; here its place is taken by a file that tells what it finds and ends."""
     (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['OMP_WAIT_POLICY'])\n")
-    paths = os.pathsep.join(map(str, [REPOSITORY, REPOSITORY / "tests"]))
     for given, found in ((None, "passive"), ("active", "active")):
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_WAIT_POLICY": given}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": given}
         environment = {name: value for name, value in environment.items() if value is not None}
         done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], cwd=tmp_path, capture_output=True, text=True, env=environment
+            [sys.executable, "-c", "import main_imp_fillback"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.stderr == f"{found}\n"
 
@@ -318,8 +320,8 @@ def broken(run, around):
 
 # run, and state, epoch and batch that it does not come to: within an epoch, before a state's first step, before the cut
 BREAKS = [
-    ("rsst", 0, 1, 0), ("rsst", 2, 2, 1), ("rsst units", 1, 0, 0), ("rsst units", 1, 1, 0), ("rsst units", 1, 3, 0),
-    ("rsst adamw", 2, 2, 0), ("rsst adamw", 1, 3, 0), ("rsst rewound", 0, 1, 0), ("refill rewound", 1, 0, 0),
+    ("rsst", 2, 2, 1), ("rsst units", 1, 1, 0), ("rsst adamw", 1, 3, 0), ("rsst rewound", 0, 1, 0),
+    ("refill rewound", 1, 0, 0),
 ]  # fmt: skip
 
 
@@ -353,24 +355,6 @@ def test_a_finished_run_resumes_to_itself(run, copied):
     again = run("--resume", name="copied", base=())
     assert digests(copied, skip=("run.log", "run.lock", "args.yaml")) == before
     assert "Remaining weights" in again.out
-
-
-@pytest.mark.parametrize("flag", ["--lr 0.5", "--rate 0.4", "--seed 1", "--struct imp", "--fc"])
-def test_resume_with_another_flag_is_refused_by_name(flag, run, copied):
-    before = digests(copied)
-    refused = run("--resume", *words(flag), name="copied", base=(), code=2)
-    assert refused.err.count("\n") == 1
-    assert all(part in refused.err for part in words(flag))
-    assert digests(copied) == before
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(done, run, broken, noisy):
-    half = broken((1, 2, 0), *flags_of("rsst", noisy))
-    latest = half.dir / "checkpoint.pt"
-    latest.write_bytes(latest.read_bytes()[: latest.stat().st_size // 2])
-    again = run("--resume", name="broken", base=())
-    assert "resumed at state 1, step 3 of 12" in log_of(again.dir)
-    assert_same_outcome(again.dir, done("rsst").dir)
 
 
 def test_a_changed_rewind_file_is_refused(run, copied):
@@ -586,18 +570,6 @@ def test_weights_that_explode_in_the_last_step_stop_the_run_too(method, run):
 # ------------------------------------------------------------------------------------------------ the real command line
 
 
-def command(*argv):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    argv = [sys.executable, SCRIPT, *map(str, argv)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
-
-
-def test_bad_input_through_the_real_command_line():
-    done = command("--rate", "1.2", "--dataset", "digits")
-    assert (done.returncode, done.stdout, os.listdir()) == (2, "", [])
-    assert re.fullmatch(r"main_imp_fillback.py: error: .*--rate 1.2.*\n", done.stderr)
-
-
 @pytest.mark.parametrize(
     "method", ["rsst", *(pytest.param(method, marks=pytest.mark.slow) for method in
                          ("refill", "imp", "dense", "oneshot --vit_structured"))]
@@ -605,7 +577,9 @@ def test_bad_input_through_the_real_command_line():
 def test_smoke_through_the_real_command_line(method, tmp_path):
     flags = "--dataset digits --img_size 8 --train_limit 40 --batch_size 20 --epochs 1 --pruning_times 2 --rate 0.34"
     fixed = ("--device", "cpu", "--amp", "off", "--save_dir", tmp_path / "run")
-    done = command(*words(flags), *fixed, "--struct", *words(method))
+    argv = [sys.executable, SCRIPT, *words(flags), *map(str, fixed), "--struct", *words(method)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     rows = rows_of(tmp_path / "run" / "states.csv")
     assert len(rows) == (1 if method == "dense" else 2)
