@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import csv
 import json
 import math
 import os
@@ -14,8 +13,8 @@ import time
 import pytest
 import torch
 import yaml
-from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, furnish, vit_micro
-from references import assert_same_function, masked_by_hand, masks_by_hand, vit_places
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, furnish, rows_of, vit_micro
+from references import assert_same_function, assert_same_tensors, clones, masked_by_hand, masks_by_hand, vit_places
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
@@ -28,6 +27,7 @@ from vit_structured_pruning import count_vit_parameters
 
 pytestmark = pytest.mark.usefixtures("house")
 CLASSES, SIZE, PATCH = 10, 16, 8  # of the micro model
+GEOMETRY = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
 MODEL_FILES = ["README.md", "config.json", "model.safetensors", "parity.json"]
 
 
@@ -101,11 +101,11 @@ def write_micro(folder, kept=SOME, seed=0, **changes):
 def test_removal_leaves_the_masked_model_as_it_was_and_names_all_that_stays():
     kept = {"blocks.0.attn": [1, 2, 3], "blocks.1.mlp": []}
     masked = masked_like(micro(), kept)
-    before = {name: tensor.clone() for name, tensor in masked.state_dict().items()}
+    before = clones(masked.state_dict())
     small, returned = export.compact(masked, kept)
     assert returned == complete(masked, kept)
     assert_same_function(masked, small, pictures())
-    assert all(torch.equal(before[name], tensor) for name, tensor in masked.state_dict().items())
+    assert_same_tensors(masked.state_dict(), before)
     pointers = [{p.data_ptr() for p in model.parameters() if p.numel()} for model in (masked, small)]
     assert not pointers[0] & pointers[1]
 
@@ -168,8 +168,7 @@ def test_without_an_output_bias_a_constant_keeps_its_unit():
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"init_values": 0.5}], ids=str)
 def test_dead_units_of_a_timm_model(options):
     timm_vit = pytest.importorskip("timm.models.vision_transformer")
-    geometry = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
-    model = noisy(timm_vit.VisionTransformer(**geometry, mlp_ratio=2, num_classes=CLASSES, **options)).double()
+    model = noisy(timm_vit.VisionTransformer(**GEOMETRY, mlp_ratio=2, num_classes=CLASSES, **options)).double()
     kill(model, {"attn.qkv.weight": qkv_rows("v"), "mlp.fc2.weight": FC2})
     small, kept = export.compact(model)
     assert (kept["blocks.0.attn"], kept["blocks.0.mlp"]) == (LESS_HEADS, LESS_NEURONS)
@@ -189,9 +188,8 @@ def test_folder_holds_the_model(tmp_path, kept):
     config = json.loads((folder / "config.json").read_text())
     heads, neurons = ([len(kept[f"blocks.{i}.{part}"]) for i in range(DEPTH)] for part in ("attn", "mlp"))
     macs = [micro_macs([HEADS] * DEPTH, [HIDDEN] * DEPTH), micro_macs(heads, neurons)]
-    geometry = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
     expected = {
-        "vit": {**geometry, "num_classes": CLASSES},
+        "vit": {**GEOMETRY, "num_classes": CLASSES},
         "head_dim": HEAD_DIM,
         "heads": heads,
         "neurons": neurons,
@@ -209,27 +207,22 @@ def test_folder_holds_the_model(tmp_path, kept):
 
     loaded = export.load(str(folder))
     assert not any(module.training for module in loaded.modules())
-    assert loaded.state_dict().keys() == small.state_dict().keys()
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in small.state_dict().items())
-    assert torch.equal(loaded(pictures()), small(pictures()))
-
-    # the proof, measured again
+    assert_same_tensors(loaded.state_dict(), small.state_dict())
     proof = json.loads((folder / "parity.json").read_text())
-    images = torch.cat([batch for batch, _ in batches_of(5, 3)])
-    expected, found = masked(images), loaded(images)
     assert (proof["images"], proof["top1_agreement"]) == (8, 1.0)
-    assert proof["max_difference_float32"] == pytest.approx(float((expected - found).abs().max()), abs=1e-6)
-    assert proof["max_difference_float64"] <= 1e-12
-    assert proof["largest_logit"] == pytest.approx(float(expected.abs().max()), rel=1e-5)
     assert f"{proof['max_difference_float32']:.2g} in float32" in export.proof_line(folder)
+    assert_same_function(masked, loaded, pictures())
 
     card = (folder / "README.md").read_text()
-    numbers = [
-        f"{count_vit_parameters(masked):,}",
-        f"{count_vit_parameters(small):,}",
+    counts = [f"{count_vit_parameters(model):,}" for model in (masked, small)]
+    for part in (
+        *counts,
         *(f"{count / 1e9:.4f} G" for count in macs),
-    ]
-    for part in (*numbers, f"block: {heads}", f"block: {neurons}", "test_accuracy: 0.25", "of 8 validation images"):
+        f"block: {heads}",
+        f"block: {neurons}",
+        "test_accuracy: 0.25",
+        "of 8 validation images",
+    ):
         assert part in card
 
 
@@ -288,13 +281,6 @@ def test_a_model_that_computes_something_else_is_not_written(tmp_path, kind):
         assert caught.value.code == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match="cannot write .*file/model: Not a directory") as caught:
-        write_micro(tmp_path / "file" / "model")
-    assert caught.value.code == 1
 
 
 # ------------------------------------------------------------------------------------------------ plain timm
@@ -372,17 +358,13 @@ def test_one_changed_byte_or_config_value_is_refused(tmp_path):
 DAMAGES = {
     "config.json missing": lambda f: (f / "config.json").unlink(),
     "model.safetensors missing": lambda f: (f / "model.safetensors").unlink(),
-    "everything missing": shutil.rmtree,
     "a file in its place": lambda f: (shutil.rmtree(f), f.write_text("model")),
     "config.json a folder": lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
-    "config.json empty": lambda f: (f / "config.json").write_text(""),
     "config.json not text": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00{"),
     "config.json a list": lambda f: (f / "config.json").write_text("[1, 2]"),
     "config.json an empty object": lambda f: (f / "config.json").write_text("{}"),
-    "weights empty": lambda f: (f / "model.safetensors").write_bytes(b""),
     "weights cut short": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
     "header no JSON": lambda f: (f / "model.safetensors").write_bytes((16).to_bytes(8, "little") + b"x" * 64),
-    "a pickle": lambda f: torch.save({"a": torch.ones(2)}, f / "model.safetensors"),
     "another model's weights": lambda f: shutil.copy(f.parent / "other" / "model.safetensors", f),
     "another model's config": lambda f: shutil.copy(f.parent / "other" / "config.json", f),
 }
@@ -502,8 +484,7 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     small = export.load(folder)
     assert_same_function(masked, small, pictures())
     at_the_end = load_file(finished_run / "model" / "model.safetensors")  # by the run itself
-    assert at_the_end.keys() == small.state_dict().keys()
-    assert all(torch.equal(at_the_end[name], tensor) for name, tensor in small.state_dict().items())
+    assert_same_tensors(at_the_end, small.state_dict())
 
     accuracy = accuracy_on_digits(masked)
     val_accuracy = torch.load(run_copy / "best.pt", weights_only=True)["accuracy"]
@@ -523,28 +504,22 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert all(float(row["dense ms"]) > 0 and float(row["removed ms"]) > 0 for row in rows)
 
 
-def test_command_takes_another_folder_and_clears_what_belongs_to_an_older_model(run_copy, command, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("model.onnx", "latency.txt"):
-        (tmp_path / "elsewhere" / name).write_text("of another model")
-    assert command(run_copy, "--out", tmp_path / "elsewhere")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == MODEL_FILES
-    assert not (run_copy / "model").exists()
-    with open(run_copy / "states.csv", newline="") as file:
-        tested = float(list(csv.DictReader(file))[-1]["test_accuracy"])
-    assert export.read_config(tmp_path / "elsewhere")["metrics"]["test_accuracy"] == tested
-
-
-def test_command_finds_dead_units_of_an_elementwise_run(run_copy, command):
+def test_command_finds_dead_units_and_clears_what_belongs_to_an_older_model(run_copy, command, tmp_path):
     """The same weights without the list of kept units: the zeros alone tell which heads and neurons are gone."""
     masked, kept = masked_of(run_copy)
     edit_args(run_copy, vit_structured=False)
     edit_best(run_copy, kept={})
-    assert command(run_copy)[0] == 0
-    config = export.read_config(run_copy / "model")
-    assert kept_of(config) == kept
+    out = tmp_path / "elsewhere"
+    out.mkdir()
+    for name in ("model.onnx", "latency.txt"):
+        (out / name).write_text("of another model")
+    assert command(run_copy, "--out", out)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == MODEL_FILES
+    assert not (run_copy / "model").exists()
+    config, tested = export.read_config(out), float(rows_of(run_copy / "states.csv")[-1]["test_accuracy"])
+    assert (kept_of(config), config["metrics"]["test_accuracy"]) == (kept, tested)
     assert "mlp_prune_ratio" not in config["provenance"]
-    assert_same_function(masked, export.load(run_copy / "model"), pictures())
+    assert_same_function(masked, export.load(out), pictures())
 
 
 class Payload:
@@ -598,7 +573,6 @@ BAD_FLAGS = {
     f"{IMPORT} --out OUT --data here": "--dataset",
     f"{IMPORT} --out OUT --evaluate --dataset digits": "--dataset digits: has 10 classes, the model 4",
     f"{IMPORT} --out OUT --dataset none": "none",
-    "RUN --dataset none": "none",
     "RUN --unknown": "--unknown",
     "RUN --late": "--late",  # no abbreviations
     "RUN --arch vit_small": "--arch vit_small",  # would be ignored
@@ -618,14 +592,6 @@ def test_contradicting_flags_are_refused_in_one_line(run_copy, command, tmp_path
     assert_one_line(command(*(names.get(flag, flag) for flag in flags.split())), BAD_FLAGS[flags])
     assert not (tmp_path / "out").exists()
     assert not (run_copy / "model").exists()
-
-
-def test_no_file_holds_a_pickled_class(finished_run):
-    paths = list(finished_run.rglob("*.pt"))
-    assert {"best.pt", "checkpoint.pt", "init.pt"} <= {path.name for path in paths}
-    for path in paths:
-        torch.load(path, weights_only=True)
-    assert not {path.suffix for path in finished_run.rglob("*")} & {".pth", ".pkl", ".pickle", ".npy"}
 
 
 # ------------------------------------------------------------------------------------------------ a foreign checkpoint
@@ -652,26 +618,18 @@ def test_import_of_a_masked_checkpoint(tmp_path, command, layout):
     elif layout == "parallel.pth":
         weights = {"state_dict": {f"module.{name}": value for name, value in weights.items()}}
     torch.save(weights, layout)
-    code, _, err = command("--from_checkpoint", layout, "--arch", "vit_micro", "--out", tmp_path / "out")
+    flags = ["--dataset", "digits", "--evaluate"] if layout == "parallel.pth" else []
+    code, _, err = command("--from_checkpoint", layout, "--arch", "vit_micro", "--out", tmp_path / "out", *flags)
     assert (code, err) == (0, "")
     config = export.read_config(tmp_path / "out")
-    assert kept_of(config) == SOME
-    assert (config["vit"]["img_size"], config["mean"], config["metrics"]) == (SIZE, None, {})
+    assert (kept_of(config), config["vit"]["img_size"]) == (SOME, SIZE)
     assert config["provenance"] == {"arch": "vit_micro", "checkpoint": layout}
-    assert "normalised is not known" in (tmp_path / "out" / "README.md").read_text()
+    facts = (list(DATASETS["digits"].mean) * 3, {"test_accuracy": accuracy_on_digits(model)}) if flags else (None, {})
+    assert (config["mean"], config["metrics"]) == facts
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["images"] == (144 if flags else 64)
+    assert ("normalised is not known" in (tmp_path / "out" / "README.md").read_text()) == (not flags)
     expected, found = model(pictures()), export.load(tmp_path / "out")(pictures())  # torch's own masks
     assert (expected - found).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-
-
-def test_import_with_data_measures_on_it(tmp_path, command):
-    model, out = torch_pruned(rows_only=False), tmp_path / "out"
-    torch.save(model.state_dict(), "model.pt")
-    flags = ["--from_checkpoint", "model.pt", "--arch", "vit_micro", "--out", out]
-    assert command(*flags, "--dataset", "digits", "--evaluate")[0] == 0
-    config = export.read_config(out)
-    assert config["mean"] == list(DATASETS["digits"].mean) * 3
-    assert config["metrics"] == {"test_accuracy": accuracy_on_digits(model)}
-    assert json.loads((out / "parity.json").read_text())["images"] == 144
 
 
 def save_weights(path, **changes):
@@ -685,7 +643,6 @@ BAD_CHECKPOINTS = {
     "a list": lambda p: torch.save([torch.ones(2)], p),
     "names that are numbers": lambda p: torch.save({0: torch.ones(2)}, p),
     "missing": lambda p: None,
-    "another depth": lambda p: torch.save(vit_micro(depth=3).state_dict(), p),
     "another model": lambda p: torch.save({"conv1.weight": torch.ones(3, 3)}, p),
     "one tensor more": lambda p: save_weights(p, more=torch.ones(1)),
     "flat position embedding": lambda p: save_weights(p, pos_embed=torch.ones(7)),
@@ -805,7 +762,7 @@ def zeros_in(model):
     return sum(int((parameter == 0).sum()) for parameter in model.parameters())
 
 
-def test_size_table_of_the_reference(clock, tmp_path):
+def test_tables_of_the_reference(clock, tmp_path):
     """vit_tiny with 18 heads and 2,412 neurons (SPEC 5.3): plan, card, file and table count alike."""
     model = noisy(models.build_model("vit_tiny", 10), scale=0.1)
     kept = {f"blocks.{i}.attn": [0, 1] for i in range(9)} | {f"blocks.{i}.mlp": list(range(268)) for i in range(9)}
@@ -823,34 +780,25 @@ def test_size_table_of_the_reference(clock, tmp_path):
     assert zeros == 2_697_610 - removed
     speeds = {zeros: 80, 0: 100}
     clock.moved_by(masked, "dense shape", lambda module, images: images / speeds[zeros_in(module)])
-    clock.moved_by(small, "removed", lambda module, images: images / 150)
+    clock.moved_by(small, "removed", lambda module, images: images / 160)
     rows = read_table(export.size_table(masked, small).splitlines())
     assert {shape for _, shape, *_ in clock.calls} == {(64, 3, 32, 32)}
-    assert all(torch.equal(before[name], tensor) for name, tensor in masked.state_dict().items())
+    assert_same_tensors(masked.state_dict(), before)
     dense, cut = ("0.1877 G", "10.79 MB"), (f"{macs / 1e9:.4f} G", f"{4 * removed / 1e6:.2f} MB")
     assert [tuple(row.values()) for row in rows] == [
         ("dense", "2,697,610", *dense, "100"),
         ("masked", f"{removed:,}", *dense, "80"),
-        ("removed", f"{removed:,}", *cut, "150"),
+        ("removed", f"{removed:,}", *cut, "160"),
     ]
     assert list(rows[0]) == ["model", "parameters", "MACs", "file", "images/s"]
 
-
-def test_latency_table_arithmetic(clock):
-    """100 images a second dense and 150 removed, whatever the batch."""
-    masked = masked_like(micro(), SOME)
-    small, _ = export.compact(masked, SOME)
-    clock.moved_by(masked, "dense", lambda _, images: images / 100)
-    clock.moved_by(small, "removed", lambda _, images: images / 150)
     head, *table = export.latency_table(masked, small, batch_sizes=(1, 6)).splitlines()
-    limit = micro_macs([HEADS] * 2, [HIDDEN] * 2) / micro_macs([2, 1], [4, 3])
-    same = {"faster": "1.50x", "MACs limit": f"{limit:.2f}x", "of limit": f"{150 / limit:.0f}%"}
+    same = {"faster": "2.00x", "MACs limit": f"{full / macs:.2f}x", "of limit": f"{200 * macs / full:.0f}%"}
     assert read_table(table) == [
-        {"batch": "1", "dense ms": "10.00", "removed ms": "6.67", **same},
-        {"batch": "6", "dense ms": "60.00", "removed ms": "40.00", **same},
+        {"batch": "1", "dense ms": "12.50", "removed ms": "6.25", **same},
+        {"batch": "6", "dense ms": "75.00", "removed ms": "37.50", **same},
     ]
-    for part in ("cpu", f"{torch.get_num_threads()} threads", torch.__version__):
-        assert part in head
+    assert all(part in head for part in ("cpu", f"{torch.get_num_threads()} threads", torch.__version__))
 
 
 def test_throughput_is_an_interleaved_median_and_leaves_the_models_as_they_were(clock):
