@@ -9,6 +9,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from torch import nn
 import export
 import models
 import pruning_utils as cnn
+import report
 from dataset import DATASETS
 from models.resnet import ResNet
 from vit_structured_pruning import CRITERIA, remove_units, scatter_tensors, score_units, slice_tensors, unit_masks
@@ -219,14 +221,11 @@ def reference_kept(mask, scores, fillback):
     return sorted(sorted(alive, key=lambda unit: (-scores[unit], unit))[:keep]) or [0]
 
 
-@pytest.mark.parametrize(
-    ("density", "fillback", "kept"),
+def test_how_many_filters_stay_by_hand():
     # C = 16, by hand: 12.8, 13.12, 14.4; 10.24, 10.816, 13.12; 4.8, 5.92, 10.4
-    [(0.8, 0, 12), (0.8, 0.1, 13), (0.8, 0.5, 14), (0.64, 0, 10), (0.64, 0.1, 10), (0.64, 0.5, 13)]
-    + [(0.3, 0, 4), (0.3, 0.1, 5), (0.3, 0.5, 10), (0, 0, 1), (0, 1, 16)],
-)
-def test_how_many_filters_stay_by_hand(density, fillback, kept):
-    assert cnn.filter_count(16, density, fillback) == kept
+    for density, stay in ((0.8, (12, 13, 14)), (0.64, (10, 10, 13)), (0.3, (4, 5, 10))):
+        assert tuple(cnn.filter_count(16, density, fillback) for fillback in (0, 0.1, 0.5)) == stay
+    assert (cnn.filter_count(16, 0, 0), cnn.filter_count(16, 0, 1)) == (1, 16)
     assert cnn.filter_count(100, 0.29, 0.0) == 29  # int(0.29 * 100) is 28
 
 
@@ -410,7 +409,6 @@ def test_slice_and_scatter_are_inverse(make_micro):
 # ------------------------------------------------------------------------------------------------------- on disk, ONNX
 
 
-@torch.no_grad()
 def test_export_and_back_and_in_onnx_runtime(make_micro, tmp_path):
     model, path = make_micro(projected=True, size=9), tmp_path / "model"
     kept = some_kept(model, 1)
@@ -440,7 +438,7 @@ def test_export_and_back_and_in_onnx_runtime(make_micro, tmp_path):
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     images, _ = images_of(5, 9, seed=6)
     (found,) = session.run(None, {"images": images.numpy()})
-    assert (torch.from_numpy(found) - model(images)).abs().max() <= 1e-4
+    torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=0, atol=1e-4)
 
 
 def test_export_from_a_checkpoint_of_the_public_functions(make_micro, resnets, tmp_path):
@@ -471,37 +469,23 @@ def resnets(house, monkeypatch):
 
 
 @pytest.fixture
-def run(resnets, tmp_path, capsys):
+def run(resnets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda _: None)  # pictures take longer than such a run
     return runner(tmp_path, capsys, BASE)
 
 
 @pytest.fixture
-def seen(resnets, monkeypatch):
-    """The weights that forward passes of res_micro meet, as (training, weights); a training one whose number stands
-    in seen.stops ends in Ctrl-C."""
+def seen(around):
+    """The weights that training steps meet and leave, by (state, steps done)."""
+    found = SimpleNamespace(met={}, left={})
 
-    class Seen(list):
-        stops = ()
+    def look(into):
+        def keep(training):
+            into[training.progress.state, training.progress.step] = clones(training.model.state_dict())
 
-        def training(self, number):
-            """Place of a training step, counted from 0."""
-            return [place for place, (training, _) in enumerate(self) if training][number]
+        return keep
 
-        def look(self, module, _):
-            if module.training and sum(training for training, _ in self) in self.stops:
-                self.stops = self.stops[1:]
-                raise KeyboardInterrupt
-            self.append((module.training, clones(module.state_dict())))
-
-    found = Seen()
-
-    def build(num_classes=None, img_size=None):
-        model = res_micro(num_classes, img_size)
-        model.register_forward_pre_hook(lambda module, given: found.look(module, given))
-        return model
-
-    monkeypatch.setitem(models.BUILDERS, "res_micro", build)
-    monkeypatch.setitem(models.resnet.BUILDERS, "res_micro", build)
+    around("step", before=look(found.met), after=look(found.left))
     return found
 
 
@@ -514,9 +498,10 @@ def noisy_init(tmp_path, add_noise):
     return tmp_path / "noisy.pt", weights
 
 
-def test_the_documented_commands_on_digits(run, tmp_path):
+def test_the_documented_commands_on_digits(resnets, tmp_path, capsys):
     base = words("--arch res20s --lr 0.01 --batch_size 128 --dataset digits --device cpu --epochs 1 --pruning_times 2")
-    done = run("--struct", "rsst", "--train_limit", "128", base=base)
+    done = runner(tmp_path, capsys, base)("--struct", "rsst", "--train_limit", "128")
+    assert (done.dir / "report.html").exists()
     assert re.search(r"state +density +filters +parameters +MACs", done.out)
     dense, pruned = rows_of(done.dir / "states.csv")
     assert (dense["filters"], dense["parameters"], dense["density"]) == ("688", "269722", "1.0")
@@ -624,13 +609,12 @@ def test_a_state_prunes_by_trained_weights_and_refill_feeds_no_mask(method, conv
 @pytest.mark.parametrize("flags", ["lt", "rewind_lt --rewind_epoch 1 --fc"])
 def test_where_the_next_state_starts(flags, run, seen):
     done = run(*words(f"--struct rsst --prune_type {flags}"))
-    ends = seen[seen.training(2 * STEPS - 1) + 1][1]  # the validation after the last step of state 0
-    start = seen[seen.training(2 * STEPS)][1]
+    ends, start = seen.left[0, 2 * STEPS], seen.met[1, 0]
     init = load(done.dir / "init.pt")
     assert init["bn1.running_mean"].abs().max() == 0
     assert ends["bn1.running_mean"].any()
     if flags.startswith("rewind"):
-        assert_same_tensors(start, seen[seen.training(STEPS)][1])
+        assert_same_tensors(start, seen.met[0, STEPS])
         assert_same_tensors(load(done.dir / "rewind.pt"), start)
         assert start["bn1.num_batches_tracked"] == STEPS
     else:
@@ -647,7 +631,7 @@ def test_doomed_filters_shrink_by_the_dose_and_are_cut(run, seen, noisy_init):
     flags = words("--struct rsst --reg_granularity_prune 0.5 --epochs 4 --clip_grad 1 --init")
     done = run(*STILL, *flags, path)
     kept = load(done.dir / "best.pt")["kept"]
-    before, after = seen[seen.training(5 * STEPS - 1) + 1][1], seen[seen.training(5 * STEPS)][1]  # the cut of state 1
+    before, after = seen.left[1, STEPS], seen.met[1, STEPS]
     for name, ids in kept.items():
         gone = [unit for unit in range(SHAPES[name][0]) if unit not in ids]
         assert after[f"{name}.weight"].shape[0] == len(ids) < SHAPES[name][0]
@@ -695,12 +679,18 @@ def test_compact_and_masked_training_agree_in_float64(arch, method, run):
         assert one == pytest.approx(other, abs=1e-9)
 
 
-def test_a_broken_run_resumes_to_the_same_bits(run, seen):
+def test_a_broken_run_resumes_to_the_same_bits(run, seen, around):
     """Before a cut and after it, on the smaller network; also from moments that lie otherwise in memory."""
     flags = words("--struct rsst --epochs 3 --reg_finish 0.5 --opt adamw --lr 0.01")
     whole = run(*flags, name="whole").dir
-    seen.clear()
-    seen.stops = (3 * STEPS, 5 * STEPS + 1)  # in state 1, whose cut comes after four steps
+    stops = [(1, 3), (1, 7)]  # the cut comes after four steps
+
+    def interrupt(training):
+        if [(training.progress.state, training.progress.step)] == stops[:1]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+
+    around("step", before=interrupt)
     run(*flags, name="broken", code=130)
     run("--resume", name="broken", base=(), code=130)
     path = whole.parent / "broken" / "checkpoint.pt"
@@ -716,13 +706,13 @@ def test_a_broken_run_resumes_to_the_same_bits(run, seen):
             )
     torch.save(content, path)
     again = run("--resume", name="broken", base=()).dir
-    assert not seen.stops
+    assert not stops
     assert metrics(again, TIMES) == metrics(whole, TIMES)
     for file in ("best.pt", "checkpoint.pt"):
         one, other = (load(folder / file) for folder in (whole, again))
         assert_same_tensors(other["weights"], one["weights"])
     # what trains is stored channels last, dense and small
-    kernels = [w for training, weights in seen if training for w in weights.values() if w.ndim == 4]
+    kernels = [weight for weights in seen.met.values() for weight in weights.values() if weight.ndim == 4]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
 
 

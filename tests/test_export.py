@@ -164,17 +164,6 @@ def test_without_an_output_bias_a_constant_keeps_its_unit():
     assert export.compact(model)[1] == complete(model, {"blocks.0.attn": LESS_HEADS, "blocks.0.mlp": LESS_NEURONS})
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("options", [{"qkv_bias": False}, {"init_values": 0.5}], ids=str)
-def test_dead_units_of_a_timm_model(options):
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
-    model = noisy(timm_vit.VisionTransformer(**GEOMETRY, mlp_ratio=2, num_classes=CLASSES, **options)).double()
-    kill(model, {"attn.qkv.weight": qkv_rows("v"), "mlp.fc2.weight": FC2})
-    small, kept = export.compact(model)
-    assert (kept["blocks.0.attn"], kept["blocks.0.mlp"]) == (LESS_HEADS, LESS_NEURONS)
-    assert_same_function(model, small, pictures())
-
-
 # ------------------------------------------------------------------------------------------------ the folder
 
 
