@@ -18,16 +18,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro import TIMES, call, load, masks_of, metrics, rows_of, runner
-from references import (
-    assert_masks,
-    assert_same_function,
-    assert_same_tensors,
-    clones,
-    largest,
-    random_masks,
-    unit_scores,
-)
+from references import assert_masks, assert_same_function, assert_same_tensors, clones, largest
 from torch import nn
+
+# isort: split
+from references import random_masks, unit_scores
 
 import export
 import models
@@ -124,15 +119,10 @@ def parameters_of(model):
 # ------------------------------------------------------------------------------------------------------ the networks
 
 
-@pytest.mark.parametrize(
-    ("arch", "parameters", "convolutions", "filters"),
-    [
-        ("res20s", 269_722, 19, 16 + 6 * (16 + 32 + 64)),
-        ("res32s", 464_154, 31, 16 + 10 * (16 + 32 + 64)),
-        ("res56s", 853_018, 55, 16 + 18 * (16 + 32 + 64)),
-        ("res18", 11_173_962, 20, 64 + 4 * 64 + 5 * (128 + 256 + 512)),
-    ],
-)
+@pytest.mark.parametrize(("arch", "parameters", "convolutions", "filters"), [
+    ("res20s", 269_722, 19, 16 + 6 * (16 + 32 + 64)), ("res32s", 464_154, 31, 16 + 10 * (16 + 32 + 64)),
+    ("res56s", 853_018, 55, 16 + 18 * (16 + 32 + 64)), ("res18", 11_173_962, 20, 64 + 4 * 64 + 5 * (128 + 256 + 512)),
+])  # fmt: skip
 def test_what_networks_hold_and_cost(arch, parameters, convolutions, filters):
     with torch.device("meta"):
         model = models.build_model(arch, 10, 27)
@@ -626,37 +616,35 @@ def test_where_the_next_state_starts(flags, run, seen):
 STILL = words("--lr 1e-300 --weight_decay 0")  # a learning rate that moves nothing leaves the penalty alone
 
 
-def test_doomed_filters_shrink_by_the_dose_and_are_cut(run, seen, noisy_init):
-    path, init = noisy_init
-    flags = words("--struct rsst --reg_granularity_prune 0.5 --epochs 4 --clip_grad 1 --init")
-    done = run(*STILL, *flags, path)
-    kept = load(done.dir / "best.pt")["kept"]
-    before, after = seen.left[1, STEPS], seen.met[1, STEPS]
-    for name, ids in kept.items():
-        gone = [unit for unit in range(SHAPES[name][0]) if unit not in ids]
-        assert after[f"{name}.weight"].shape[0] == len(ids) < SHAPES[name][0]
-        for part in (f"{name}.weight", f"{norm_of(name)}.weight", f"{norm_of(name)}.bias"):
-            torch.testing.assert_close(before[part][gone], init[part][gone] * math.exp(-10), rtol=1e-4, atol=1e-30)
-            assert torch.equal(before[part][ids], init[part][ids])
-    assert torch.equal(before["conv1.weight"], init["conv1.weight"])
-    assert float(rows_of(done.dir / "states.csv")[1]["residual"]) == pytest.approx(math.exp(-10), rel=1e-3)
-
-
-def test_filters_that_come_back_are_whole_and_not_doomed(run, noisy_init, monkeypatch):
+def test_doomed_filters_shrink_by_the_dose_are_cut_and_may_come_back_whole(run, seen, noisy_init, monkeypatch):
     """The smallest filters are the best: those that were cut come back, as far as zeros are survivors again."""
     monkeypatch.setitem(CRITERIA, "smallest", lambda weights: -weights.abs().sum(1))
     path, init = noisy_init
-    flags = [*STILL, *words("--struct rsst --criteria smallest"), "--init", path]
-    first = load(run(*flags).dir / "best.pt")["kept"]
+    flags = words("--struct rsst --criteria smallest --reg_granularity_prune 0.5 --epochs 4 --clip_grad 1 --init")
+    done = run(*STILL, *flags, path)
+    first, before, after = load(done.dir / "best.pt")["kept"], seen.left[1, STEPS], seen.met[1, STEPS]
+
+    def parts_of(kept):
+        for name, ids in kept.items():
+            gone = [unit for unit in range(SHAPES[name][0]) if unit not in ids]
+            yield from (
+                (part, ids, gone) for part in (f"{name}.weight", f"{norm_of(name)}.weight", f"{norm_of(name)}.bias")
+            )
+
+    for part, ids, gone in parts_of(first):
+        assert len(after[part]) == len(ids) < len(ids + gone)
+        torch.testing.assert_close(before[part][gone], init[part][gone] * math.exp(-10), rtol=1e-4, atol=1e-30)
+        assert torch.equal(before[part][ids], init[part][ids])
+    assert torch.equal(before["conv1.weight"], init["conv1.weight"])
+    assert float(rows_of(done.dir / "states.csv")[1]["residual"]) == pytest.approx(math.exp(-10), rel=1e-3)
+
     end = run("--resume", "--pruning_times", "3", base=()).dir
     kept, weights = (load(end / "best.pt")[key] for key in ("kept", "weights"))
     assert any(set(kept[name]) - set(first[name]) for name in kept)
     assert any(set(first[name]) - set(kept[name]) for name in kept)
-    for name, ids in kept.items():
-        gone = [unit for unit in range(SHAPES[name][0]) if unit not in ids]
-        for part in (f"{name}.weight", f"{norm_of(name)}.weight", f"{norm_of(name)}.bias"):
-            assert torch.equal(weights[part][ids], init[part][ids])  # at the end as in the beginning
-            assert not weights[part][gone].any()
+    for part, ids, gone in parts_of(kept):
+        assert torch.equal(weights[part][ids], init[part][ids])  # at the end as in the beginning
+        assert not weights[part][gone].any()
 
 
 @pytest.mark.usefixtures("float64")
@@ -701,9 +689,8 @@ def test_a_broken_run_resumes_to_the_same_bits(run, seen, around):
     for moments in kernels:
         for name in ("exp_avg", "exp_avg_sq"):
             last = moments[name].is_contiguous(memory_format=torch.channels_last)
-            moments[name] = moments[name].contiguous(
-                memory_format=torch.contiguous_format if last else torch.channels_last
-            )
+            other = torch.contiguous_format if last else torch.channels_last
+            moments[name] = moments[name].contiguous(memory_format=other)
     torch.save(content, path)
     again = run("--resume", name="broken", base=()).dir
     assert not stops

@@ -10,17 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from references import (
-    assert_same_function,
-    assert_same_tensors,
-    clones,
-    cross_entropy_sum,
-    masked_by_hand,
-    masks_by_hand,
-    random_masks,
-    unit_scores,
-    vit_places,
-)
+from references import assert_same_function, assert_same_tensors, clones, cross_entropy_sum, random_masks
 from timm.layers import Attention as TimmAttention
 from timm.layers import DiffAttention, GatedMlp
 from timm.layers import Mlp as TimmMlp
@@ -29,18 +19,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVit
 from torch import nn
 
+# isort: split
+from references import masked_by_hand, masks_by_hand, unit_scores, vit_places
+
+import vit_pruning_utils as vit
 import vit_structured_pruning as structured
 from models.vit import vit_tiny
-from vit_pruning_utils import (
-    extract_mask_vit,
-    full_masks,
-    is_vit_model,
-    prunable_weights,
-    prune_model_custom_vit,
-    pruning_model_vit,
-    remove_prune_vit,
-    structured_masks,
-)
 from vit_pruning_utils import prune_model_custom_fillback_vit_by_head as fillback_by_head
 from vit_pruning_utils_head_mlp import mark_removed, rank_units
 from vit_pruning_utils_head_mlp import prune_model_custom_fillback_vit_head_and_mlp as fillback_head_and_mlp
@@ -55,13 +39,9 @@ SORTING = ["layer-wise", "global"]
 HEADS, WIDTH, NEURONS, DEPTH = 3, 4, 24, 2  # of the micro model
 MICRO = {"img_size": 8, "patch_size": 4, "num_classes": 5, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
 KEPT = {  # of a micro model with three blocks
-    "blocks.0.attn": [0, 2],
-    "blocks.0.mlp": [1, 2, 5, 11, 23],
-    "blocks.1.attn": [1],
-    "blocks.1.mlp": [],
-    "blocks.2.attn": [],
-    "blocks.2.mlp": list(range(24)),
-}
+    "blocks.0.attn": [0, 2], "blocks.0.mlp": [1, 2, 5, 11, 23], "blocks.1.attn": [1], "blocks.1.mlp": [],
+    "blocks.2.attn": [], "blocks.2.mlp": list(range(24)),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- references and helpers
@@ -93,7 +73,7 @@ def head_and_mlp(model, masks, batches, heads, neurons, criteria="magnitude", so
 
 
 def some_masks(model, seed=0, density=0.6):
-    return random_masks(prunable_weights(model), density, seed)
+    return random_masks(vit.prunable_weights(model), density, seed)
 
 
 def state_of(model):
@@ -125,7 +105,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize(("sorting_mode", "neurons"), [("layer-wise", 2412), ("global", 2419)])
 def test_reference_numbers_to_the_last_weight(sorting_mode, neurons):
     model = vit_tiny(num_classes=10)
-    masks = head_and_mlp(model, full_masks(prunable_weights(model)), None, 0.33, 0.3, "random", sorting_mode)
+    masks = head_and_mlp(model, vit.full_masks(vit.prunable_weights(model)), None, 0.33, 0.3, "random", sorting_mode)
     zeros = {name: int((mask == 0).sum()) for name, mask in masks.items()}
     attention = [name for name in masks if ".attn." in name]
     assert (len(masks), len(attention), sum(mask.numel() for mask in masks.values())) == (36, 18, 2_654_208)
@@ -173,11 +153,11 @@ def test_scores_equal_the_loop_and_nothing_changes(make_micro_vit, make_batch, c
     model, scored = make_micro_vit(), make_micro_vit(seed=7 if trained else 0)
     given_masks = some_masks(model, seed=1)
     if pruned:
-        prune_model_custom_vit(model, some_masks(model, seed=3))
+        vit.prune_model_custom_vit(model, some_masks(model, seed=3))
     if trained == "pairs" or (pruned and not trained):
-        prune_model_custom_vit(scored, some_masks(model, seed=3))
+        vit.prune_model_custom_vit(scored, some_masks(model, seed=3))
     trained_weight = clones(scored.state_dict()) if trained else None
-    remove_prune_vit(scored)
+    vit.remove_prune_vit(scored)
     for name, parameter in list(model.named_parameters())[::2]:
         parameter.grad = torch.full_like(parameter, len(name))
     model.train().blocks[1].eval()
@@ -304,7 +284,7 @@ def test_activation_criteria_without_data_score_weights_and_say_so_once(micro_vi
 @pytest.mark.parametrize("suffix", ["", ".weight_mask"])
 @pytest.mark.parametrize("sorting_mode", SORTING)
 def test_a_unit_all_zero_in_the_mask_is_never_chosen(micro_vit, one_batch, sorting_mode, suffix):
-    masks = full_masks(prunable_weights(micro_vit))
+    masks = vit.full_masks(vit.prunable_weights(micro_vit))
     masks["blocks.0.attn.qkv"][head_rows(1)] = 0
     masks["blocks.1.mlp.fc1"][:20] = 0
     with torch.no_grad():  # the best by weight, were they not gone
@@ -424,11 +404,11 @@ def test_score_per_mac_equals_a_loop(make_micro_vit, tied, min_units, ratios):
 @pytest.mark.parametrize(("which", "pruned"), [("by head", True), ("layer-wise", False), ("global", True)])
 def test_functions_as_scripts_call_them(make_micro_vit, one_batch, which, pruned):
     model, init = make_micro_vit(seed=1), make_micro_vit(seed=2).state_dict()
-    pruning_model_vit(model, 0.3)
-    mask_dict, trained = extract_mask_vit(model.state_dict()), clones(model.state_dict())
+    vit.pruning_model_vit(model, 0.3)
+    mask_dict, trained = vit.extract_mask_vit(model.state_dict()), clones(model.state_dict())
     scored = make_micro_vit(seed=1)
-    prune_model_custom_vit(scored, mask_dict)
-    remove_prune_vit(scored)
+    vit.prune_model_custom_vit(scored, mask_dict)
+    vit.remove_prune_vit(scored)
     if not pruned:
         model = make_micro_vit(seed=3)
     before = state_of(model)
@@ -466,7 +446,7 @@ def test_functions_as_scripts_call_them(make_micro_vit, one_batch, which, pruned
 
 def test_default_ratio_is_a_fifth_of_all_units(make_micro_vit):
     model = make_micro_vit(num_heads=12)
-    masks = full_masks(prunable_weights(model))
+    masks = vit.full_masks(vit.prunable_weights(model))
     for call, neurons in ((fillback_by_head, 24), (fillback_head_and_mlp, 19)):  # floor(12 * 0.8), floor(24 * 0.8)
         kept = kept_units(model, call(model, masks, None, None, None, return_mask_only=True))
         assert (total_kept(kept, "attn"), total_kept(kept, "mlp")) == (2 * 9, 2 * neurons)
@@ -524,7 +504,7 @@ def test_one_shot_refuses_bad_input_before_it_touches_the_model(micro_vit):
         with pytest.raises(ValueError, match=r"0\.\.23"):
             structured.prune_mlp_neurons_hard(micro_vit.blocks[0].mlp, [i * 24 for i in ids])
     assert_same(before, state_of(micro_vit))
-    pruning_model_vit(micro_vit, 0.3)  # a model under torch.nn.utils.prune would be half cut
+    vit.pruning_model_vit(micro_vit, 0.3)  # a model under torch.nn.utils.prune would be half cut
     before = state_of(micro_vit)
     with pytest.raises(ValueError, match="remove_prune_vit"):
         structured.prune_attention_heads_hard(micro_vit.blocks[0].attn, [1])
@@ -549,12 +529,9 @@ def test_removed_units_change_no_logit_and_count_as_planned(make_micro_vit, make
         heads, neurons = len(KEPT[f"blocks.{layer}.attn"]), len(KEPT[f"blocks.{layer}.mlp"])
         assert row == {"layer": layer, "heads": heads, "head_dim": 4, "neurons": neurons}
         assert (block.attn.num_heads, block.attn.head_dim, block.attn.scale) == (heads, 4, 0.5)
-        for linear, shape in (
-            (block.attn.qkv, (12 * heads, 12)),
-            (block.attn.proj, (12, 4 * heads)),
-            (block.mlp.fc1, (neurons, 12)),
-            (block.mlp.fc2, (12, neurons)),
-        ):
+        shapes = ((12 * heads, 12), (12, 4 * heads), (neurons, 12), (12, neurons))
+        linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        for linear, shape in zip(linears, shapes, strict=True):
             assert linear.weight.shape == (linear.out_features, linear.in_features) == shape
             assert linear.bias.shape == shape[:1]
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -565,7 +542,7 @@ def test_removed_units_change_no_logit_and_count_as_planned(make_micro_vit, make
     assert cost == {"heads": 3, "neurons": 29, "parameters": parameters, "macs": macs} == vit_cost(small, {})
     partly = vit_cost(model, {"blocks.1.attn": [0]})
     assert (partly["heads"], partly["neurons"]) == (7, 72)
-    pruning_model_vit(model, 0.3)
+    vit.pruning_model_vit(model, 0.3)
     assert vit_cost(model, KEPT) == cost
 
 
@@ -592,9 +569,9 @@ def test_unit_masks_slices_and_scatters_are_those_by_hand(make_micro_vit):
     before, masks = clones(tensors), masks_by_hand(model, KEPT)
     assert_same(structured.unit_masks(units, KEPT, dict(model.named_parameters())), masks)
     only = {"blocks.1.mlp": [0, 5]}
-    weights, by_hand = prunable_weights(model), masks_by_hand(model, only)
+    weights, by_hand = vit.prunable_weights(model), masks_by_hand(model, only)
     whole = {name: by_hand.get(f"{name}.weight", torch.ones_like(weight)) for name, weight in weights.items()}
-    assert_same(structured_masks(weights, units, only), whole)
+    assert_same(vit.structured_masks(weights, units, only), whole)
 
     small = structured.slice_tensors(tensors, units, KEPT)
     dense = structured.scatter_tensors(small, units, KEPT)
@@ -621,7 +598,7 @@ def test_unit_masks_slices_and_scatters_are_those_by_hand(make_micro_vit):
 )
 def test_timm_vits_go_through_the_same_functions(options, make_batch, add_noise):
     model = add_noise(TimmVit(**MICRO, **options), scale=0.3).double().eval()
-    assert is_vit_model(model)
+    assert vit.is_vit_model(model)
     batch = make_batch(dtype=torch.float64)
     masked = masked_by_hand(model, {n: m for n, m in masks_by_hand(model, KEPT).items() if "proj" in n or "fc2" in n})
     small = remove_units(copy.deepcopy(masked), vit_units(masked), KEPT)
@@ -686,7 +663,7 @@ def test_other_blocks_are_refused_with_the_reason(name):
     reason = structured.layout_problem(model)
     assert reason.startswith(type(model).__name__)
     assert words in reason
-    assert not is_vit_model(model)
+    assert not vit.is_vit_model(model)
     for call in (vit_units, structured.check_vit_structure, partial(head_scores, criteria="random")):
         with pytest.raises(structured.LayoutError) as caught:
             call(model)
@@ -697,19 +674,13 @@ def test_other_blocks_are_refused_with_the_reason(name):
 
 
 @pytest.mark.parametrize("sorting_mode", SORTING)
-@pytest.mark.parametrize(
-    ("schedule", "ratios", "min_units"),
-    [
-        ("geometric", {"head": 0.33, "neuron": 0.3}, 1),
-        ("linear", {"head": 0.5}, 1),
-        ("constant", {"neuron": 0.9}, 2),
-        ("geometric", {"head": 0.9, "neuron": 0.99}, 0),
-        ("linear", {"head": 0.9, "neuron": 0.99}, 1),
-    ],
-)
+@pytest.mark.parametrize(("schedule", "ratios", "min_units"), [
+    ("geometric", {"head": 0.33, "neuron": 0.3}, 1), ("linear", {"head": 0.5}, 1), ("constant", {"neuron": 0.9}, 2),
+    ("geometric", {"head": 0.9, "neuron": 0.99}, 0), ("linear", {"head": 0.9, "neuron": 0.99}, 1),
+])  # fmt: skip
 def test_the_plan_is_what_the_ranking_gives(make_micro_vit, sorting_mode, schedule, ratios, min_units):
     model = make_micro_vit(num_heads=6, depth=3)
-    units, weights = vit_units(model), prunable_weights(model)
+    units, weights = vit_units(model), vit.prunable_weights(model)
     plan = structured.plan_structured(model, ratios, 4, schedule, sorting_mode, min_units)
     kept, generator = {key: list(range(group.count)) for key, group in units.items()}, torch.Generator().manual_seed(3)
     for state, row in enumerate(plan):
@@ -719,7 +690,7 @@ def test_the_plan_is_what_the_ranking_gives(make_micro_vit, sorting_mode, schedu
             before, now = kept, rank_units(model, units, mark_removed(scores, kept), now, sorting_mode, min_units)
             kept = before | now
             assert all(set(kept[key]) <= set(before[key]) for key in units)  # a removed unit stays removed
-        masks = structured_masks(weights, units, kept)
+        masks = vit.structured_masks(weights, units, kept)
         ones, total = (sum(int(f(mask)) for mask in masks.values()) for f in (torch.sum, torch.numel))
         assert row == {"state": state, **vit_cost(model, kept), "density": pytest.approx(ones / total, abs=1e-12)}
     assert [row["state"] for row in plan] == [0, 1, 2, 3]
