@@ -35,17 +35,17 @@ MODEL_FILES = ["README.md", "config.json", "model.safetensors", "parity.json"]
 
 
 @torch.no_grad()
-def noisy(model, seed=0, scale=0.3):
+def noisy(model, scale=0.3):
     """Noise on every weight, bias and norm, so that no initial zero or one hides a mistake."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = scale * torch.randn(parameter.shape, generator=generator)
         parameter.copy_(noise + (parameter.ndim == 1 and name.endswith("weight")))
     return model.eval()
 
 
-def micro(seed=0, **overrides):
-    return noisy(vit_micro(**overrides), seed)
+def micro(**overrides):
+    return noisy(vit_micro(**overrides))
 
 
 def pictures(count=4, size=SIZE, seed=7):
@@ -87,9 +87,9 @@ SOME = {"blocks.0.attn": [0, 2], "blocks.0.mlp": [1, 5, 7, 23], "blocks.1.attn":
 NO_BLOCK = {**SOME, "blocks.1.attn": [], "blocks.1.mlp": []}
 
 
-def write_micro(folder, kept=SOME, seed=0, **changes):
+def write_micro(folder, kept=SOME, **changes):
     """An exported micro model; returns (masked, small)."""
-    masked = masked_like(micro(seed), kept)
+    masked = masked_like(micro(), kept)
     content = {"batches": batches_of(5, 3), "facts": DATASETS["cifar10"], "provenance": {}, "metrics": {}, **changes}
     return masked, export.write(folder, masked, kept, **content)
 
@@ -203,15 +203,9 @@ def test_folder_holds_the_model(tmp_path, kept):
     assert_same_function(masked, loaded, pictures())
 
     card = (folder / "README.md").read_text()
-    counts = [f"{count_vit_parameters(model):,}" for model in (masked, small)]
-    for part in (
-        *counts,
-        *(f"{count / 1e9:.4f} G" for count in macs),
-        f"block: {heads}",
-        f"block: {neurons}",
-        "test_accuracy: 0.25",
-        "of 8 validation images",
-    ):
+    numbers = [f"{count_vit_parameters(model):,}" for model in (masked, small)]
+    numbers += [f"{count / 1e9:.4f} G" for count in macs] + [f"block: {counts}" for counts in (heads, neurons)]
+    for part in (*numbers, "test_accuracy: 0.25", "of 8 validation images"):
         assert part in card
 
 
@@ -270,6 +264,13 @@ def test_a_model_that_computes_something_else_is_not_written(tmp_path, kind):
         assert caught.value.code == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot write .*file/model: Not a directory") as caught:
+        write_micro(tmp_path / "file" / "model")
+    assert caught.value.code == 1
 
 
 # ------------------------------------------------------------------------------------------------ plain timm
@@ -340,6 +341,8 @@ def test_one_changed_byte_or_config_value_is_refused(tmp_path):
     for place in (*range(8), *range(8, header, 97), header, *range(header, len(whole), 997), len(whole) - 1):
         weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert_refused(tmp_path)
+    weights.write_bytes(whole[:-1])
+    assert_refused(tmp_path)
     weights.write_bytes(whole)
     export.load(tmp_path)
 
@@ -352,17 +355,13 @@ DAMAGES = {
     "config.json not text": lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00{"),
     "config.json a list": lambda f: (f / "config.json").write_text("[1, 2]"),
     "config.json an empty object": lambda f: (f / "config.json").write_text("{}"),
-    "weights cut short": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
     "header no JSON": lambda f: (f / "model.safetensors").write_bytes((16).to_bytes(8, "little") + b"x" * 64),
-    "another model's weights": lambda f: shutil.copy(f.parent / "other" / "model.safetensors", f),
-    "another model's config": lambda f: shutil.copy(f.parent / "other" / "config.json", f),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_folder_is_refused_in_one_line(tmp_path, damage):
     write_micro(tmp_path / "model")
-    write_micro(tmp_path / "other", seed=1)
     damage(tmp_path / "model")
     assert_refused(tmp_path / "model")
 
