@@ -1,7 +1,12 @@
-"""Independent references for the tests of masks and scores: a full sort in NumPy, and scores by hooks, unit by unit."""
+"""Independent references for the tests of masks, scores and removal: a full sort in NumPy, scores by hooks, unit by
+unit, masks of heads and neurons by plain indexing."""
+
+import copy
 
 import numpy as np
 import torch
+from micro import assert_same_tensors as assert_same_tensors
+from micro import clones as clones
 
 
 def largest(weights, masks, keep):
@@ -28,15 +33,49 @@ def random_masks(weights, density=0.6, seed=0):
     return {name: (torch.rand(w.shape, generator=generator) < density).to(w) for name, w in weights.items()}
 
 
-def clones(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+@torch.no_grad()
+def assert_same_function(one, other, images):
+    """In both precisions, on copies; the bounds of SPEC 5.8."""
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        expected, found = (copy.deepcopy(model).to(dtype).eval()(images.to(dtype)) for model in (one, other))
+        assert expected.isfinite().all()
+        assert (expected - found).abs().max() <= bound * max(1.0, float(expected.abs().max())), dtype
 
 
-def assert_same_tensors(found, expected, skip=()):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        if not name.startswith(tuple(skip)):
-            assert torch.equal(found[name], expected[name]), name
+def vit_places(model):
+    """{units key: (layer, its rows of each unit, layer that reads them, its columns of each unit)}, by hand."""
+    found = {}
+    for i, block in enumerate(model.blocks):
+        heads, width = block.attn.num_heads, block.attn.head_dim
+        # q rows, then k rows, then v rows
+        rows = [[c * heads * width + h * width + j for c in range(3) for j in range(width)] for h in range(heads)]
+        columns = [[h * width + j for j in range(width)] for h in range(heads)]
+        found[f"blocks.{i}.attn"] = (f"blocks.{i}.attn.qkv", rows, f"blocks.{i}.attn.proj", columns)
+        neurons = [[n] for n in range(block.mlp.fc1.out_features)]
+        found[f"blocks.{i}.mlp"] = (f"blocks.{i}.mlp.fc1", neurons, f"blocks.{i}.mlp.fc2", neurons)
+    return found
+
+
+def masks_by_hand(model, kept):
+    """0/1 masks of weights and biases by parameter name for {units key: kept ids}, unit by unit."""
+    masks = {}
+    for key, (first, rows, second, columns) in vit_places(model).items():
+        parts = [(first, "weight", 0, rows), (first, "bias", 0, rows), (second, "weight", 1, columns)]
+        for layer, leaf, dim, ids in parts if key in kept else ():
+            tensor = getattr(model.get_submodule(layer), leaf)
+            if tensor is not None:
+                masks[f"{layer}.{leaf}"] = mask = torch.zeros_like(tensor.detach())
+                for unit in kept[key]:
+                    mask.movedim(dim, 0)[ids[unit]] = 1
+    return masks
+
+
+@torch.no_grad()
+def masked_by_hand(model, masks):
+    masked = copy.deepcopy(model)
+    for name, mask in masks.items():
+        masked.get_parameter(name).mul_(mask)
+    return masked
 
 
 def cross_entropy_sum(logits, labels):
