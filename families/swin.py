@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from families.parts import EVA_HEADS, HEADS, NEURONS, Branch, class_name
-from pruning.units import Kept, Layout, LayoutError, Units, count_parameters, unit_parameters, unit_weights
-from utils import RunError
+from families.transformers import cost_of, describe_units, find_working, fold_dead_, kept_of, timm_model
+from pruning.units import Kept, Layout, LayoutError, Units, unit_weights
 
 PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -212,33 +212,13 @@ def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
 
 def swin_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
     """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
-    units = swin_units(model)
-    left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
-    gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
-    return {
-        "heads": sum(left[key] for key, group in units.items() if group.kind == "head"),
-        "neurons": sum(left[key] for key, group in units.items() if group.kind == "neuron"),
-        "parameters": count_parameters(model) - gone,
-        "macs": swin_macs(model, left),
-    }
+    return cost_of(model, swin_units(model), kept, swin_macs)
 
 
-@torch.no_grad()
 def working_units_(model: nn.Module) -> dict[str, list[int]]:
-    """Which heads and neurons still work, {units key: ids}; what dead ones emit is folded away, in place.
-
-    Dead is a head whose `attn.proj` columns or v rows are zero, a neuron whose `mlp.fc2` column or `mlp.fc1` row is.
-    They emit the constant of their biases, padding included, which goes to the output bias.
-    """
-    alive = {}
-    for key, module, branch in _branches(model):
-        silent, constant = branch.silent_units(module)
-        name = branch.output_name(module)
-        output, layout = getattr(module, name), branch.units(module, "", 0).parts[f"{name}.weight"]
-        columns = layout.split(output.weight)[:, 0]  # [D, count, width]
-        works = columns.any(0).any(1) & ~silent
-        output.bias += torch.einsum("duw,uw->d", columns[:, ~works], constant[~works])
-        alive[key] = works.nonzero().flatten().tolist()
+    """Which heads and neurons still work, {units key: ids}; what dead ones emit is folded away, in place."""
+    alive = find_working(_branches(model))
+    fold_dead_(_branches(model), alive)
     return alive
 
 
@@ -247,28 +227,15 @@ def working_units_(model: nn.Module) -> dict[str, list[int]]:
 
 def describe(small: nn.Module, kept: Kept) -> dict:
     """The architecture of a removed model as plain values: `swin` has the arguments of `timm.create_model`."""
-    units = swin_units(small)
-    heads, neurons = ([key for key, group in units.items() if group.kind == kind] for kind in ("head", "neuron"))
     version = 2 if any(hasattr(block.attn, "cpb_mlp") for _, block in _blocks(small)) else 1
-    return {
-        "swin": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args},
-        "version": version,
-        "heads": [units[key].count for key in heads],
-        "neurons": [units[key].count for key in neurons],
-        "kept_heads": [kept[key] for key in heads],
-        "kept_neurons": [kept[key] for key in neurons],
-    }
+    config = {"swin": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}, "version": version}
+    return config | describe_units(swin_units(small), kept)
 
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
-    try:
-        import timm
-    except ImportError as error:
-        raise RunError("this model was made from a timm model: pip install timm") from error
-    model = timm.create_model(**config["swin"])
-    left = {"head": iter(config["heads"]), "neuron": iter(config["neurons"])}
-    return model, {key: range(next(left[group.kind])) for key, group in swin_units(model).items()}
+    model = timm_model(config["swin"])
+    return model, kept_of(config, swin_units(model))
 
 
 _SNIPPET = """\

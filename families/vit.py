@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from families.cards import loading_lines, traits_of
 from families.parts import (
@@ -28,9 +28,17 @@ from families.parts import (
     class_name,
     head_dim,
 )
+from families.transformers import (
+    Branches,
+    cost_of,
+    describe_units,
+    find_working,
+    fold_dead_,
+    kept_of,
+    timm_model,
+)
 from models.vit import VisionTransformer
-from pruning.units import Kept, LayoutError, Stack, Units, count_parameters, unit_parameters
-from utils import RunError
+from pruning.units import Kept, LayoutError, Stack, Units
 
 PRUNABLE_SUFFIXES = (
     *(f"attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")),
@@ -204,61 +212,21 @@ def _pool_macs(model: nn.Module) -> int:
 
 def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
     """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
-    units = vit_units(model)
-    left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
-    gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
-    return {
-        "heads": sum(left[key] for key, group in units.items() if group.kind == "head"),
-        "neurons": sum(left[key] for key, group in units.items() if group.kind == "neuron"),
-        "parameters": count_parameters(model) - gone,
-        "macs": vit_macs(model, left),
-    }
+    return cost_of(model, vit_units(model), kept, vit_macs)
 
 
-# ---------------------------------------------------------------------------------------------- which of it works
-
-
-@torch.no_grad()
 def find_working_units(model: nn.Module) -> dict[str, list[int]]:
-    """Which heads and neurons still work, for a model whose weights were pruned one by one: {units key: ids}.
-
-    A head is dead when its `attn.proj` columns are zero or its v rows are, a neuron when its `mlp.fc2` column or its
-    `mlp.fc1` row is; where a norm counts them, both, and it has to give zero. `fold_dead_units_` has to come before
-    they are removed.
-    """
-    alive = {}
-    for key, _, module, branch in known_branches(model):
-        silent, constant = branch.silent_units(module)
-        output, columns = _columns(module, branch)
-        heard = columns.any(0).any(1)
-        counted = branch.norm_between(module) is not None
-        if output.bias is None or counted:
-            silent = silent & ~constant.any(1)  # there is nothing to fold a constant into
-        works = ~silent | heard if counted else ~silent & heard
-        alive[key] = works.nonzero().flatten().tolist()
-    return alive
+    """Which heads and neurons still work; see `families.transformers.find_working`."""
+    return find_working(_branches(model))
 
 
-@torch.no_grad()
 def fold_dead_units_(model: nn.Module, alive: Kept) -> None:
-    """Add what dead units still emit, the constant of their biases, to the output bias of their branch, in place.
-
-    A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
-    """
-    for key, _, module, branch in known_branches(model):
-        working = set(alive.get(key, range(branch.count(module))))
-        dead = [unit for unit in range(branch.count(module)) if unit not in working]
-        output, columns = _columns(module, branch)
-        if dead and output.bias is not None and branch.norm_between(module) is None:
-            _, constant = branch.silent_units(module)
-            output.bias += torch.einsum("duw,uw->d", columns[:, dead], constant[dead])
+    """Fold what dead units still emit into output biases, in place; see `families.transformers.fold_dead_`."""
+    fold_dead_(_branches(model), alive)
 
 
-def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
-    """The layer that hears the units of a branch, and its columns [D, count, width]."""
-    output = getattr(module, branch.output_name(module))
-    layout = branch.units(module, "", 0).parts[f"{branch.output_name(module)}.weight"]
-    return output, layout.split(output.weight)[:, 0]
+def _branches(model: nn.Module) -> Branches:
+    return ((key, module, branch) for key, _, module, branch in known_branches(model))
 
 
 # ------------------------------------------------------------------------------------------- on disk and back
@@ -287,31 +255,16 @@ def describe(small: nn.Module, kept: Kept) -> dict:
             config["vit"]["init_values"] = small.init_values
     else:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
-    groups = vit_units(small)
-    heads, neurons = ([key for key, group in groups.items() if group.kind == kind] for kind in ("head", "neuron"))
-    return config | {
-        **traits_of(small),
-        "head_dim": groups[heads[0]].contribution.layout.width,
-        "heads": [groups[key].count for key in heads],
-        "neurons": [groups[key].count for key in neurons],
-        "kept_heads": [kept[key] for key in heads],
-        "kept_neurons": [kept[key] for key in neurons],
-    }
+    units = vit_units(small)
+    first_heads = next(group for group in units.values() if group.kind == "head")
+    config |= {**traits_of(small), "head_dim": first_heads.contribution.layout.width}
+    return config | describe_units(units, kept)
 
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
-    model = VisionTransformer(**config["vit"]) if "vit" in config else _timm_model(config["timm"])
-    left = {"head": iter(config["heads"]), "neuron": iter(config["neurons"])}
-    return model, {key: range(next(left[group.kind])) for key, group in vit_units(model).items()}
-
-
-def _timm_model(arguments: Mapping) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise RunError("this model was made from a timm model: pip install timm") from error
-    return timm.create_model(**arguments)
+    model = VisionTransformer(**config["vit"]) if "vit" in config else timm_model(config["timm"])
+    return model, kept_of(config, vit_units(model))
 
 
 class VitFamily:

@@ -1,0 +1,99 @@
+"""What families of transformers share: units, branches and counts in; cost, working units and plain values out.
+
+A branch here is (units key, its module, what its units own), as `families/parts.py` describes attention and MLPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from families.parts import Branch
+from pruning.units import Kept, Units, count_parameters, unit_parameters
+from utils import RunError
+
+Branches = Iterable[tuple[str, nn.Module, Branch]]
+
+
+def cost_of(
+    model: nn.Module, units: Mapping[str, Units], kept: Kept, macs: Callable[[nn.Module, Mapping[str, int]], int]
+) -> dict[str, int]:
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
+    gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
+    return {
+        "heads": sum(left[key] for key, group in units.items() if group.kind == "head"),
+        "neurons": sum(left[key] for key, group in units.items() if group.kind == "neuron"),
+        "parameters": count_parameters(model) - gone,
+        "macs": macs(model, left),
+    }
+
+
+@torch.no_grad()
+def find_working(branches: Branches) -> dict[str, list[int]]:
+    """Which heads and neurons still work, where weights were pruned one by one: {units key: ids}.
+
+    A head is dead when its columns of the output are zero or its v rows are, a neuron when its column or its row is;
+    where a norm counts them, both, and it has to give zero. `fold_dead_` has to come before they are removed.
+    """
+    alive = {}
+    for key, module, branch in branches:
+        silent, constant = branch.silent_units(module)
+        output, columns = _columns(module, branch)
+        heard = columns.any(0).any(1)
+        counted = branch.norm_between(module) is not None
+        if output.bias is None or counted:
+            silent = silent & ~constant.any(1)  # there is nothing to fold a constant into
+        works = ~silent | heard if counted else ~silent & heard
+        alive[key] = works.nonzero().flatten().tolist()
+    return alive
+
+
+@torch.no_grad()
+def fold_dead_(branches: Branches, alive: Kept) -> None:
+    """Add what dead units still emit, the constant of their biases, to the output bias of their branch, in place.
+
+    A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
+    """
+    for key, module, branch in branches:
+        working = set(alive.get(key, range(branch.count(module))))
+        dead = [unit for unit in range(branch.count(module)) if unit not in working]
+        output, columns = _columns(module, branch)
+        if dead and output.bias is not None and branch.norm_between(module) is None:
+            _, constant = branch.silent_units(module)
+            output.bias += torch.einsum("duw,uw->d", columns[:, dead], constant[dead])
+
+
+def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
+    """The layer that hears the units of a branch, and its columns [D, count, width]."""
+    output = getattr(module, branch.output_name(module))
+    layout = branch.units(module, "", 0).parts[f"{branch.output_name(module)}.weight"]
+    return output, layout.split(output.weight)[:, 0]
+
+
+def describe_units(units: Mapping[str, Units], kept: Kept) -> dict:
+    """For config.json: how many heads and neurons are left in each layer, and which ids they had."""
+    heads, neurons = ([key for key, group in units.items() if group.kind == kind] for kind in ("head", "neuron"))
+    return {
+        "heads": [units[key].count for key in heads],
+        "neurons": [units[key].count for key in neurons],
+        "kept_heads": [kept[key] for key in heads],
+        "kept_neurons": [kept[key] for key in neurons],
+    }
+
+
+def kept_of(config: Mapping, units: Mapping[str, Units]) -> dict[str, range]:
+    """The inverse: how many units of the dense model to keep."""
+    left = {"head": iter(config["heads"]), "neuron": iter(config["neurons"])}
+    return {key: range(next(left[group.kind])) for key, group in units.items()}
+
+
+def timm_model(arguments: Mapping) -> nn.Module:
+    """`timm.create_model` with random weights."""
+    try:
+        import timm
+    except ImportError as error:
+        raise RunError("this model was made from a timm model: pip install timm") from error
+    return timm.create_model(**arguments)
