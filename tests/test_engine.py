@@ -37,7 +37,7 @@ import main_imp_fillback as entry
 import rsst
 from engine.choose import choose_target
 from engine.model import first_model
-from engine.optimizer import Schedule, make_optimizer
+from engine.optimizer import Schedule, make_optimizer, set_rate
 from engine.run import enforce
 from engine.training import StateTraining
 from vit_pruning_utils_head_mlp import target_ratios
@@ -614,8 +614,9 @@ def test_initial_weights_from_a_file(nested, noisy, tmp_path):
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_weight_decay_acts_on_the_weights_of_layers_alone(opt, micro_vit):
     before = {name: value.clone() for name, value in micro_vit.named_parameters()}
-    args = SimpleNamespace(opt=opt, momentum=0.9, weight_decay=0.1, compile=None)
-    optimizer = make_optimizer(args, micro_vit, torch.tensor(0.5))
+    args = SimpleNamespace(opt=opt, momentum=0.9, weight_decay=0.1, compile=None, layer_decay=None)
+    optimizer = make_optimizer(args, micro_vit, torch.zeros(()))
+    set_rate(optimizer, 0.5)
     for parameter in micro_vit.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
