@@ -77,6 +77,12 @@ def kill():
     time.sleep(60)  # it comes to the process, not to this thread
 
 
+def kill_when_written():
+    """Once the thread that writes is done: between its two renames there is no checkpoint.pt."""
+    RUNS[-1].writer.wait()
+    kill()
+
+
 def fail(name):
     number = getattr(errno, name)
     raise OSError(number, os.strerror(number))
@@ -543,7 +549,7 @@ def test_a_second_process_on_the_folder_of_a_run_is_refused(folder, launch, resu
 
 def test_all_random_generators_go_on_where_they_were(folder, resume, whole):
     noisy = (draw_in_every_step,)
-    assert resume(MODE, noisy, (at, "end_epoch done", 1, 2, kill)).code == -signal.SIGKILL
+    assert resume(MODE, noisy, (at, "end_epoch done", 1, 2, kill_when_written)).code == -signal.SIGKILL
     assert set(load(folder / "checkpoint.pt")["random"]) >= {"python", "numpy", "torch"}
     done, expected = resume(MODE, noisy), whole(MODE, noisy)
     assert_finishes_alike(done, folder, expected)
@@ -552,7 +558,7 @@ def test_all_random_generators_go_on_where_they_were(folder, resume, whole):
 
 def test_an_older_checkpoint_file_goes_on_to_the_same_end(folder, resume, launch, whole):
     """Determinism asked for changes no bit on the CPU, where one thread is deterministic anyway."""
-    launch([*BASE, *MODES[MODE], "--deterministic", "--save_dir", folder], (at, "begin_state", 2, 1, kill))
+    launch([*BASE, *MODES[MODE], "--deterministic", "--save_dir", folder], (at, "end_state", 1, 1, kill_when_written))
     older = shutil.copy(folder / "checkpoint.pt", folder / "older.pt")
     assert_finishes_alike(resume(MODE), folder, whole(MODE))
     done = launch(["--checkpoint", older])
