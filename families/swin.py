@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from families.parts import EVA_HEADS, HEADS, NEURONS, Branch, class_name
-from families.transformers import cost_of, describe_units, find_working, fold_dead_, kept_of, timm_model
+from families.transformers import TransformerFamily, cost_of, describe_units, kept_of, timm_model
 from pruning.units import Kept, Layout, LayoutError, Units, unit_weights
 
 PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -160,12 +160,6 @@ def layout_problem(model: nn.Module) -> str | None:
     return None if any(True for _ in _blocks(model)) else f"{kind}.layers has no blocks; not a Swin"
 
 
-def prunable_layers(model: nn.Module, patch_embed: bool = False) -> dict[str, nn.Module]:
-    """Layers whose weights count as prunable, by name and in the model's order."""
-    suffixes = PRUNABLE_SUFFIXES + (("patch_embed.proj",) if patch_embed else ())
-    return {name: module for name, module in model.named_modules() if name.endswith(suffixes)}
-
-
 # ------------------------------------------------------------------------------------- what it counts and costs
 
 
@@ -213,13 +207,6 @@ def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
 def swin_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
     """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
     return cost_of(model, swin_units(model), kept, swin_macs)
-
-
-def working_units_(model: nn.Module) -> dict[str, list[int]]:
-    """Which heads and neurons still work, {units key: ids}; what dead ones emit is folded away, in place."""
-    alive = find_working(_branches(model))
-    fold_dead_(_branches(model), alive)
-    return alive
 
 
 # ------------------------------------------------------------------------------------------- on disk and back
@@ -277,37 +264,23 @@ def loading_lines(config: Mapping) -> str:
     )
 
 
-class SwinFamily:
+class SwinFamily(TransformerFamily):
     """timm's Swin and SwinV2 as `families.Family` asks for them."""
 
     title = "Swin"
-    kinds = ("head", "neuron")
-    counts_by = "ratio"
-    classifier = "head"
     config_keys = ("swin",)
     timm_files = ("swin_transformer*",)
 
     problem = staticmethod(layout_problem)
     cost = staticmethod(swin_cost)
-    working_units_ = staticmethod(working_units_)
     describe = staticmethod(describe)
     rebuild = staticmethod(rebuild)
+    find_units = staticmethod(swin_units)
+    branches = staticmethod(_branches)
+    loading_lines = staticmethod(loading_lines)
 
-    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
-        return prunable_layers(model, patch_embed=first)
-
-    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
-        return swin_units(model, self.kinds if kinds is None else kinds)
-
-    def image_size(self, model: nn.Module) -> int:
-        return model.patch_embed.img_size[0]
-
-    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
-        return None
-
-    def card(self, config: Mapping) -> tuple[str, str]:
-        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
-        return left, f"## Loading it with timm alone\n\n```python\n{loading_lines(config)}```\n"
+    def prunable_suffixes(self, model: nn.Module) -> tuple[str, ...]:
+        return PRUNABLE_SUFFIXES
 
 
 SWIN = SwinFamily()

@@ -97,3 +97,37 @@ def timm_model(arguments: Mapping) -> nn.Module:
     except ImportError as error:
         raise RunError("this model was made from a timm model: pip install timm") from error
     return timm.create_model(**arguments)
+
+
+class TransformerFamily:
+    """What a `families.Family` of heads and neurons answers alike; a subclass adds what it finds in its own modules.
+
+    `prunable_suffixes(model)` are what the names of its prunable layers end with, `find_units(model, kinds)` its units,
+    `branches(model)` its attentions and MLPs, `loading_lines(config)` the lines that load an exported model.
+    """
+
+    kinds = ("head", "neuron")
+    counts_by = "ratio"
+    classifier = "head"  # distilled models have `head` and `head_dist`
+
+    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
+        suffixes = self.prunable_suffixes(model) + (("patch_embed.proj",) if first else ())
+        return {name: module for name, module in model.named_modules() if name.endswith(suffixes)}
+
+    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
+        return self.find_units(model, self.kinds if kinds is None else kinds)
+
+    def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
+        alive = find_working(self.branches(model))
+        fold_dead_(self.branches(model), alive)
+        return alive
+
+    def image_size(self, model: nn.Module) -> int:
+        return model.patch_embed.img_size[0]
+
+    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
+        return None
+
+    def card(self, config: Mapping) -> tuple[str, str]:
+        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
+        return left, f"## Loading it with timm alone\n\n```python\n{self.loading_lines(config)}```\n"

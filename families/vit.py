@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from families.cards import loading_lines, traits_of
@@ -30,6 +29,7 @@ from families.parts import (
 )
 from families.transformers import (
     Branches,
+    TransformerFamily,
     cost_of,
     describe_units,
     find_working,
@@ -171,12 +171,10 @@ def _norm_problem(what: str, norm: nn.Module | None, units: str) -> str | None:
     return f"{what}, which mixes {units}; of norms there only a LayerNorm with weight and bias is supported"
 
 
-def prunable_layers(model: nn.Module, patch_embed: bool = False) -> dict[str, nn.Module]:
-    """Layers whose weights count as prunable, by name and in the model's order."""
+def prunable_suffixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the layers end with whose weights count as prunable."""
     parallel = any(class_name(block) in PARALLEL_BLOCKS for block in getattr(model, "blocks", ()))
-    suffixes = PRUNABLE_SUFFIXES + (PARALLEL_SUFFIXES if parallel else ())
-    suffixes += ("patch_embed.proj",) if patch_embed else ()
-    return {name: module for name, module in model.named_modules() if name.endswith(suffixes)}
+    return PRUNABLE_SUFFIXES + (PARALLEL_SUFFIXES if parallel else ())
 
 
 # ------------------------------------------------------------------------------------- what it counts and costs
@@ -267,13 +265,10 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     return model, kept_of(config, vit_units(model))
 
 
-class VitFamily:
+class VitFamily(TransformerFamily):
     """ViTs as `families.Family` asks for them."""
 
     title = "ViT"
-    kinds = ("head", "neuron")
-    counts_by = "ratio"
-    classifier = "head"  # distilled models have `head` and `head_dist`
     config_keys = ("vit", "timm")
     timm_files = ("vision_transformer*", "eva", "deit", "beit")
 
@@ -281,27 +276,10 @@ class VitFamily:
     cost = staticmethod(vit_cost)
     describe = staticmethod(describe)
     rebuild = staticmethod(rebuild)
-
-    def prunable_layers(self, model: nn.Module, first: bool = False) -> dict[str, nn.Module]:
-        return prunable_layers(model, patch_embed=first)
-
-    def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
-        return vit_units(model, self.kinds if kinds is None else kinds)
-
-    def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
-        kept = find_working_units(model)
-        fold_dead_units_(model, kept)
-        return kept
-
-    def image_size(self, model: nn.Module) -> int:
-        return model.patch_embed.img_size[0]
-
-    def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
-        return None
-
-    def card(self, config: Mapping) -> tuple[str, str]:
-        left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
-        return left, f"## Loading it with timm alone\n\n```python\n{loading_lines(config)}```\n"
+    prunable_suffixes = staticmethod(prunable_suffixes)
+    find_units = staticmethod(vit_units)
+    branches = staticmethod(_branches)
+    loading_lines = staticmethod(loading_lines)
 
 
 VIT = VitFamily()

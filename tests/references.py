@@ -8,6 +8,8 @@ import torch
 from micro import assert_same_tensors as assert_same_tensors
 from micro import clones as clones
 
+from pruning.units import unit_masks
+
 
 def largest(weights, masks, keep):
     """The `keep` largest survivors of `masks` by a stable sort, as 0/1 arrays; of equals the first in (layer, index)
@@ -126,3 +128,19 @@ def unit_scores(model, criteria, places, masks=None, batches=None, loss=cross_en
         hook.remove()
     means = {key: total / images_seen for key, total in totals.items()}
     return {key: (np.sqrt(mean) if criteria == "l2" else mean).tolist() for key, mean in means.items()}
+
+
+def kept_by(rules, units, which):
+    """Random units of each group, ascending: `rules[which](group, its ids in random order)` are those that stay."""
+    generator = torch.Generator().manual_seed(len(which))
+    orders = {key: torch.randperm(group.count, generator=generator).tolist() for key, group in units.items()}
+    return {key: sorted(rules[which](units[key], order)) for key, order in orders.items()}
+
+
+@torch.no_grad()
+def masked_copy(model, units, kept):
+    """A copy whose other units' parts are zero."""
+    model = copy.deepcopy(model)
+    for name, mask in unit_masks(units, kept, dict(model.named_parameters())).items():
+        model.get_parameter(name).mul_(mask)
+    return model

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from micro import call, runner
+from references import kept_by, masked_copy
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNorm, SwiGLU
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -96,28 +97,13 @@ KEPT = {
 }
 
 
-def kept_of(units, which):
-    generator = torch.Generator().manual_seed(len(which))
-    orders = {key: torch.randperm(group.count, generator=generator).tolist() for key, group in units.items()}
-    return {key: sorted(KEPT[which](units[key], order)) for key, order in orders.items()}
-
-
-@torch.no_grad()
-def masked(model, units, kept):
-    """A copy whose other units' parts are zero."""
-    model = copy.deepcopy(model)
-    for name, mask in unit_masks(units, kept, dict(model.named_parameters())).items():
-        model.get_parameter(name).mul_(mask)
-    return model
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("which", KEPT)
 def test_the_removed_model_computes_what_the_masked_one_does(model, which):
     family = family_of(model)
     units = family.units(model)
-    kept = kept_of(units, which)
-    cost, zeroed = family.cost(model, kept), masked(model, units, kept)
+    kept = kept_by(KEPT, units, which)
+    cost, zeroed = family.cost(model, kept), masked_copy(model, units, kept)
     small, images = remove_units(copy.deepcopy(zeroed), units, kept), images_of(model)
     expected = zeroed(images)
     assert (expected - model(images)).abs().max() > 1e-3
@@ -170,7 +156,7 @@ class Meter:
 def test_macs_are_what_hooks_count(model, which, monkeypatch):
     family = family_of(model)
     units = family.units(model)
-    kept = {} if which is None else kept_of(units, which)
+    kept = {} if which is None else kept_by(KEPT, units, which)
     expected = family.cost(model, kept)["macs"]
     remove_units(model, units, kept)
     meter = Meter(model, monkeypatch)
@@ -207,7 +193,7 @@ def test_without_its_parts_a_unit_is_silent_and_the_others_are_not(model):
     units = family_of(model).units(model)
     kept = {key: list(range(1, group.count)) for key, group in units.items()}
     assert all((value > 0).all() for value in audible(model, units).values())
-    for key, value in audible(masked(model, units, kept), units).items():
+    for key, value in audible(masked_copy(model, units, kept), units).items():
         assert (value == 0).nonzero().flatten().tolist() == [0], key
 
 
@@ -279,8 +265,8 @@ def test_the_lines_of_the_card_load_the_model_with_timm_alone(tmp_path, add_nois
     for name in CARDS:
         model = add_noise(tiny(name), scale=0.2).eval()
         units = family_of(model).units(model)
-        kept, images = kept_of(units, "none" if "rope" in name else "random"), images_of(model).float()
-        zeroed, folder = masked(model, units, kept), tmp_path / name
+        kept, images = kept_by(KEPT, units, "none" if "rope" in name else "random"), images_of(model).float()
+        zeroed, folder = masked_copy(model, units, kept), tmp_path / name
         small = export.write(folder, zeroed, kept, [(images, torch.zeros(3))], None, {"arch": model.arch_name}, {})
         assert (export.load(folder)(images) - small(images)).abs().max() == 0
         torch.save(images, folder / "images.pt")

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from micro import call, largest_difference, load, rows_of
+from references import kept_by, masked_copy
 from timm.layers import GluMlp
 from timm.models import register_model
 from timm.models.swin_transformer import SwinTransformer
@@ -25,7 +26,7 @@ from models import build_model
 from pruning.ranking import rank_units, spread
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import score_units
-from pruning.units import LayoutError, count_parameters, unit_masks
+from pruning.units import LayoutError, count_parameters
 from vit_structured_pruning import plan_structured
 
 CLASSES = 5
@@ -70,27 +71,12 @@ KEPT = {
 }
 
 
-def kept_of(units, which):
-    generator = torch.Generator().manual_seed(len(which))
-    orders = {key: torch.randperm(group.count, generator=generator).tolist() for key, group in units.items()}
-    return {key: sorted(KEPT[which](units[key], order)) for key, order in orders.items()}
-
-
-@torch.no_grad()
-def masked(model, units, kept):
-    """A copy whose other units' parts are zero."""
-    model = copy.deepcopy(model)
-    for name, mask in unit_masks(units, kept, dict(model.named_parameters())).items():
-        model.get_parameter(name).mul_(mask)
-    return model
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("which", KEPT)
 def test_the_removed_model_computes_what_the_masked_one_does(model, which):
     units = SWIN.units(model)
-    kept = kept_of(units, which)
-    cost, zeroed = SWIN.cost(model, kept), masked(model, units, kept)
+    kept = kept_by(KEPT, units, which)
+    cost, zeroed = SWIN.cost(model, kept), masked_copy(model, units, kept)
     small, images = remove_units(copy.deepcopy(zeroed), units, kept), images_of(model)
     expected = zeroed(images)
     assert (expected - model(images)).abs().max() > 1e-3
@@ -147,7 +133,7 @@ def test_a_unit_owns_what_its_output_depends_on_and_nothing_else(model, key):
                 owned = owned * touched.any(0)
             assert torch.equal(touched, owned), (name, unit)
     with torch.no_grad():
-        alone = outputs_of_units(masked(model, {key: group}, {key: range(1, group.count)}), key, images)
+        alone = outputs_of_units(masked_copy(model, {key: group}, {key: range(1, group.count)}), key, images)
     assert not alone[0].any()
     assert torch.equal(alone[1:], outputs.detach()[1:])
     assert alone[1:].any()
@@ -157,7 +143,7 @@ def test_a_unit_owns_what_its_output_depends_on_and_nothing_else(model, key):
 @pytest.mark.parametrize("which", [None, *KEPT])
 def test_macs_are_those_of_the_products_that_run(model, which):
     units = SWIN.units(model)
-    kept = kept_of(units, which) if which else {}
+    kept = kept_by(KEPT, units, which) if which else {}
     small = remove_units(copy.deepcopy(model), units, kept)
     with FlopCounterMode(display=False) as counter:  # no fused attention here, which it would not see
         small(images_of(model, 1))
@@ -264,8 +250,8 @@ def test_a_card_s_lines_load_the_model_in_a_fresh_process(tmp_path, add_noise):
         dense = add_noise(build_model(f"timm/{NAMES[name]}", CLASSES, 32, **options), scale=0.2).eval()
         assert family_of(dense) is SWIN
         units = SWIN.units(dense)
-        kept = kept_of(units, which)
-        model, images = masked(dense, units, kept), images_of(dense, dtype=torch.float32)
+        kept = kept_by(KEPT, units, which)
+        model, images = masked_copy(dense, units, kept), images_of(dense, dtype=torch.float32)
         folder = tmp_path / f"{name} {which}"
         export.write(folder, model, kept, [(images, torch.zeros(2, dtype=int))], None, {}, {})
         with torch.no_grad():
