@@ -158,11 +158,13 @@ def test_help_has_its_groups_and_every_flag(capsys):
 
 def test_the_command_itself_refuses_in_one_line_with_its_exit_code(tmp_path):
     command = [sys.executable, str(REPOSITORY / "main_imp_fillback.py"), "--rate", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    here = tmp_path / "empty"
+    here.mkdir()
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert "--rate 1" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 def test_these_tests_set_a_policy_for_threads_that_wait():
