@@ -59,13 +59,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.checkpoint_every is not None:
         sensible = re.fullmatch(r"[1-9]\d*m?", args.checkpoint_every)
         require(bool(sensible), "--checkpoint_every", args.checkpoint_every, "give steps (500) or minutes (10m)")
-    for name in ("img_size", "patch_size", "train_limit"):
+    for name in ("img_size", "patch_size", "train_limit", "finish_epochs"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
     for name in ("rate", "mlp_prune_ratio", "label_smoothing", "momentum"):
         value = getattr(args, name)
         require(value is None or 0 <= value < 1, f"--{name}", value, "must lie in [0, 1)")
-    for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
+    for name in ("lr", "finish_lr", "reg_granularity_prune", "exponents", "clip_grad"):
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
     _check_recipe_numbers(args)
@@ -99,6 +99,8 @@ def _complete(args: argparse.Namespace) -> None:
     require(args.rewind_epoch >= 0, "--rewind_epoch", args.rewind_epoch, "must be 0 or more")
     if args.decreasing_lr is None:
         args.decreasing_lr = ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
+    if args.finish_epochs and args.finish_lr is None:
+        args.finish_lr = args.lr
     if args.reg_finish is None:
         args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
 
@@ -111,6 +113,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     milestones_of(args)  # raises
     if args.min_lr is not None and args.sched != "cosine":
         raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
+    _check_finish(args)
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
@@ -135,6 +138,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
 
 
+def _check_finish(args: argparse.Namespace) -> None:
+    if args.finish_epochs is None:
+        if args.finish_lr is not None:
+            raise RunError(f"--finish_lr {args.finish_lr}: belongs to --finish_epochs, which says for how long")
+        if args.finish_on_all:
+            raise RunError("--finish_on_all: belongs to --finish_epochs, which says for how long")
+    elif args.min_lr is not None:
+        fits = args.min_lr <= args.finish_lr
+        require(fits, "--finish_lr", args.finish_lr, f"must not lie below --min_lr {args.min_lr}, where it ends")
+
+
 def _check_teacher(args: argparse.Namespace) -> None:
     for name in ("kd_alpha", "kd_temperature"):
         if getattr(args, name) is not None and args.teacher is None:
@@ -145,7 +159,7 @@ def _check_teacher(args: argparse.Namespace) -> None:
     args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
     require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
     require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
-    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense"):
+    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense") and not args.finish_epochs:
         raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
     if args.teacher.startswith(models.TIMM):
         try:

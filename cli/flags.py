@@ -131,6 +131,20 @@ def _train(group: Group) -> None:
     )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
+        "--finish_epochs",
+        type=int,
+        metavar="N",
+        help="behind the last state train its selected model for N epochs more, masks as they are, with warm-up, "
+        "milestones and cosine over these epochs; off",
+    )
+    group.add_argument("--finish_lr", type=float, metavar="LR", help="learning rate of the finish; --lr when not given")
+    _switch(
+        group,
+        "--finish_on_all",
+        "the finish trains on training and validation images; what it ends with is exported, as nothing is left to "
+        "select by",
+    )
+    group.add_argument(
         "--compile",
         nargs="?",
         const="default",

@@ -22,6 +22,7 @@ from engine import journal
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
 from engine.distill import SELF, Teacher, wants_teacher
 from engine.evaluation import accuracies
+from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
 from engine.model import run_length, units_of_run
@@ -63,7 +64,7 @@ class Run:
         save_dir: Path,
         teacher: nn.Module | None = None,
     ):
-        self.args, self.device, self.save_dir = args, device, save_dir
+        self.args, self.device, self.save_dir, self.splits = args, device, save_dir, splits
         self.precision = pick_precision(args.amp, device)
         self.family = family_of(dense)
         self.dense = dense.to(device)
@@ -84,7 +85,12 @@ class Run:
         self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
         self.states, self.epochs, milestones = run_length(args)
         self.steps_per_epoch = self.train_data.steps_per_epoch
-        self.total_steps = self.steps_per_epoch * self.epochs
+        self.total_steps = self.state_steps = self.steps_per_epoch * self.epochs
+        self.rounds, self.finish_state, self.finish_total = self.states, None, 0
+        if args.finish_epochs:
+            per_epoch = finish_steps(args, len(splits.train.labels), len(splits.val.labels))
+            self.rounds, self.finish_state = self.states + 1, self.states
+            self.finish_total = per_epoch * args.finish_epochs
         self.schedule = Schedule(
             args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
@@ -115,7 +121,9 @@ class Run:
             AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another run, or damaged.
         """
         self.progress = RunState.unpack(content["run"], self.device)
-        journal.check_rows(self.progress, self.steps_per_epoch)
+        if self.finishing:
+            self._enter_finish()
+        journal.check_rows(self.progress, self.steps_per_epoch, self.finish_state if self.args.finish_on_all else None)
         path = self.save_dir / content["rewind_file"]
         self.rewind_weights = load_tensors(path, "--resume")
         self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
@@ -137,7 +145,7 @@ class Run:
         write_flags(self.save_dir, self.args)  # more states, other devices
         journal.write(self.save_dir, self.progress)
         self.start_tracking()
-        log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
+        log.info(f"resumed at {self.title}, step {self.progress.step} of {self.total_steps}")
         self._say_what_counts()
 
     def _say_what_counts(self) -> None:
@@ -158,8 +166,9 @@ class Run:
         self.progress.wandb_id = self.tracker.run_id
 
     def whole_run_bar(self) -> tqdm:
-        """Steps of all states with the time left, on a terminal."""
-        total, done = self.states * self.total_steps, self.progress.state * self.total_steps + self.progress.step
+        """Steps of all states and of the finish with the time left, on a terminal."""
+        total = self.states * self.state_steps + self.finish_total
+        done = min(total, self.progress.state * self.state_steps + self.progress.step)
         quiet = not sys.stdout.isatty()
         self.bar = tqdm(
             total=total, initial=done, desc="run", unit=" steps", position=1, leave=False, disable=quiet
@@ -179,10 +188,12 @@ class Run:
         progress = self.progress
         progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
         progress.cut, progress.best = {}, {}
+        if self.finishing:
+            log.info(finish_line(self.args, len(self.train_data.labels), self.states - 1))
 
     def prunes(self) -> bool:
         """Whether something goes before, or in, the state that begins."""
-        return self.progress.state > 0 and self.args.struct != "dense"
+        return 0 < self.progress.state < self.states and self.args.struct != "dense"
 
     def doom(self, target: Target) -> None:
         """RSST: what goes trains on until the cut, under the penalty; what refill returns comes back now."""
@@ -248,8 +259,44 @@ class Run:
         self.be_taught_by(model)
         self._say_who_teaches()
 
+    @property
+    def finishing(self) -> bool:
+        """Whether the round that trains, or is next, is the finish, behind the last state."""
+        return self.progress.state == self.finish_state
+
+    @property
+    def title(self) -> str:
+        """Of the round that trains, for the log."""
+        state = self.progress.state
+        if self.finish_state is None or state < self.finish_state:
+            return f"state {state}"
+        return "finish" if self.finishing else "end"
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether validation images train now, so that they cannot tell how good a model is."""
+        return self.finishing and self.args.finish_on_all
+
+    def _enter_finish(self) -> None:
+        """From now on epochs, rates and, with --finish_on_all, images are those of the finish."""
+        args = self.args
+        if args.finish_on_all:
+            self.train_data.close()
+            self.train_data = make_batches(
+                finish_split(args, self.splits), self.facts, args.batch_size * args.accum_steps, self.device, args.seed,
+                args.aug, args.workers,
+            )  # fmt: skip
+            if self.teacher:
+                self.be_taught_by(self.teacher.model)  # about these images
+        self.epochs, self.steps_per_epoch = args.finish_epochs, self.train_data.steps_per_epoch
+        self.total_steps, self.schedule = self.finish_total, finish_schedule(args, self.steps_per_epoch)
+
     def end_state(self) -> None:
-        """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
+        """Test the selected model, write the state's line; `dense` keeps the weights of the last step.
+
+        Only a finish goes on with the selected ones: they stand in the checkpoint that is written here, since
+        best.pt may be of the finish already where a killed run goes on from it.
+        """
         progress = self.progress
         last = weights_of(self.dense)
         self.writer.wait()
@@ -262,15 +309,21 @@ class Run:
             save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
             self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
         test = self.evaluate(self.dense, "test")
-        self.dense.load_state_dict(last)
+        finish_follows = progress.state + 1 == self.finish_state
+        if not finish_follows:
+            self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
         progress.states.append(row)
-        progress.units += journal.unit_rows(progress, self.units)
+        if not self.finishing:  # which changes no unit
+            progress.units += journal.unit_rows(progress, self.units)
         journal.write_states(self.save_dir, progress)
         test_values = {f"test/{name}": value for name, value in test.items()}
-        self.track(test_values | {"val/best_accuracy": progress.best["accuracy"]}, after=1)
-        log.info(journal.state_line(row))
+        selected = {"val/best_accuracy": progress.best["accuracy"]} if "accuracy" in progress.best else {}
+        self.track(test_values | selected, after=1)
+        log.info(journal.state_line(row, self.title))
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
+        if finish_follows:
+            self._enter_finish()
         self.checkpoint()
 
     # -- at any time
@@ -297,7 +350,7 @@ class Run:
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
-        self.tracker.log(values, self.progress.state * (self.total_steps + 1) + self.progress.step + after)
+        self.tracker.log(values, self.progress.state * (self.state_steps + 1) + self.progress.step + after)
 
     def keep_for_rewind(self, name: str) -> None:
         """The weights of now are those that later states start from."""

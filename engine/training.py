@@ -229,7 +229,7 @@ class StateTraining:
         self.sums.copy_(torch.tensor(self.progress.sums if batch else [0.0, 0.0], dtype=self.sums.dtype))
         self.finite_steps.zero_()
         self.epoch_started, self.first_batch, self.first_step = time.perf_counter(), batch, self.progress.step
-        title, quiet = f"state {self.progress.state} epoch {epoch + 1}/{run.epochs}", not sys.stdout.isatty()
+        title, quiet = f"{run.title} epoch {epoch + 1}/{run.epochs}", not sys.stdout.isatty()
         self.bar = tqdm(
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
@@ -318,19 +318,21 @@ class StateTraining:
         self.bar = None
         self.check_finite()
         seconds = time.perf_counter() - self.epoch_started
-        val, fading = run.evaluate(self.selected, "val"), self._fading()
+        val = {} if run.trains_on_all else run.evaluate(self.selected, "val")
+        fading = self._fading()
         cost = run.family.cost(run.dense, progress.kept)
         row = self._epoch_row(epoch, val, cost, fading, seconds)
         progress.history.append(row)
         progress.sums = []
         self._record_residuals()
-        log.info(journal.epoch_line(row, run.epochs, self._fading_note(fading)))
+        log.info(journal.epoch_line(row, run.title, run.epochs, self._fading_note(fading)))
         run.track(journal.epoch_values(row, cost, fading))
         self.sync_dense()
         self.check_weights()
-        # before the cut the model is not yet what the state ends with
-        if not self.penalty and val["accuracy"] > progress.best.get("accuracy", -1.0):
-            progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
+        # before the cut the model is not yet what the state ends with; with nothing to select by the last one counts
+        best = val["accuracy"] > progress.best.get("accuracy", -1.0) if val else self.finished
+        if best and not self.penalty:
+            progress.best = {"epoch": epoch, **{name: share for name, share in val.items() if name == "accuracy"}}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
             run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
@@ -367,7 +369,7 @@ class StateTraining:
         if not self.finite:
             step = self.first_step + int(self.finite_steps)
             raise RunError(
-                f"the loss is not finite at step {step} of state {self.progress.state}; the last checkpoint is good: "
+                f"the loss is not finite at step {step} of {self.run.title}; the last checkpoint is good: "
                 "lower --lr, add --clip_grad 1 or use --amp off",
                 code=1,
             )
@@ -376,7 +378,7 @@ class StateTraining:
         """The last step of a state may break weights without a loss that shows it."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.run.dense.parameters()):
             raise RunError(
-                f"weights are not finite after step {self.progress.step} of state {self.progress.state}; the last "
+                f"weights are not finite after step {self.progress.step} of {self.run.title}; the last "
                 "checkpoint is good: lower --lr, add --clip_grad 1 or use --amp off",
                 code=1,
             )
@@ -408,7 +410,7 @@ class StateTraining:
         mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
         fading = self._fading()
         log.info(
-            f"state {self.progress.state} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
+            f"{run.title} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
             f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self._fading_note(fading)}"
         )
         if batch + 1 < run.steps_per_epoch:  # the last one is logged with its epoch

@@ -46,6 +46,7 @@ class Batches:
     """
 
     unreadable = 0  # `FolderBatches` counts files that are no images
+    unreadable_files: frozenset[str] = frozenset()
 
     def __init__(
         self,
