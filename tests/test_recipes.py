@@ -669,7 +669,8 @@ PARTS = {
 }
 ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
-STOPS = {"before the cut": (1, 4), "after the cut": (1, 10)}
+STOPS = {"before the cut": (1, 4), "after the cut": (1, 10), "in the finish": (2, 4)}
+FINISH = "--finish_epochs 2 --finish_on_all"
 
 
 def left_by(folder):
@@ -712,7 +713,7 @@ def stopped(house, tmp_path, monkeypatch):
     ("part", "stop"), [*((part, "after the cut") for part in PARTS), *(("all", stop) for stop in STOPS)]
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(part, stop, stopped):
-    flags = ALL if part == "all" else PARTS[part]
+    flags = (ALL if part == "all" else PARTS[part]) + (f" {FINISH}" if stop == "in the finish" else "")
     (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {flags} --pruning_times 2", *STOPS[stop])
     assert_same_tensors(found, expected)
     assert rows == expected_rows
@@ -729,10 +730,11 @@ def picture_folder(path):
     return path
 
 
-def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(stopped, tmp_path):
+@pytest.mark.parametrize(("finish", "stop"), [("", (1, 3)), (FINISH, (2, 3))])
+def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(finish, stop, stopped, tmp_path):
     data = picture_folder(tmp_path / "pictures")
     base = [*MICRO, "--dataset", "folder", "--data", str(data), "--workers", "0", "--img_size", "16"]
-    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {ALL} --pruning_times 2", 1, 3, base)
+    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {ALL} {finish} --pruning_times 2", *stop, base)
     assert_same_tensors(found, expected)
     assert rows == expected_rows
 
