@@ -7,8 +7,9 @@
     python main_imp_fillback.py --save_dir results/NAME --resume
 
 State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
-zero by a growing penalty while the state trains and cuts them when cutting costs nothing. `--dry_run` shows what a
-command would do. What a run leaves behind is described in README.md.
+zero by a growing penalty while the state trains and cuts them when cutting costs nothing. Behind the last state a
+finish may train on what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
+in README.md.
 
 The method is `prune_and_retrain` below; what it calls stands in engine/ (the run, a state's training, the choice).
 Flags and their checks stand in cli/, units, scores and masks in pruning/, what differs between models in families/.

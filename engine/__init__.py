@@ -3,5 +3,5 @@
 model.py builds what a run trains, optimizer.py what trains it, capture.py turns steps into CUDA graphs, evaluation.py
 measures, checkpoint.py, folder.py and tracking.py keep what is to last, journal.py finds the words and rows for it.
 What strengthens training: mixing.py mixes images, depth.py drops branches, averaging.py averages weights, distill.py
-asks a teacher, objective.py is the loss of it all.
+asks a teacher, objective.py is the loss of it all; finish.py says what comes behind the last state.
 """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Splits, make_batches
+from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
 from engine.distill import SELF, Teacher, wants_teacher
@@ -72,9 +72,8 @@ class Run:
         if layout is not None:
             self.dense.to(memory_format=layout)
         self.units = units_of_run(args, dense)
-        batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
-        self.facts = facts
-        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        self.facts, facts, workers = splits.facts, splits.facts, args.workers
+        self.train_data = self._training_batches(splits.train)
         self.mixing = None
         if args.mixup or args.cutmix:
             self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
@@ -102,6 +101,10 @@ class Run:
         self.signals, self.bar = StopSignals(), tqdm(disable=True)
         self.writer = Background()
         self.tracker: Tracker | None = None
+
+    def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
+        args, batch = self.args, self.args.batch_size * self.args.accum_steps
+        return make_batches(split, self.facts, batch, self.device, args.seed, args.aug, args.workers)
 
     # -- start, go on, end
 
@@ -282,10 +285,7 @@ class Run:
         args = self.args
         if args.finish_on_all:
             self.train_data.close()
-            self.train_data = make_batches(
-                finish_split(args, self.splits), self.facts, args.batch_size * args.accum_steps, self.device, args.seed,
-                args.aug, args.workers,
-            )  # fmt: skip
+            self.train_data = self._training_batches(finish_split(args, self.splits))
             if self.teacher:
                 self.be_taught_by(self.teacher.model)  # about these images
         self.epochs, self.steps_per_epoch = args.finish_epochs, self.train_data.steps_per_epoch
@@ -297,7 +297,7 @@ class Run:
         Only a finish goes on with the selected ones: they stand in the checkpoint that is written here, since
         best.pt may be of the finish already where a killed run goes on from it.
         """
-        progress = self.progress
+        progress, finish_follows = self.progress, self.progress.state + 1 == self.finish_state
         last = weights_of(self.dense)
         self.writer.wait()
         best = load_tensors(self.save_dir / "best.pt", "best.pt")
@@ -305,11 +305,12 @@ class Run:
             self.dense.load_state_dict(best["weights"])
         else:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+            if finish_follows:
+                log.warning("the finish goes on from them, too")
         if progress.state == 0 and self.args.teacher == SELF:
             save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
             self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
         test = self.evaluate(self.dense, "test")
-        finish_follows = progress.state + 1 == self.finish_state
         if not finish_follows:
             self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
