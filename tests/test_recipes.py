@@ -665,6 +665,7 @@ PARTS = {
     "average": "--ema_decay 0.9",
     "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
+    "features": "--teacher self --kd_features 0.7 --kd_hard",
     "scale": "--layer_scale 0.1",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
