@@ -331,13 +331,13 @@ def test_each_head_has_its_own_master(hard, add_noise):
 def test_without_a_teacher_both_heads_learn_from_the_labels():
     heads, labels = (numbers(4, 5).requires_grad_(), numbers(4, 5, seed=1).requires_grad_()), torch.tensor([0, 1, 4, 2])
     loss = Objective(0.1)(Answer(heads), labels)
-    assert float(loss) == pytest.approx(sum(float(cross_entropy(head, labels, 0.1)) for head in heads) / 2)
+    assert loss.item() == pytest.approx(sum(cross_entropy(head, labels, 0.1).item() for head in heads) / 2)
     for head, gradient in zip(heads, torch.autograd.grad(loss, heads), strict=True):
         (alone,) = torch.autograd.grad(cross_entropy(head, labels, 0.1), head)
         torch.testing.assert_close(gradient, alone / 2)
     torch.testing.assert_close(Answer(heads).logits, (heads[0] + heads[1]) / 2)
     # a teacher whose logits count nothing is none
-    assert float(Objective(0.1, 0.0, 2.0)(Answer(heads), labels, numbers(4, 5))) == float(loss)
+    assert Objective(0.1, 0.0, 2.0)(Answer(heads), labels, numbers(4, 5)).item() == loss.item()
 
 
 def test_networks_of_a_run_give_both_heads_in_training_and_their_mean_in_evaluation(house, deit, tmp_path):
