@@ -160,7 +160,7 @@ def start_or_go_on(args: argparse.Namespace) -> None:
     units_of_run(args, model)
     pixels = family_of(model).image_size(model)
     splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
-    teacher = named_teacher(args, splits.facts, pixels, export.load)
+    teacher = named_teacher(args, splits.facts, model, export.load)
     lock = make_save_dir(args)
     try:
         save_dir = Path(args.save_dir)

@@ -10,7 +10,7 @@ import re
 import models
 from dataset import DATASETS
 from engine.capture import GRAPHS
-from engine.distill import SELF
+from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -150,15 +150,14 @@ def _check_finish(args: argparse.Namespace) -> None:
 
 
 def _check_teacher(args: argparse.Namespace) -> None:
-    for name in ("kd_alpha", "kd_temperature"):
+    for name in ("kd_alpha", "kd_temperature", "kd_features"):
         if getattr(args, name) is not None and args.teacher is None:
             raise RunError(f"--{name} {getattr(args, name)}: belongs to --teacher, which says who teaches")
     if args.teacher is None:
+        if args.kd_hard:
+            raise RunError("--kd_hard: belongs to --teacher, which says who teaches")
         return
-    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
-    args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
-    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
-    require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
+    _complete_teacher(args)
     if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense") and not args.finish_epochs:
         raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
     if args.teacher.startswith(models.TIMM):
@@ -168,6 +167,18 @@ def _check_teacher(args: argparse.Namespace) -> None:
             raise RunError(f"--teacher {args.teacher}: {error}") from error
     elif args.teacher != SELF and not os.path.exists(args.teacher):
         raise RunError(f"--teacher {args.teacher}: no such file or folder; give self, a path or timm/NAME")
+
+
+def _complete_teacher(args: argparse.Namespace) -> None:
+    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
+    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
+    if args.kd_hard and args.kd_temperature is not None:
+        raise RunError(f"--kd_temperature {args.kd_temperature}: a label has none; leave it or --kd_hard out")
+    if not args.kd_hard:
+        args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
+        require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
+    value = args.kd_features
+    require(value is None or 0 <= value < math.inf, "--kd_features", value, "must be 0, for off, or more")
 
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:
@@ -186,6 +197,10 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
         notes.append("--patch_embed resample: a conv stem has no patches to resample; no effect here")
     if args.prune_patch_embed and args.vit_structured:
         notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
+    if args.teacher and not wants_teacher(args):
+        notes.append(f"--teacher {args.teacher}: --kd_alpha 0 and no --kd_features leave it no share of the loss")
+    elif args.kd_hard and not args.kd_alpha:
+        notes.append("--kd_hard: has no effect with --kd_alpha 0")
     if args.pruning_times == 1 or args.struct == "dense":
         notes.append("nothing is pruned in this run: it trains dense")
     return notes

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
-from engine.distill import SELF, Teacher, wants_teacher
+from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
 from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
-from engine.model import run_length, units_of_run
+from engine.model import has_two_heads, run_length, units_of_run
 from engine.optimizer import Schedule
 from engine.tracking import Tracker
 from families import family_of
@@ -241,18 +241,22 @@ class Run:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
         as_they_are = args.aug == "none" and self.mixing is None
-        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are)
+        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are, bool(args.kd_features))
 
     def _say_who_teaches(self) -> None:
         args = self.args
+        how = "by its hard labels" if args.kd_hard else f"at temperature {args.kd_temperature:g}"
+        features = f" and its features at weight {args.kd_features:g}" if args.kd_features else ""
+        two = has_two_heads(self.dense) and args.kd_alpha
+        heads = "; only the head of the distillation token sees its logits" if two else ""
+        kept = f"; its logits{' and features' if features else ''} are kept" if self.teacher.tables else ""
         log.info(
-            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss at temperature "
-            f"{args.kd_temperature:g}{'; its logits are kept' if self.teacher.table is not None else ''}"
+            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss {how}{features}{heads}{kept}"
         )
 
     def find_teacher(self) -> None:
         """From state 1 on the selected model of state 0 teaches, with `--teacher self`."""
-        if not (self.args.teacher == SELF and wants_teacher(self.args)) or self.progress.state == 0 or self.teacher:
+        if self.args.teacher != SELF or not is_taught(self.args, self.progress.state) or self.teacher:
             return
         path = self.save_dir / "teacher.pt"
         model = copy.deepcopy(self.dense)
@@ -307,7 +311,7 @@ class Run:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
             if finish_follows:
                 log.warning("the finish goes on from them, too")
-        if progress.state == 0 and self.args.teacher == SELF:
+        if progress.state == 0 and self.args.teacher == SELF and wants_teacher(self.args):
             save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
             self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
         test = self.evaluate(self.dense, "test")

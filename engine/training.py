@@ -20,7 +20,8 @@ from engine import journal
 from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
 from engine.depth import StochasticDepth
-from engine.objective import count_right, cross_entropy, distillation
+from engine.distill import Answering, is_taught
+from engine.objective import Objective, count_right
 from engine.optimizer import (
     laid_out_like,
     load_moments,
@@ -102,6 +103,10 @@ class StateTraining:
         drops = self.args.drop_path
         self.depth = StochasticDepth(self.model, drops, self.args.seed) if drops else None
         self.forward = self._compiled()
+        self.objective = Objective(
+            self.args.label_smoothing, self.args.kd_alpha or 0.0, self.args.kd_temperature, self.args.kd_hard,
+            self.args.kd_features or 0.0,
+        )  # fmt: skip
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
@@ -137,11 +142,12 @@ class StateTraining:
         return self.average.model if self.average else self.model
 
     def _compiled(self) -> nn.Module:
-        mode = self.args.compile
+        mode, taught = self.args.compile, is_taught(self.args, self.progress.state)
+        network = Answering(self.model, features=taught and bool(self.args.kd_features))
         if not mode or mode == "graph":
-            return self.model
+            return network
         torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
-        return torch.compile(self.model, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+        return torch.compile(network, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
 
     def _plan_penalty(self) -> None:
         args, run = self.args, self.run
@@ -210,7 +216,7 @@ class StateTraining:
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
         taught = ()
         if run.teacher:
-            taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
+            taught = run.teacher.lesson(images, self.args.accum_steps, progress.state, epoch, batch)
         self.update(images, targets, *taught)
         progress.step += 1
         if self.average:
@@ -240,7 +246,7 @@ class StateTraining:
         Args:
             images: [B, 3, H, W], B = batch_size * accum_steps.
             targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
-            taught: a teacher's logits [B, classes], when there is one.
+            taught: a teacher's logits [B, classes], when there is one, and its features [B, N, D], when they count.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
         parts = zip(*(tensor.chunk(args.accum_steps) for tensor in (images, targets, *taught)), strict=True)
@@ -249,14 +255,11 @@ class StateTraining:
             if self.depth:
                 self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
-                logits = self.forward(part)
-                loss = cross_entropy(logits, truth, args.label_smoothing)
-                for wanted in lesson:
-                    own_share, taught_share = 1 - args.kd_alpha, args.kd_alpha
-                    loss = own_share * loss + taught_share * distillation(logits, wanted, args.kd_temperature)
+                answer = self.forward(part)
+                loss = self.objective(answer, truth, *lesson)
             loss = loss * (len(truth) / len(targets))
             scaler.scale(loss).backward()
-            self._count(loss.detach(), count_right(logits.detach(), truth) / len(targets))
+            self._count(loss.detach(), count_right(answer.logits.detach(), truth) / len(targets))
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm

@@ -216,9 +216,9 @@ def test_its_teacher_knows_all_images(house, tmp_path, around, monkeypatch):
     assert {state for state, _ in found} == {0, 1}
     run = found[-1][1]
     images, _ = run.train_data.batch(1, 1, ALL_STEPS - 1)
-    assert len(run.teacher.table) == 204
+    assert [len(table) for table in run.teacher.tables] == [204]
     assert_same_tensors(run.teacher.model.state_dict(), load(tmp_path / "run" / "teacher.pt"))
-    taught = run.teacher.logits(images, 1, 1, 1, ALL_STEPS - 1)
+    (taught,) = run.teacher.lesson(images, 1, 1, 1, ALL_STEPS - 1)
     torch.testing.assert_close(taught, run.teacher.model(images).detach())
 
 

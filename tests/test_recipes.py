@@ -605,9 +605,9 @@ def test_who_can_teach(kind, train, tmp_path):
         "exported": (folder / "model", small),
         "run": (folder, small),
     }[kind]
-    args = parse("--teacher", path)
+    args, student = parse("--teacher", path), vit_micro()
     generator = torch.get_rng_state()
-    teacher = named_teacher(args, DATASETS["digits"], 16, export.load)
+    teacher = named_teacher(args, DATASETS["digits"], student, export.load)
     assert torch.equal(torch.get_rng_state(), generator)
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(teacher(images), expected.eval()(images))
@@ -615,7 +615,7 @@ def test_who_can_teach(kind, train, tmp_path):
 
 def test_a_teacher_of_another_architecture_in_its_checkpoint(train):
     folder = train("--arch res20s --pruning_times 1 --epochs 1", "cnn")
-    found = named_teacher(parse("--teacher", folder / "checkpoint.pt"), DATASETS["digits"], 16, export.load)
+    found = named_teacher(parse("--teacher", folder / "checkpoint.pt"), DATASETS["digits"], vit_micro(), export.load)
     assert hasattr(found, "layer1")
 
 
@@ -623,12 +623,13 @@ def test_logits_that_are_kept_are_those_of_each_batch(house, tmp_path):
     run = make_run(tmp_path / "run", "--aug", "none")
     model = vit_micro()
     kept, fresh = (Teacher(model, run.train_data, torch.zeros(1), None, table) for table in (True, False))
-    assert kept.table is not None
+    assert kept.tables
+    assert not fresh.tables
     for step in range(3):
         images, labels = run.train_data.batch(1, 1, step)
         assert torch.equal(run.train_data.labels[run.train_data.chosen(1, 1, step)], labels)
-        torch.testing.assert_close(kept.logits(images, 2, 1, 1, step), model(images))
-        torch.testing.assert_close(fresh.logits(images, 2, 1, 1, step), model(images))
+        torch.testing.assert_close(kept.lesson(images, 2, 1, 1, step), (model(images),))
+        torch.testing.assert_close(fresh.lesson(images, 2, 1, 1, step), (model(images),))
     run.close()
 
 
@@ -664,6 +665,7 @@ PARTS = {
     "average": "--ema_decay 0.9",
     "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
+    "features": "--teacher self --kd_features 0.7 --kd_hard",
     "scale": "--layer_scale 0.1",
     "stem": "--stem conv",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
