@@ -5,6 +5,7 @@ Nothing here depends on a device, on the number of workers or on what was drawn 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +34,22 @@ def count_steps(images: int, batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
     return max(images // batch_size, min(images, 1))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes shows of each batch: the `rank`-th of `size` contiguous parts, which differ in
+    length by one image at most."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, count: int) -> slice:
+        """Its positions among `count`."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+
+WHOLE = Share()
 
 
 def step_positions(step: int, batch_size: int, images: int) -> slice:
