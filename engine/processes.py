@@ -10,6 +10,7 @@ but for `speaks` and `lost`. Alone, every call returns at once with what it was 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import time
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images.orders import Share
-from utils import RunError
+from utils import RunError, pick_device
 
 Value = TypeVar("Value")
 
@@ -35,11 +36,16 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def first_of_all() -> bool:
+    """Whether this is the process that speaks for all that torchrun has started."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 class Processes:
     """The processes of a run, seen by one of them.
 
-    Numbers travel over the group of the device that computes (`use`), decisions and messages over groups on the CPU, so
-    that nothing waits for a device.
+    Numbers travel over the group of the device that computes (`pick_device`), decisions and messages over groups on the
+    CPU, so that nothing waits for a device.
 
     Args:
         rank: this one's number, 0 .. size - 1.
@@ -54,8 +60,7 @@ class Processes:
         self._places: list[tuple[str, int]] = []  # host and process number of each
         if size > 1:
             self._vote_group = dist.new_group(backend="gloo")
-            self._places = [("", 0)] * size
-            dist.all_gather_object(self._places, (socket.gethostname(), os.getpid()))
+            self._places = self.gathered((socket.gethostname(), os.getpid()))
 
     @property
     def several(self) -> bool:
@@ -78,10 +83,26 @@ class Processes:
 
     # -- numbers
 
-    def use(self, device: torch.device) -> None:
-        """From now on tensors are on this device: NCCL carries those of CUDA, gloo all others."""
-        if self.several:
-            self._device_group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+    def pick_device(self, name: str, gpu: int) -> torch.device:
+        """The device of `--device` and, for a process that is alone, `--gpu`; of several each takes its own GPU.
+
+        Tensors travel from it from now on: by NCCL those of CUDA, by gloo all others.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not self.several:
+            return pick_device(name, gpu)
+        gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+        if 0 < gpus <= self.local_rank:
+            raise RunError(
+                f"--nproc_per_node: more than the {gpus} CUDA GPU(s) of this machine; start as many or use --device cpu"
+            )
+        device = pick_device(name, self.local_rank)
+        if device.type == "mps":
+            raise RunError("--device mps: cannot be shared by several processes; use --device cpu")
+        self._device_group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+        return device
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -107,6 +128,14 @@ class Processes:
                 dist.broadcast(whole, 0, group=self._group_of(whole))
                 tensor.detach().copy_(whole)
 
+    def joined_shares(self, own: Tensor, count: int) -> Tensor:
+        """The rows [count, ...] of which each process has its share."""
+        if not self.several:
+            return own
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.share.of(count)] = own
+        return self.sum_(rows)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The network whose backward pass averages gradients over all processes; alone, the model itself.
 
@@ -114,10 +143,15 @@ class Processes:
         """
         if not self.several:
             return model
+        gc.collect()  # what wrapped an earlier network holds as much memory as its gradients
         # With unused parameters allowed the layout of the messages never changes, and with it the order of sums: a
         # resumed run has the bits of an unbroken one. Layers whose units are all gone have parameters without use.
         return DistributedDataParallel(
-            model, process_group=self._device_group, broadcast_buffers=False, find_unused_parameters=True
+            model,
+            process_group=self._device_group,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
         )
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
@@ -132,6 +166,13 @@ class Processes:
         held = [value]
         dist.broadcast_object_list(held, 0)
         return held[0]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, which can be pickled."""
+        held = [value] * self.size
+        if self.several:
+            dist.all_gather_object(held, value)
+        return held
 
     def vote(self, *values: int) -> tuple[int, ...]:
         """The largest of what any process gave at the call before, number by number; zeros at the first.
@@ -170,6 +211,13 @@ class Processes:
 
     # -- the end
 
+    def part(self) -> None:
+        """The work that is done together is over; the first process goes on alone."""
+        if self.several:
+            self.last_vote()
+            dist.destroy_process_group(self._device_group)
+            dist.destroy_process_group(self._vote_group)
+
     def speaks(self) -> bool:
         """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
         if self._store is None:
@@ -193,6 +241,12 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Means and variances that batch norms keep of the images that they have seen; they differ between processes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
 
 
 def _ended(number: int) -> bool:
@@ -230,5 +284,4 @@ def joined() -> Iterator[Processes]:
         if not processes.first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield processes
-        processes.last_vote()
         dist.destroy_process_group()

@@ -39,14 +39,35 @@ def count_steps(images: int, batch_size: int) -> int:
 @dataclass(frozen=True)
 class Share:
     """What one of several processes shows of each batch: the `rank`-th of `size` contiguous parts, which differ in
-    length by one image at most."""
+    length by one image at most.
+
+    `paired`: behind its own images of a training batch of B come those that `engine.mixing` pairs them with, image
+    B - 1 - i with image i, the last one's first, so that what is flipped pairs them.
+    """
 
     rank: int = 0
     size: int = 1
+    paired: bool = False
 
     def of(self, count: int) -> slice:
-        """Its positions among `count`."""
+        """Its own positions among `count`."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def of_step(self, positions: slice) -> list[slice]:
+        """Which of the positions of a training step it shows, those of partners last."""
+        own = self.of(positions.stop - positions.start)
+        shown = [slice(positions.start + own.start, positions.start + own.stop)]
+        if self.paired:
+            shown.append(slice(positions.stop - own.stop, positions.stop - own.start))
+        return shown
+
+    def batches(self, images: int, batch_size: int, limit: int | None, whole: bool) -> list[range]:
+        """Positions of the batches, as many images each as it shows at once, that evaluation looks at in stored order:
+        its own part of the images that `limit` batches of all processes hold, or the `whole` of them."""
+        images = images if limit is None else min(images, limit * batch_size)
+        part = slice(0, images) if whole else self.of(images)
+        size = -(-batch_size // self.size)
+        return [range(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
 
 
 WHOLE = Share()
