@@ -287,7 +287,7 @@ def assert_one_line(done, codes, *named):
 
 @pytest.mark.parametrize(("flags", "code", "named"), [
     ("--batch_size 13", 2, ("--batch_size 13", "2 processes", "a multiple of 2")),
-    slow("--train_limit 1 --dataset digits", 2, ("1 training images", "2 processes")),
+    slow("--train_limit 1 --dataset digits", 2, ("1 training images", "2 processes; start fewer")),
     slow("--compile reduce-overhead", 2, ("--compile reduce-overhead", "--compile default")),
     slow("--rate 2", 2, ("--rate 2",)), slow("--data nowhere --dataset folder", 2, ("nowhere",)),
     slow("--lr 1e30", 1, ("not finite at step",)),
