@@ -280,6 +280,8 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 def _ended(number: int) -> bool:
     """Whether no such process runs on this machine; one that has ended counts so before its parent asks for it."""
+    if os.name != "posix":
+        return False
     try:
         os.kill(number, 0)
         return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].startswith("Z")

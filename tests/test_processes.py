@@ -36,7 +36,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 EPOCHS, STATES = 2, 3  # of 3 steps an epoch; RSST cuts after the third
 BASE = words(
     "--dataset digits --arch vit_micro --img_size 16 --device cpu --amp off --train_limit 40 --batch_size 12 "
-    "--epochs 2 --pruning_times 3 --lr 0.05 --rate 0.4 --reg_finish 0.5 --print_freq 2 --workers 2 --warmup 0 "
+    "--epochs 2 --pruning_times 3 --lr 0.05 --rate 0.4 --reg_finish 0.5 --print_freq 2 --workers 1 --warmup 0 "
     "--score_batches 2 --wandb_mode disabled --no-export"
 )
 RSST = ("--struct", "rsst", *BOTH)
