@@ -179,7 +179,6 @@ class Processes:
             # sums goes by the layout, and a resumed run has the bits of an unbroken one.
             with evaluating(model):
                 wrapped(image).sum().backward()
-                wrapped(image)
             model.zero_grad(set_to_none=True)
         return wrapped
 
@@ -263,7 +262,7 @@ class Processes:
         while True:
             gone = [rank for rank, (where, number) in enumerate(self._places) if where == host and _ended(number)]
             if gone:
-                return f"rank {', '.join(map(str, gone))} has ended"
+                return f"rank {', '.join(map(str, gone))} ended"
             if time.monotonic() > deadline:
                 return "another process cannot be reached"
             time.sleep(0.05)

@@ -325,7 +325,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on(launch, run_of, tmp_path
     folder, expected = tmp_path / "run", ending(run_of(2, RSST) / "run")
     argv = [*BASE, *RSST, "--save_dir", folder]
     done = launch(2, argv, patches_of={1: [(at, "step", 1, 5, kill)]})
-    assert_one_line(done, [1, -signal.SIGKILL], "rank 1 has ended", f"--resume --save_dir {folder}")
+    assert_one_line(done, [1, -signal.SIGKILL], "rank 1 ended", f"--resume --save_dir {folder}")
     for size in (1, 3):
         other = tmp_path / f"other{size}"
         shutil.copytree(folder, other)
