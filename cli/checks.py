@@ -12,6 +12,7 @@ from dataset import DATASETS
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
+from engine.processes import world_size
 from pruning.scores import CRITERIA
 from utils import RunError
 
@@ -31,6 +32,7 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_numbers(args)
     _complete(args)
     _check_combinations(args)
+    _check_processes(args)
     return _notes(args, given)
 
 
@@ -149,6 +151,17 @@ def _check_finish(args: argparse.Namespace) -> None:
         require(fits, "--finish_lr", args.finish_lr, f"must not lie below --min_lr {args.min_lr}, where it ends")
 
 
+def _check_processes(args: argparse.Namespace) -> None:
+    size = world_size()
+    shared = f"cannot be shared by {size} processes, each of which takes as many images"
+    require(args.batch_size % size == 0, "--batch_size", args.batch_size, f"{shared}; give a multiple of {size}")
+    if size > 1 and args.compile not in (None, "default"):
+        raise RunError(
+            f"--compile {args.compile}: captures steps whole, and {size} processes exchange gradients in the middle of "
+            "one; use --compile default"
+        )
+
+
 def _check_teacher(args: argparse.Namespace) -> None:
     for name in ("kd_alpha", "kd_temperature", "kd_features"):
         if getattr(args, name) is not None and args.teacher is None:
@@ -201,6 +214,8 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
         notes.append(f"--teacher {args.teacher}: --kd_alpha 0 and no --kd_features leave it no share of the loss")
     elif args.kd_hard and not args.kd_alpha:
         notes.append("--kd_hard: has no effect with --kd_alpha 0")
+    if "gpu" in given and world_size() > 1:
+        notes.append("--gpu: has no effect under torchrun, which gives each process a GPU of its own")
     if args.pruning_times == 1 or args.struct == "dense":
         notes.append("nothing is pruned in this run: it trains dense")
     return notes

@@ -10,6 +10,8 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from engine.optimizer import (
     put_moments,
     set_rate,
 )
+from engine.processes import running_statistics
 from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -101,13 +104,16 @@ class StateTraining:
         followers = follower_masks(run.units, progress.kept, whole)
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
         drops = self.args.drop_path
-        self.depth = StochasticDepth(self.model, drops, self.args.seed) if drops else None
+        self.depth = StochasticDepth(self.model, drops, self.args.seed, run.processes.share) if drops else None
+        self.wrapped = self.forward = None  # what went round the network before goes first
+        self.wrapped = self._shared()
         self.forward = self._compiled()
         self.objective = Objective(
             self.args.label_smoothing, self.args.kd_alpha or 0.0, self.args.kd_temperature, self.args.kd_hard,
             self.args.kd_features or 0.0,
         )  # fmt: skip
-        self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
+        self.statistics = running_statistics(self.model) if run.processes.several else []
+        self.captured = CapturedStep(self.device_step) if self.args.compile in GRAPHS else None
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
         rate = torch.zeros((), dtype=run.dtype, device=run.device)
@@ -141,13 +147,20 @@ class StateTraining:
         """What is validated and, when it is the best, kept: the average of the weights, or they themselves."""
         return self.average.model if self.average else self.model
 
+    def _shared(self) -> nn.Module:
+        """What answers for the network, as all processes train it together; alone, as it is."""
+        run, args, like = self.run, self.args, next(self.model.parameters())
+        pixels = run.family.image_size(run.dense)
+        emptied = any(not ids for ids in self.model_kept.values())
+        answering = Answering(self.model, features=is_taught(args, self.progress.state) and bool(args.kd_features))
+        return run.processes.wrap(answering, like.new_zeros(1, 3, pixels, pixels), emptied)
+
     def _compiled(self) -> nn.Module:
-        mode, taught = self.args.compile, is_taught(self.args, self.progress.state)
-        network = Answering(self.model, features=taught and bool(self.args.kd_features))
+        mode = self.args.compile
         if not mode or mode == "graph":
-            return network
+            return self.wrapped
         torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
-        return torch.compile(network, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+        return torch.compile(self.wrapped, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
 
     def _plan_penalty(self) -> None:
         args, run = self.args, self.run
@@ -206,7 +219,7 @@ class StateTraining:
         if run.mixing:
             images, targets = run.mixing(images, targets, progress.state, epoch, batch)
         if self.depth:
-            self.depth.draw(images, progress.state, epoch, batch)
+            self.depth.draw(images, progress.state, epoch, batch, run.images_a_step)
         rate = run.schedule.rate(progress.step)
         set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
@@ -217,7 +230,9 @@ class StateTraining:
         taught = ()
         if run.teacher:
             taught = run.teacher.lesson(images, self.args.accum_steps, progress.state, epoch, batch)
-        self.update(images, targets, *taught)
+        update = self.captured or self.device_step
+        update(images, targets, *taught)
+        run.processes.mean_each_(self.statistics)
         progress.step += 1
         if self.average:
             self.average.update(progress.step)
@@ -225,6 +240,7 @@ class StateTraining:
             self.residuals.add(progress.step, self.strength, self.penalty.measure())
         self.bar.update()
         run.bar.update()
+        run.agree()
         if (batch + 1) % self.args.print_freq == 0:
             self._log_batch(epoch, batch, rate)
 
@@ -243,23 +259,25 @@ class StateTraining:
     def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
 
+        Of several processes each shows its share of the images, and gradients are averaged in the last backward pass.
+
         Args:
-            images: [B, 3, H, W], B = batch_size * accum_steps.
+            images: [B, 3, H, W], B = batch_size * accum_steps / processes.
             targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
             taught: a teacher's logits [B, classes], when there is one, and its features [B, N, D], when they count.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
-        parts = zip(*(tensor.chunk(args.accum_steps) for tensor in (images, targets, *taught)), strict=True)
+        whole = self.run.images_a_step / self.run.processes.size
         start = 0
-        for part, truth, *lesson in parts:
+        for part, truth, *lesson in self._passes(images, targets, *taught):
             if self.depth:
                 self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
                 answer = self.forward(part)
                 loss = self.objective(answer, truth, *lesson)
-            loss = loss * (len(truth) / len(targets))
+            loss = loss * (len(truth) / whole)
             scaler.scale(loss).backward()
-            self._count(loss.detach(), count_right(answer.logits.detach(), truth) / len(targets))
+            self._count(loss.detach(), count_right(answer.logits.detach(), truth) / whole)
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm
@@ -275,6 +293,14 @@ class StateTraining:
         if self.penalty and args.reg_form == "decay":
             self.penalty.shrink_(self.ramp.parts)
         optimizer.zero_grad(set_to_none=True)  # here: gradients that outlive a graph would hold its memory
+
+    def _passes(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The parts of a step's images, targets and more for each forward pass; in the last one's backward pass the
+        processes average their gradients."""
+        *others, last = zip(*(tensor.chunk(self.args.accum_steps) for tensor in tensors), strict=True)
+        with self.wrapped.no_sync() if self.run.processes.several else nullcontext():
+            yield from others
+        yield last
 
     def _count(self, loss: Tensor, accuracy: Tensor) -> None:
         """Add to the epoch's sums on the device; nothing here waits for it."""
@@ -338,16 +364,16 @@ class StateTraining:
             progress.best = {"epoch": epoch, **{name: share for name, share in val.items() if name == "accuracy"}}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
-            run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
+            run.write(run.writer.submit, save_tensors, run.save_dir / "best.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
-        journal.write(run.save_dir, progress)
+        run.write(journal.write, run.save_dir, progress)
         run.checkpoint()
 
     def break_off(self) -> None:
         """A checkpoint within an epoch."""
         self.check_finite()
-        self.progress.sums = self.sums.tolist()
+        self.progress.sums = self._mean_sums().tolist()
         self._record_residuals()
         self.sync_dense()
         self.run.checkpoint()
@@ -368,9 +394,14 @@ class StateTraining:
             weights[name] = torch.where(frozen, value, weights[name])
         return weights
 
+    def _mean_sums(self) -> Tensor:
+        """Loss and accuracy over all images so far, times the steps."""
+        return self.run.processes.mean_(self.sums.clone())
+
     def check_finite(self) -> None:
-        if not self.finite:
-            step = self.first_step + int(self.finite_steps)
+        finite, steps = self.run.processes.least_(torch.stack((self.finite.long(), self.finite_steps))).tolist()
+        if not finite:
+            step = self.first_step + steps
             raise RunError(
                 f"the loss is not finite at step {step} of {self.run.title}; the last checkpoint is good: "
                 "lower --lr, add --clip_grad 1 or use --amp off",
@@ -390,8 +421,7 @@ class StateTraining:
 
     def _epoch_row(self, epoch: int, val: dict, cost: dict, fading: dict, seconds: float) -> dict:
         run, progress = self.run, self.progress
-        loss, train_accuracy = (self.sums / run.steps_per_epoch).tolist()
-        images = min(self.args.batch_size * self.args.accum_steps, len(run.train_data))
+        loss, train_accuracy = (self._mean_sums() / run.steps_per_epoch).tolist()
         return {
             "state": progress.state,
             "epoch": epoch,
@@ -404,13 +434,13 @@ class StateTraining:
             "lambda": self.strength,
             "residual": fading.get("rsst/residual", 0.0),
             "seconds": seconds,
-            "images_per_second": (run.steps_per_epoch - self.first_batch) * images / seconds,
+            "images_per_second": (run.steps_per_epoch - self.first_batch) * run.images_a_step / seconds,
         }
 
     def _log_batch(self, epoch: int, batch: int, rate: float) -> None:
         run = self.run
         self.check_finite()
-        mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
+        mean_loss, accuracy = (self._mean_sums() / (batch + 1)).tolist()
         fading = self._fading()
         log.info(
             f"{run.title} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
