@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.orders import Share
 from pruning.scores import evaluating
-from utils import RunError, pick_device
+from utils import RunError, Stopped, pick_device
 
 Value = TypeVar("Value")
 
@@ -246,6 +246,15 @@ class Processes:
             self.meet()
             self.last_vote()
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Who leaves the block because of a signal waits until all have, the first one with its checkpoint written."""
+        try:
+            yield
+        except Stopped:
+            self.part()
+            raise
 
     def speaks(self) -> bool:
         """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
