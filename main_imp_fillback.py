@@ -5,6 +5,7 @@
     python main_imp_fillback.py --dataset fashionmnist --data /usr/share/datasets/fashion-mnist --img_size 28 \\
         --patch_size 7 --struct rsst --vit_structured --vit_prune_target both --rate 0.3 --mlp_prune_ratio 0.3
     python main_imp_fillback.py --save_dir results/NAME --resume
+    torchrun --nproc_per_node=8 main_imp_fillback.py --dataset imagenet --data /data/imagenet --batch_size 1024
 
 State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
 zero by a growing penalty while the state trains and cuts them when cutting costs nothing. `--dry_run` shows what a
@@ -31,16 +32,18 @@ from torch import nn
 import export
 import report
 import utils
-from cli.errors import explain, leave
+from cli.errors import explain, leave, one_voice
 from cli.parse import parse_args
 from cli.plan import plan
 from dataset import DataError, Splits, load_dataset
 from engine import journal
 from engine.capture import check_compile
+from engine.checkpoint import check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
 from engine.folder import make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
+from engine.processes import ALONE, Processes, joined
 from engine.run import Run
 from engine.training import StateTraining, resume
 from families import family_of
@@ -122,62 +125,79 @@ def write_report(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    try:
+        with joined() as processes:  # those that torchrun started, or this one alone
+            return command(argv, processes)
+    except RunError as error:
+        return leave(ALONE, f"error: {error}", error.code)
+
+
+def command(argv: list[str] | None, processes: Processes) -> int:
+    with one_voice(processes):
+        args = parse_args(argv)
     utils.start_logging(verbose=args.verbose)
     try:
         if args.dry_run:
             print(plan(args))
         else:
-            start_or_go_on(args)
+            start_or_go_on(args, processes)
     except (RunError, DataError) as error:
-        return leave(f"error: {error}", getattr(error, "code", 2))
+        return leave(processes, f"error: {error}", getattr(error, "code", 2))
     except utils.Stopped as stop:
-        return leave(f"stopped by {stop} with a checkpoint; go on with --resume --save_dir {args.save_dir}", stop.code)
+        processes.meet()  # once the first one has written all
+        how = f"--resume --save_dir {args.save_dir}"
+        return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:
-        return leave(f"interrupted; go on from the last checkpoint with --resume --save_dir {args.save_dir}", 130)
+        how = f"--resume --save_dir {args.save_dir}"
+        return leave(processes, f"interrupted; go on from the last checkpoint with {how}", 130)
     except Exception as error:
-        reason = explain(error, args)
+        reason = explain(error, args, processes)
         if reason is None:
             raise
-        return leave(f"error: {reason}", 1)
+        return leave(processes, f"error: {reason}", 1)
     return 0
 
 
-def start_or_go_on(args: argparse.Namespace) -> None:
+def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
     """Set the run up and run it. Whatever can be wrong with device, model or data shows before its folder is made."""
     if args.deterministic:
         utils.be_deterministic()
-    device = utils.pick_device(args.device, args.gpu)
+    device = processes.pick_device(args.device, args.gpu)
     utils.pick_precision(args.amp, device)
     check_compile(args.compile, args.accum_steps, device)
     utils.seed_everything(args.seed)
     content = vars(args).pop("resumed_from", None)
-    model = make_model(args, weights=False) if content else first_model(args)
-    units_of_run(args, model)
-    pixels = family_of(model).image_size(model)
-    splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
-    teacher = named_teacher(args, splits.facts, pixels, export.load)
-    lock = make_save_dir(args)
+    check_same_start(content, processes)
+    with processes.in_turn():
+        model = make_model(args, weights=False) if content else first_model(args)
+        units_of_run(args, model)
+        pixels = family_of(model).image_size(model)
+        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+        teacher = named_teacher(args, splits.facts, pixels, export.load)
+    lock = make_save_dir(args) if processes.first else None
+    args.save_dir = processes.from_first(args.save_dir)
     try:
         save_dir = Path(args.save_dir)
-        run = Run(args, device, splits, model, save_dir, teacher)
+        run = Run(args, device, splits, model, save_dir, teacher, processes)
         training = resume(run, content) if content else None
-        utils.start_logging(save_dir / "run.log", args.verbose)
+        utils.start_logging(save_dir / "run.log" if processes.first else None, args.verbose)
         announce(args, device, model, splits)
         if content:
             run.go_on()
         else:
-            write_run_facts(save_dir, args, device)
+            run.write(write_run_facts, save_dir, args, device)
             run.start()
         try:
             with run.signals:
                 with run.whole_run_bar():
                     prune_and_retrain(run, training)
-                finish(run)
+                processes.part()
+                run.write(finish, run)
         finally:
             run.close()
     finally:
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, splits: Splits) -> None:

@@ -143,10 +143,13 @@ class StopSignals:
 
     Clusters send SIGUSR1 or SIGTERM ahead of a job's time limit. A signal that was ignored when the run was started, as
     shells do with SIGINT for what they start in the background, leaves its note all the same and then ends the process.
+
+    `shared` by several processes, which stop after the same step: what one has `heard` counts once it is `agreed`, and
+    more signals change nothing, since launchers and clusters send theirs to each process, at different times and twice.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, shared: bool = False) -> None:
+        self.shared, self.heard, self.agreed = shared, 0, 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -156,14 +159,27 @@ class StopSignals:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self.shared:  # whose processes go on to the end that they agreed on
+            self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
+    @property
+    def received(self) -> int:
+        """The number of the signal to stop for; 0 for none."""
+        return self.agreed if self.shared else self.heard
+
     def _note(self, number: int, _frame) -> None:
-        self.received = number
+        again, self.heard = self.heard, number
+        if self.shared:
+            if not again:
+                os.write(2, b"%s: all processes stop after a step\n" % signal.Signals(number).name.encode())
+            return
         ignored = [number for number, handler in self._before.items() if handler is signal.SIG_IGN]
-        self.__exit__()
+        self._restore()
         for other in ignored:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
         # not by a print, which this may have interrupted

@@ -12,6 +12,7 @@ from dataset import DATASETS
 from engine.capture import GRAPHS
 from engine.distill import SELF
 from engine.optimizer import milestones_of
+from engine.processes import world_size
 from pruning.scores import CRITERIA
 from utils import RunError
 
@@ -31,6 +32,7 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_numbers(args)
     _complete(args)
     _check_combinations(args)
+    _check_processes(args)
     return _notes(args, given)
 
 
@@ -139,6 +141,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
 
 
+def _check_processes(args: argparse.Namespace) -> None:
+    size = world_size()
+    shared = f"cannot be shared by {size} processes, each of which takes as many images"
+    require(args.batch_size % size == 0, "--batch_size", args.batch_size, f"{shared}; give a multiple of {size}")
+    if size > 1 and args.compile not in (None, "default"):
+        raise RunError(
+            f"--compile {args.compile}: captures steps whole, and {size} processes exchange gradients in the middle of "
+            "one; use --compile default"
+        )
+
+
 def _check_teacher(args: argparse.Namespace) -> None:
     for name in ("kd_alpha", "kd_temperature"):
         if getattr(args, name) is not None and args.teacher is None:
@@ -174,6 +187,8 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.prune_patch_embed and args.vit_structured:
         notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
+    if "gpu" in given and world_size() > 1:
+        notes.append("--gpu: has no effect under torchrun, which gives each process a GPU of its own")
     if args.pruning_times == 1 or args.struct == "dense":
         notes.append("nothing is pruned in this run: it trains dense")
     return notes

@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from engine.capture import GRAPHS
+from engine.processes import Processes
 from utils import DISK_ERRORS
 
+MESSAGE_FAILED = re.compile(r"\bgloo\b|\bNCCL\b|Connection (closed|reset)|Broken pipe")  # from or to another process
 
-def leave(message: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+
+def leave(processes: Processes, message: str, code: int) -> int:
+    """Say on standard error why the run ends; of several processes that do, the first one to come says it."""
+    if processes.speaks():
+        print(f"{Path(sys.argv[0]).name}: {processes.name}{message}", file=sys.stderr, flush=True)
     return code
 
 
-def explain(error: Exception, args: argparse.Namespace) -> str | None:
+@contextlib.contextmanager
+def one_voice(processes: Processes) -> Iterator[None]:
+    """Of several processes that leave the block with an error, the first one to come says it."""
+    if not processes.several:
+        yield
+        return
+    said, wanted = io.StringIO(), processes.first
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as leaving:
+        wanted = processes.speaks() if leaving.code else wanted
+        raise
+    finally:
+        if wanted:
+            sys.stderr.write(said.getvalue())
+
+
+def explain(error: Exception, args: argparse.Namespace, processes: Processes) -> str | None:
     """A line for errors of the system and of PyTorch that the user can mend; None for others, which are bugs."""
     text = " ".join(str(error).split())
+    if processes.several and (isinstance(error, dist.DistError) or MESSAGE_FAILED.search(text)):
+        return f"{processes.lost()}; go on from the last checkpoint with --resume --save_dir {args.save_dir}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"cannot write {error.filename or args.save_dir}: {error.strerror}; free the disk or choose --save_dir"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:

@@ -10,6 +10,7 @@ from cli.checks import check_and_complete
 from cli.config import config_flags
 from cli.flags import AUTO, build_parser
 from cli.resume import finds_run, is_complete, resumed_args
+from engine.processes import first_of_all
 from utils import RunError
 
 
@@ -28,7 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.list_archs is not None:
         try:
-            print(list_archs(args.list_archs, args.verbose))
+            if first_of_all():
+                print(list_archs(args.list_archs, args.verbose))
         except RunError as error:
             parser.error(str(error))
         parser.exit()

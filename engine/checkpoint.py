@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.processes import Processes
 from utils import RunError, load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,21 @@ class Background:
 def has_checkpoint(save_dir: Path) -> bool:
     """Whether a run has written one, whatever has become of it since."""
     return any((save_dir / name).exists() for name in CHECKPOINTS)
+
+
+def check_same_start(content: Mapping | None, processes: Processes) -> None:
+    """All processes start anew, or all go on from one checkpoint.
+
+    Raises:
+        RunError: this one has found another than the first process.
+    """
+    found = "none" if content is None else f"state {content['run'].get('state')}, step {content['run'].get('step')}"
+    first = processes.from_first(found)
+    if found != first:
+        raise RunError(
+            f"--resume: the checkpoint found here ({found}) is not the first process's ({first}); --save_dir must be a "
+            "folder that all machines share"
+        )
 
 
 def load_checkpoint(save_dir: Path) -> dict:

@@ -23,9 +23,18 @@ log = logging.getLogger(__name__)
 
 
 def choose_target(run: Run) -> Target:
-    """Choose by the trained weights that `run.dense` holds; also moves the element-wise masks on by a step."""
+    """Choose by the trained weights that `run.dense` holds; also moves the element-wise masks on by a step.
+
+    Of several processes the first one's choice counts.
+    """
     if run.args.struct == "oneshot" and run.progress.state > 1:
         return run.progress.target, run.progress.target_kept
+    masks, kept = _choose(run)
+    run.processes.spread_([*masks.values(), *run.progress.elementwise.values()])
+    return masks, run.processes.from_first(kept)
+
+
+def _choose(run: Run) -> Target:
     if not run.units:
         return _choose_weights(run)
     if run.family.counts_by == "density":
@@ -85,8 +94,10 @@ def _log_units(run: Run, scores: dict[str, Tensor], kept: dict[str, list[int]], 
 
 def _score(run: Run, units: dict) -> dict[str, Tensor]:
     args, progress = run.args, run.progress
-    images = run.train_data.sequential(args.score_batches)
+    images = run.train_data.sequential(args.score_batches, whole=False)
     options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
+    if run.processes.several:
+        options["total"] = run.processes.sum_
     try:
         return score_units(run.dense, units, args.criteria, mask=progress.elementwise, **options)
     except ValueError as error:  # activations that overflow

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from images.orders import random_seed
+from images.orders import WHOLE, Share, random_seed
 
 DEPTH_KEY = 2  # tells these draws from others of the same step
 BRANCHES = ("drop_path1", "drop_path2")  # of a block, ours and timm's: attention, MLP
@@ -36,10 +36,11 @@ class DropPath(nn.Module):
 
 
 class StochasticDepth:
-    """Drops branches of `model`, those of block i of N with probability rate * i / (N - 1)."""
+    """Drops branches of `model`, those of block i of N with probability rate * i / (N - 1), for a
+    `share` of each batch."""
 
-    def __init__(self, model: nn.Module, rate: float, seed: int):
-        self.seed = seed
+    def __init__(self, model: nn.Module, rate: float, seed: int, share: Share = WHOLE):
+        self.seed, self.share = seed, share
         rates = torch.linspace(0, rate, len(model.blocks), dtype=torch.float64)
         self.keep = 1 - rates.repeat_interleave(len(BRANCHES))  # a branch each
         self.paths = [DropPath() for _ in self.keep]
@@ -48,10 +49,11 @@ class StochasticDepth:
         for (block, name), path in zip(places, self.paths, strict=True):
             setattr(block, name, path)
 
-    def draw(self, images: Tensor, state: int, epoch: int, step: int) -> None:
-        """Choose what the images [B, ...] of this step skip."""
+    def draw(self, images: Tensor, state: int, epoch: int, step: int, count: int | None = None) -> None:
+        """Choose what the images [B, ...] of this step skip, which are the share of `count`; B when not given."""
         generator = torch.Generator().manual_seed(random_seed(self.seed, state, epoch, step, DEPTH_KEY))
-        chances = torch.rand(len(self.keep), len(images), generator=generator, dtype=torch.float64)
+        count = len(images) if count is None else count
+        chances = torch.rand(len(self.keep), count, generator=generator, dtype=torch.float64)[:, self.share.of(count)]
         stays = (chances < self.keep[:, None]) / self.keep[:, None]  # [branches, B]
         self.factors = stays.to(images.dtype).to(images.device, non_blocking=True)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import models
 from dataset import Batches, DatasetFacts, FolderBatches
+from engine.processes import ALONE, Processes
 from models.vit import PretrainedError
 from utils import RunError, autocast, load_state_file, load_tensors
 
@@ -34,6 +35,7 @@ class Teacher:
 
     Args:
         shows_as_they_are: images come unchanged, so that each has its logits once and for all.
+        processes: each works out its share of these.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Teacher:
         like: Tensor,
         precision: torch.dtype | None,
         shows_as_they_are: bool = False,
+        processes: Processes = ALONE,
     ):
         self.model = model.to(like.device, like.dtype).eval().requires_grad_(False)
         self.data, self.precision = data, precision
         self.table: Tensor | None = None  # logits of all training images
         if shows_as_they_are and isinstance(data, Batches):
-            self.table = torch.cat([self._logits(images.to(like.dtype)) for images, _ in data.sequential()])
+            own = [self._logits(images.to(like.dtype)) for images, _ in data.sequential(whole=False)]
+            self.table = processes.joined_shares(torch.cat(own), len(data))
 
     def logits(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> Tensor:
         """[B, classes] for the images [B, 3, H, W] of a step, which are looked at in as many parts as the student's."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dataset import Batches, FolderBatches
+from engine.processes import ALONE, Processes
 from pruning.scores import evaluating
 from utils import autocast
 
@@ -13,21 +14,26 @@ TOP5_CLASSES = 20  # with fewer classes, five guesses say little
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, data: Batches | FolderBatches, precision: torch.dtype | None = None) -> dict:
+def accuracies(
+    model: nn.Module, data: Batches | FolderBatches, precision: torch.dtype | None = None, processes: Processes = ALONE
+) -> dict:
     """{"accuracy": share} of images whose largest logit is right; with 20 classes or more also "top5", one of five.
 
-    `precision` is the autocast type, None the model's own.
+    `precision` is the autocast type, None the model's own. Of several `processes` each looks at its share.
     """
     parameter = next(model.parameters())
-    correct = {"accuracy": torch.zeros((), dtype=torch.long, device=parameter.device)}
+    # seen and right; of those with classes enough, seen and right among five
+    counts = torch.zeros(2, 2, dtype=torch.long, device=parameter.device)
     with evaluating(model), autocast(parameter.device, precision):
-        for images, labels in data.sequential():
+        for images, labels in data.sequential(whole=False):
             logits = model(images.to(parameter.dtype))
-            correct["accuracy"] += (logits.argmax(1) == labels).sum()
+            counts[0, 0] += len(labels)
+            counts[0, 1] += (logits.argmax(1) == labels).sum()
             if logits.shape[1] >= TOP5_CLASSES:
-                right = (logits.topk(5).indices == labels[:, None]).any(1).sum()
-                correct["top5"] = correct.get("top5", 0) + right
-    return {name: int(count) / len(data) for name, count in correct.items()}
+                counts[1, 0] += len(labels)
+                counts[1, 1] += (logits.topk(5).indices == labels[:, None]).any(1).sum()
+    found = zip(("accuracy", "top5"), processes.sum_(counts).tolist(), strict=True)
+    return {name: right / seen for name, (seen, right) in found if seen}
 
 
 def accuracy(model: nn.Module, data: Batches | FolderBatches, precision: torch.dtype | None = None) -> float:

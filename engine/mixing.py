@@ -24,20 +24,24 @@ class Mixing:
     Args:
         mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of the shares; 0 for off.
         smoothing: label smoothing, part of the targets.
+        paired: the second half of what comes in are only partners of the first; see `images.orders.Share`.
     """
 
-    def __init__(self, mixup: float, cutmix: float, smoothing: float, classes: int, seed: int):
+    def __init__(
+        self, mixup: float, cutmix: float, smoothing: float, classes: int, seed: int, paired: bool = False
+    ):  # fmt: skip
         from timm.data import mixup as functions  # an optional package, checked when the model was made
 
         self.functions, self.mixup, self.cutmix = functions, mixup, cutmix
-        self.smoothing, self.classes, self.seed = smoothing, classes, seed
+        self.smoothing, self.classes, self.seed, self.paired = smoothing, classes, seed, paired
 
     def __call__(self, images: Tensor, labels: Tensor, state: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and targets [B, classes] that sum to 1: a pure function of its arguments and the seed."""
         with _numpy_seeded(random_seed(self.seed, state, epoch, step, MIXING_KEY)):
             images, share = self._mix(images)
         targets = self.functions.mixup_target(labels, self.classes, share, self.smoothing)
-        return images, targets.to(images.dtype)
+        own = len(images) // 2 if self.paired else len(images)
+        return images[:own], targets[:own].to(images.dtype)
 
     def _mix(self, images: Tensor) -> tuple[Tensor, float]:
         """The mixed images and the share of each that is its own; draws in timm's order."""

@@ -11,6 +11,8 @@ import copy
 import logging
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
 from engine.model import run_length, units_of_run
 from engine.optimizer import Schedule
+from engine.processes import ALONE, Processes, running_statistics
 from engine.tracking import Tracker
 from families import family_of
 from pruning.masks import Masks, full_masks
@@ -62,8 +65,9 @@ class Run:
         dense: nn.Module,
         save_dir: Path,
         teacher: nn.Module | None = None,
+        processes: Processes = ALONE,
     ):
-        self.args, self.device, self.save_dir = args, device, save_dir
+        self.args, self.device, self.save_dir, self.processes = args, device, save_dir, processes
         self.precision = pick_precision(args.amp, device)
         self.family = family_of(dense)
         self.dense = dense.to(device)
@@ -73,15 +77,25 @@ class Run:
         self.units = units_of_run(args, dense)
         batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
         self.facts = facts
-        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers)
+        mixes = bool(args.mixup or args.cutmix)
+        share = replace(processes.share, paired=processes.several and mixes)
+        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers, share)
+        self.images_a_step = min(batch, len(splits.train.labels))
+        if self.images_a_step < processes.size:
+            raise RunError(
+                f"--dataset {args.dataset}: {self.images_a_step} training images cannot be shared by {processes.size} "
+                "processes; start fewer"
+            )
         self.mixing = None
-        if args.mixup or args.cutmix:
-            self.mixing = Mixing(args.mixup or 0.0, args.cutmix or 0.0, args.label_smoothing, facts.classes, args.seed)
+        if mixes:
+            alphas = args.mixup or 0.0, args.cutmix or 0.0
+            self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, share.paired)
         self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
         if teacher is not None:
             self.be_taught_by(teacher)
-        self.val_data = make_batches(splits.val, facts, EVAL_BATCH, device, workers=workers)
-        self.test_data = make_batches(splits.test, facts, EVAL_BATCH, device, workers=workers)
+        batch, share = EVAL_BATCH * processes.size, processes.share
+        self.val_data = make_batches(splits.val, facts, batch, device, workers=workers, share=share)
+        self.test_data = make_batches(splits.test, facts, batch, device, workers=workers, share=share)
         self.states, self.epochs, milestones = run_length(args)
         self.steps_per_epoch = self.train_data.steps_per_epoch
         self.total_steps = self.steps_per_epoch * self.epochs
@@ -93,7 +107,8 @@ class Run:
         self.rewind_weights: dict[str, Tensor] = {}
         self.progress = RunState()
         self.optimizer: torch.optim.Optimizer | None = None  # of the state that trains
-        self.signals, self.bar = StopSignals(), tqdm(disable=True)
+        self.signals, self.bar = StopSignals(processes.several), tqdm(disable=True)
+        self.late = False  # the time for a checkpoint has come, as several processes agreed
         self.writer = Background()
         self.tracker: Tracker | None = None
 
@@ -101,6 +116,7 @@ class Run:
 
     def start(self) -> None:
         """A fresh run: initial weights on disk, nothing pruned."""
+        self.processes.spread_(self.dense.state_dict().values())
         self.keep_for_rewind("init.pt")
         masks = full_masks(self.prunable())
         everything = {key: list(range(group.count)) for key, group in self.units.items()}
@@ -134,13 +150,18 @@ class Run:
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
-        write_flags(self.save_dir, self.args)  # more states, other devices
-        journal.write(self.save_dir, self.progress)
+        self.write(write_flags, self.save_dir, self.args)  # more states, other devices
+        self.write(journal.write, self.save_dir, self.progress)
         self.start_tracking()
         log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
         self._say_what_counts()
 
     def _say_what_counts(self) -> None:
+        if self.processes.several:
+            images, size = self.args.batch_size, self.processes.size
+            log.info(f"{size} processes: each shows {images // size} of the {images} images of a forward pass")
+            if running_statistics(self.dense):
+                log.info("  batch norm goes by the images of each process; its running statistics are averaged")
         if self.teacher:
             self._say_who_teaches()
         if self.args.ema_decay:
@@ -152,8 +173,9 @@ class Run:
     def start_tracking(self) -> None:
         args = self.args
         self.tracker = Tracker(
-            args.wandb_mode, self.save_dir, self.progress.wandb_id, project=args.wandb_project,
-            entity=args.wandb_entity, name=self.save_dir.resolve().name, config=plain_args(args),
+            args.wandb_mode if self.processes.first else "disabled", self.save_dir, self.progress.wandb_id,
+            project=args.wandb_project, entity=args.wandb_entity, name=self.save_dir.resolve().name,
+            config=plain_args(args),
         )  # fmt: skip
         self.progress.wandb_id = self.tracker.run_id
 
@@ -227,7 +249,7 @@ class Run:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
         as_they_are = args.aug == "none" and self.mixing is None
-        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are)
+        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are, self.processes)
 
     def _say_who_teaches(self) -> None:
         args = self.args
@@ -240,40 +262,59 @@ class Run:
         """From state 1 on the selected model of state 0 teaches, with `--teacher self`."""
         if not (self.args.teacher == SELF and wants_teacher(self.args)) or self.progress.state == 0 or self.teacher:
             return
-        path = self.save_dir / "teacher.pt"
         model = copy.deepcopy(self.dense)
+        self.write(self._load_teacher, model)
+        self.processes.spread_(model.state_dict().values())
+        self.be_taught_by(model)
+        self._say_who_teaches()
+
+    def _load_teacher(self, model: nn.Module) -> None:
+        path = self.save_dir / "teacher.pt"
         model.load_state_dict(load_tensors(path, "--teacher self"))
         if sha256(path) != self.teacher_sha256:
             raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
-        self.be_taught_by(model)
-        self._say_who_teaches()
 
     def end_state(self) -> None:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
         progress = self.progress
         last = weights_of(self.dense)
-        self.writer.wait()
-        best = load_tensors(self.save_dir / "best.pt", "best.pt")
-        if best["state"] == progress.state:
-            self.dense.load_state_dict(best["weights"])
-        else:
-            log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+        for data in (self.train_data, self.val_data, self.test_data):
+            for broken in self.processes.gathered(data.broken):
+                data.note(broken.items())
+        self.write(self._load_selected)
+        self.processes.spread_(self.dense.state_dict().values())
         if progress.state == 0 and self.args.teacher == SELF:
-            save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
-            self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
+            self.write(self._keep_teacher)
         test = self.evaluate(self.dense, "test")
         self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
         progress.states.append(row)
         progress.units += journal.unit_rows(progress, self.units)
-        journal.write_states(self.save_dir, progress)
+        self.write(journal.write_states, self.save_dir, progress)
         test_values = {f"test/{name}": value for name, value in test.items()}
         self.track(test_values | {"val/best_accuracy": progress.best["accuracy"]}, after=1)
         log.info(journal.state_line(row))
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
         self.checkpoint()
 
+    def _load_selected(self) -> None:
+        self.writer.wait()
+        best = load_tensors(self.save_dir / "best.pt", "best.pt")
+        if best["state"] == self.progress.state:
+            self.dense.load_state_dict(best["weights"])
+        else:
+            log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+
+    def _keep_teacher(self) -> None:
+        save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
+        self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
+
     # -- at any time
+
+    def write(self, write: Callable, *arguments) -> None:
+        """Of several processes the first one alone writes files, and reads those that change."""
+        if self.processes.first:
+            write(*arguments)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -293,7 +334,8 @@ class Run:
 
     def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
         """Shares classified right of the images that validate ("val") or test ("test"); see `evaluation.accuracies`."""
-        return accuracies(model, self.val_data if part == "val" else self.test_data, self.precision)
+        data = self.val_data if part == "val" else self.test_data
+        return accuracies(model, data, self.precision, self.processes)
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
@@ -302,22 +344,35 @@ class Run:
     def keep_for_rewind(self, name: str) -> None:
         """The weights of now are those that later states start from."""
         self.rewind_weights, self.rewind_file = weights_of(self.dense), name
-        save_tensors(self.save_dir / name, self.rewind_weights)
-        self.rewind_sha256 = sha256(self.save_dir / name)
+        self.write(save_tensors, self.save_dir / name, self.rewind_weights)
+        self.rewind_sha256 = sha256(self.save_dir / name) if self.processes.first else ""
+
+    def agree(self) -> None:
+        """After each step of several processes: what they do about signals and time, all after the same step."""
+        if self.processes.several:
+            late = self.processes.first and self._is_late()
+            self.signals.agreed, self.late = self.processes.vote(self.signals.heard, late)
 
     def checkpoint_due(self) -> bool:
         every = self.args.checkpoint_every
         if every is None:
             return False
         if every.endswith("m"):
-            return time.perf_counter() - self.last_checkpoint >= 60 * int(every[:-1])
+            return bool(self.late) if self.processes.several else self._is_late()
         return self.progress.step % int(every) == 0
+
+    def _is_late(self) -> bool:
+        every = self.args.checkpoint_every or ""
+        return every.endswith("m") and time.perf_counter() - self.last_checkpoint >= 60 * int(every[:-1])
 
     def checkpoint(self) -> None:
         """Take a copy of everything that the run needs to go on; a thread writes it."""
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
         self.clock = self.last_checkpoint = now
+        self.write(self._copy_and_write)
+
+    def _copy_and_write(self) -> None:
         self.writer.wait()  # no more than one copy at a time
         content = {
             "weights": weights_of(self.dense),

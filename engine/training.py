@@ -10,6 +10,8 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from engine.optimizer import (
     put_moments,
     set_rate,
 )
+from engine.processes import running_statistics
 from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -100,7 +103,8 @@ class StateTraining:
         followers = follower_masks(run.units, progress.kept, whole)
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
         drops = self.args.drop_path
-        self.depth = StochasticDepth(self.model, drops, self.args.seed) if drops else None
+        self.depth = StochasticDepth(self.model, drops, self.args.seed, run.processes.share) if drops else None
+        self.wrapped = run.processes.wrap(self.model)
         self.forward = self._compiled()
         self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
@@ -137,11 +141,11 @@ class StateTraining:
         return self.average.model if self.average else self.model
 
     def _compiled(self) -> nn.Module:
-        mode = self.args.compile
+        mode, model = self.args.compile, self.wrapped
         if not mode or mode == "graph":
-            return self.model
+            return model
         torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
-        return torch.compile(self.model, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+        return torch.compile(model, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
 
     def _plan_penalty(self) -> None:
         args, run = self.args, self.run
@@ -200,7 +204,7 @@ class StateTraining:
         if run.mixing:
             images, targets = run.mixing(images, targets, progress.state, epoch, batch)
         if self.depth:
-            self.depth.draw(images, progress.state, epoch, batch)
+            self.depth.draw(images, progress.state, epoch, batch, run.images_a_step)
         rate = run.schedule.rate(progress.step)
         set_rate(self.optimizer, rate)
         self.strength = 0.0  # lambda
@@ -219,6 +223,7 @@ class StateTraining:
             self.residuals.add(progress.step, self.strength, self.penalty.measure())
         self.bar.update()
         run.bar.update()
+        run.agree()
         if (batch + 1) % self.args.print_freq == 0:
             self._log_batch(epoch, batch, rate)
 
@@ -237,15 +242,17 @@ class StateTraining:
     def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
 
+        Of several processes each shows its share of the images, and gradients are averaged in the last backward pass.
+
         Args:
-            images: [B, 3, H, W], B = batch_size * accum_steps.
+            images: [B, 3, H, W], B = batch_size * accum_steps / processes.
             targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
             taught: a teacher's logits [B, classes], when there is one.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
-        parts = zip(*(tensor.chunk(args.accum_steps) for tensor in (images, targets, *taught)), strict=True)
+        whole = self.run.images_a_step / self.run.processes.size
         start = 0
-        for part, truth, *lesson in parts:
+        for part, truth, *lesson in self._passes(images, targets, *taught):
             if self.depth:
                 self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
@@ -254,9 +261,9 @@ class StateTraining:
                 for wanted in lesson:
                     own_share, taught_share = 1 - args.kd_alpha, args.kd_alpha
                     loss = own_share * loss + taught_share * distillation(logits, wanted, args.kd_temperature)
-            loss = loss * (len(truth) / len(targets))
+            loss = loss * (len(truth) / whole)
             scaler.scale(loss).backward()
-            self._count(loss.detach(), count_right(logits.detach(), truth) / len(targets))
+            self._count(loss.detach(), count_right(logits.detach(), truth) / whole)
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm
@@ -272,6 +279,14 @@ class StateTraining:
         if self.penalty and args.reg_form == "decay":
             self.penalty.shrink_(self.ramp.parts)
         optimizer.zero_grad(set_to_none=True)  # here: gradients that outlive a graph would hold its memory
+
+    def _passes(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The parts of a step's images, targets and more for each forward pass; in the last one's backward pass the
+        processes average their gradients."""
+        *others, last = zip(*(tensor.chunk(self.args.accum_steps) for tensor in tensors), strict=True)
+        with self.wrapped.no_sync() if self.run.processes.several else nullcontext():
+            yield from others
+        yield last
 
     def _count(self, loss: Tensor, accuracy: Tensor) -> None:
         """Add to the epoch's sums on the device; nothing here waits for it."""
@@ -293,6 +308,7 @@ class StateTraining:
     def cut(self) -> None:
         """RSST: the doomed weights become zero for good; optimizer state goes with them."""
         run, progress = self.run, self.progress
+        self.average_statistics()
         before, residual = run.evaluate(self.selected, "val")["accuracy"], self.penalty.residual()
         self.sync_dense()
         moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
@@ -317,6 +333,7 @@ class StateTraining:
         self.bar.close()
         self.bar = None
         self.check_finite()
+        self.average_statistics()
         seconds = time.perf_counter() - self.epoch_started
         val, fading = run.evaluate(self.selected, "val"), self._fading()
         cost = run.family.cost(run.dense, progress.kept)
@@ -333,16 +350,17 @@ class StateTraining:
             progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
-            run.writer.submit(save_tensors, run.save_dir / "best.pt", best)
+            run.write(run.writer.submit, save_tensors, run.save_dir / "best.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
-        journal.write(run.save_dir, progress)
+        run.write(journal.write, run.save_dir, progress)
         run.checkpoint()
 
     def break_off(self) -> None:
         """A checkpoint within an epoch."""
         self.check_finite()
-        self.progress.sums = self.sums.tolist()
+        self.average_statistics()
+        self.progress.sums = self._mean_sums().tolist()
         self._record_residuals()
         self.sync_dense()
         self.run.checkpoint()
@@ -363,9 +381,20 @@ class StateTraining:
             weights[name] = torch.where(frozen, value, weights[name])
         return weights
 
+    def average_statistics(self) -> None:
+        """Those of batch norm: what is evaluated and kept has seen the images of all processes."""
+        averaged = [self.model, *([self.average.model] if self.average else [])]
+        for tensor in (tensor for model in averaged for tensor in running_statistics(model)):
+            self.run.processes.mean_(tensor)
+
+    def _mean_sums(self) -> Tensor:
+        """Loss and accuracy over all images so far, times the steps."""
+        return self.run.processes.mean_(self.sums.clone())
+
     def check_finite(self) -> None:
-        if not self.finite:
-            step = self.first_step + int(self.finite_steps)
+        finite, steps = self.run.processes.least_(torch.stack((self.finite.long(), self.finite_steps))).tolist()
+        if not finite:
+            step = self.first_step + steps
             raise RunError(
                 f"the loss is not finite at step {step} of state {self.progress.state}; the last checkpoint is good: "
                 "lower --lr, add --clip_grad 1 or use --amp off",
@@ -385,8 +414,7 @@ class StateTraining:
 
     def _epoch_row(self, epoch: int, val: dict, cost: dict, fading: dict, seconds: float) -> dict:
         run, progress = self.run, self.progress
-        loss, train_accuracy = (self.sums / run.steps_per_epoch).tolist()
-        images = min(self.args.batch_size * self.args.accum_steps, len(run.train_data))
+        loss, train_accuracy = (self._mean_sums() / run.steps_per_epoch).tolist()
         return {
             "state": progress.state,
             "epoch": epoch,
@@ -399,13 +427,13 @@ class StateTraining:
             "lambda": self.strength,
             "residual": fading.get("rsst/residual", 0.0),
             "seconds": seconds,
-            "images_per_second": (run.steps_per_epoch - self.first_batch) * images / seconds,
+            "images_per_second": (run.steps_per_epoch - self.first_batch) * run.images_a_step / seconds,
         }
 
     def _log_batch(self, epoch: int, batch: int, rate: float) -> None:
         run = self.run
         self.check_finite()
-        mean_loss, accuracy = (self.sums / (batch + 1)).tolist()
+        mean_loss, accuracy = (self._mean_sums() / (batch + 1)).tolist()
         fading = self._fading()
         log.info(
             f"state {self.progress.state} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"

@@ -6,7 +6,7 @@ random numbers must not move), a function here, and its place in `Batches.batch`
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,19 @@ class Draws:
     operations: Tensor | None = None  # int64 [N, 2], into `randaugment.OPERATIONS`
     signs: Tensor | None = None  # int64 [N, 2], their directions
 
-    def part(self, positions: slice) -> "Draws":
-        return self._each(lambda values: values[positions])
+    def part(self, positions: Sequence[slice]) -> "Draws":
+        return self._each(lambda values: joined([values[part] for part in positions]))
 
     def to(self, device: torch.device) -> "Draws":
         return self._each(lambda values: values.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Draws":
         return Draws(**{name: None if values is None else change(values) for name, values in vars(self).items()})
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; a single part stays the view that it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class PaddedImages:

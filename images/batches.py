@@ -4,7 +4,7 @@ In come a split, its facts, the batch size, the seed and the augmentation; out g
 normalised, and int64 [B] labels. `make_batches` chooses between these batches and those of image files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from images import augment
 from images.facts import DatasetFacts, FolderSplit, Split
 from images.folders import FolderBatches
-from images.orders import count_steps, epoch_order, step_positions
+from images.orders import WHOLE, Share, count_steps, epoch_order, step_positions
 from images.randaugment import rand_augment
 
 
@@ -24,11 +24,12 @@ def make_batches(
     seed: int = 0,
     aug: str = "none",
     workers: int = 0,
+    share: Share = WHOLE,
 ) -> "Batches | FolderBatches":
     """`Batches` of a small data set or `FolderBatches` of a folder of images, which is read by `workers`."""
     if isinstance(split, FolderSplit):
-        return FolderBatches(split, facts, batch_size, device, seed, aug, workers)
-    return Batches(split, facts, batch_size, device, seed, aug)
+        return FolderBatches(split, facts, batch_size, device, seed, aug, workers, share)
+    return Batches(split, facts, batch_size, device, seed, aug, share)
 
 
 class Batches:
@@ -43,9 +44,11 @@ class Batches:
     All random numbers come from the CPU generator, seeded by (seed, state, epoch) alone, so the choices are
     the same on every device. Grey images come out as an expanded (stride 0) view of three channels: clone
     before writing into one.
+
+    `batch_size` counts the images of all processes, of which this one shows its `share`.
     """
 
-    unreadable = 0  # `FolderBatches` counts files that are no images
+    unreadable, broken = 0, {}  # `FolderBatches` counts files that are no images
 
     def __init__(
         self,
@@ -55,9 +58,10 @@ class Batches:
         device: str | torch.device = "cpu",
         seed: int = 0,
         aug: str = "none",
+        share: Share = WHOLE,
     ) -> None:
         augment.check_augmentation(aug)
-        self.batch_size, self.seed, self.aug = batch_size, seed, aug
+        self.batch_size, self.seed, self.aug, self.share = batch_size, seed, aug, share
         self.steps_per_epoch = count_steps(len(split.images), batch_size)
         self.labels = split.labels.to(device)
         border = augment.border_width(aug, split.images.shape[-1])
@@ -75,8 +79,7 @@ class Batches:
 
         Only the first call of an epoch draws and copies to the device; the others never wait for it.
         """
-        positions = step_positions(step, self.batch_size, len(self))
-        drawn = self._draws(state, epoch).part(positions)
+        drawn = self._draws(state, epoch).part(self._positions(step))
         if self.aug == "none":
             pixels = self._images.pixels.index_select(0, drawn.order).float()
         else:
@@ -92,19 +95,24 @@ class Batches:
 
     def chosen(self, state: int, epoch: int, step: int) -> Tensor:
         """The positions in the split of the images that `batch` returns, int64 [B] on the device."""
-        return self._draws(state, epoch).order[step_positions(step, self.batch_size, len(self))]
+        return augment.joined([self._draws(state, epoch).order[part] for part in self._positions(step)])
 
-    def sequential(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def sequential(self, limit: int | None = None, whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in stored order, never augmented, the last batch as long as it is; at most `limit`
-        batches. Shapes as in `batch`."""
-        starts = range(0, len(self), self.batch_size)
-        for start in starts if limit is None else starts[:limit]:
-            part = slice(start, start + self.batch_size)
+        batches. Shapes as in `batch`. Not the `whole`: this process's share of these images."""
+        for positions in self.share.batches(len(self), self.batch_size, limit, whole):
+            part = slice(positions.start, positions.stop)
             pixels = self._images.inner(part).to(torch.float32, memory_format=torch.contiguous_format)
             yield self._normalise_(pixels).expand(-1, 3, -1, -1), self.labels[part]
 
+    def note(self, broken: Iterable[tuple[int, str]]) -> None:
+        """Nothing can be broken; `FolderBatches` hears here of files that others could not read."""
+
     def close(self) -> None:
         """Nothing to give back; `FolderBatches` ends its worker processes here."""
+
+    def _positions(self, step: int) -> list[slice]:
+        return self.share.of_step(step_positions(step, self.batch_size, len(self)))
 
     def _draws(self, state: int, epoch: int) -> augment.Draws:
         if self._cached_draws is None or self._cached_draws[0] != (state, epoch):

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from images.augment import ERASE_AREA, ERASE_CHANCE, ERASE_RATIO, Normalise, check_augmentation
 from images.facts import DataError, DatasetFacts, FolderSplit, one_line
-from images.orders import count_steps, epoch_order, random_seed, step_positions
+from images.orders import WHOLE, Share, count_steps, epoch_order, random_seed, step_positions
 from images.reading import import_torchvision
 
 logger = logging.getLogger(__name__)
@@ -59,19 +59,20 @@ class FolderBatches:
         seed: int = 0,
         aug: str = "none",
         workers: int = 0,
+        share: Share = WHOLE,
     ) -> None:
         check_augmentation(aug)
         if workers < 0:
             raise ValueError(f"workers {workers}: must be 0 or more")
         count = len(split.labels)
-        self.batch_size, self.seed, self.aug, self.workers = batch_size, seed, aug, workers
+        self.batch_size, self.seed, self.aug, self.workers, self.share = batch_size, seed, aug, workers, share
         self.steps_per_epoch = count_steps(count, batch_size)
         self.labels = split.labels.to(device)
         self._split, self._device = split, torch.device(device)
         self._normalise_ = Normalise(facts, device)
         self._allowed = min(max(1, count // 100), count - 1)
-        self._reader = _FolderReader(split, batch_size, seed, aug, facts, self._allowed)
-        self._broken: dict[int, str] = {}
+        self._reader = _FolderReader(split, batch_size, seed, aug, facts, self._allowed, share)
+        self.broken: dict[int, str] = {}
         self._stream: Iterator | None = None
         self._upcoming = (0, 0, 0)
         _quiet_pillow()
@@ -83,7 +84,7 @@ class FolderBatches:
     @property
     def unreadable(self) -> int:
         """Files found so far that are no images."""
-        return len(self._broken)
+        return len(self.broken)
 
     def batch(self, state: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Training batch: images float32 [B, 3, H, W], labels int64 [B]; a pure function of its arguments, the
@@ -99,11 +100,10 @@ class FolderBatches:
             self.close()
             raise
 
-    def sequential(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def sequential(self, limit: int | None = None, whole: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """All readable images in stored order, never augmented, the last batch as long as it is; at most
-        `limit` batches. Shapes as in `batch`."""
-        parts = range(0, len(self.labels), self.batch_size)
-        parts = parts if limit is None else parts[:limit]
+        `limit` batches. Shapes as in `batch`. Not the `whole`: this process's share of these images."""
+        parts = self.share.batches(len(self.labels), self.batch_size, limit, whole)
         stream = self._start(iter(parts), min(self.workers, len(parts)))
         try:
             for _ in parts:
@@ -158,7 +158,7 @@ class FolderBatches:
                     raise self._worker_error(str(error).strip().splitlines()[-1]) from error
                 if time.monotonic() - started > WORKER_PATIENCE:
                     raise self._worker_error(f"no batch in {WORKER_PATIENCE} seconds") from error
-        self._note(broken)
+        self.note(broken)
         images, chosen = (tensor.to(self._device, non_blocking=True) for tensor in (images, chosen))
         return self._normalise_(images.float()), self.labels.index_select(0, chosen)
 
@@ -168,15 +168,16 @@ class FolderBatches:
             " when memory or shared memory (/dev/shm) runs out, 0 reads in the main process"
         )
 
-    def _note(self, broken: list[tuple[int, str]]) -> None:
+    def note(self, broken: Iterable[tuple[int, str]]) -> None:
+        """Files by index that cannot be read, and why."""
         for index, reason in broken:
-            if index not in self._broken:
-                self._broken[index] = reason
+            if index not in self.broken:
+                self.broken[index] = reason
                 logger.warning("%s: cannot be read as an image (%s), skipped", self._split.path(index), reason)
-        if len(self._broken) > self._allowed:
-            first = ", ".join(f"{self._split.path(i)}: {self._broken[i]}" for i in list(self._broken)[:3])
+        if len(self.broken) > self._allowed:
+            first = ", ".join(f"{self._split.path(i)}: {self.broken[i]}" for i in list(self.broken)[:3])
             raise DataError(
-                f"--dataset {self._split.dataset}: {len(self._broken):,} of {len(self.labels):,} images cannot be"
+                f"--dataset {self._split.dataset}: {len(self.broken):,} of {len(self.labels):,} images cannot be"
                 f" read (first: {first}); replace or remove them"
             )
 
@@ -185,16 +186,17 @@ _NOT_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class _FolderReader:
-    """Reads the batch of a key, wherever the loader asks for it: (state, epoch, step) for training, the first
-    index for evaluation. Returns pixels uint8 [B, 3, H, W], indices int64 [B] of the images shown, and the
+    """Reads the batch of a key, wherever the loader asks for it: (state, epoch, step) for training, a range of
+    indices for evaluation. Returns pixels uint8 [B, 3, H, W], indices int64 [B] of the images shown, and the
     (index, reason) of those that were wanted and cannot be read."""
 
     def __init__(
-        self, split: FolderSplit, batch_size: int, seed: int, aug: str, facts: DatasetFacts, allowed: int
+        self, split: FolderSplit, batch_size: int, seed: int, aug: str, facts: DatasetFacts, allowed: int, share: Share
     ) -> None:
         v2 = import_torchvision(split.dataset, "transforms.v2")
         size = split.image_size
         self._split, self._batch_size, self._seed, self._allowed = split, batch_size, seed, allowed
+        self._share = share
         shorter = round(size / 0.875) if size >= 128 else size
         self._plain = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
         self._random = None
@@ -208,8 +210,8 @@ class _FolderReader:
             self._random = v2.Compose(steps)
         self._cached_order: tuple[tuple[int, int], np.ndarray] | None = None
 
-    def __getitem__(self, key: tuple[int, int, int] | int) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        wanted = self._evaluation(key) if isinstance(key, int) else self._training(*key)
+    def __getitem__(self, key: tuple[int, int, int] | range) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        wanted = self._evaluation(key) if isinstance(key, range) else self._training(*key)
         size = self._split.image_size
         pixels = torch.empty(len(wanted), 3, size, size, dtype=torch.uint8)
         if get_worker_info() is not None:
@@ -232,13 +234,13 @@ class _FolderReader:
                 break
         return pixels[: len(shown)], torch.tensor(shown, dtype=torch.int64), list(broken.items())
 
-    def _evaluation(self, start: int) -> list[tuple[Iterator[int], Callable]]:
-        stop = min(start + self._batch_size, len(self._split.labels))
-        return [(iter([index]), self._plain) for index in range(start, stop)]
+    def _evaluation(self, indices: range) -> list[tuple[Iterator[int], Callable]]:
+        return [(iter([index]), self._plain) for index in indices]
 
     def _training(self, state: int, epoch: int, step: int) -> list[tuple[Iterator[int], Callable]]:
         order = self._order(state, epoch)
-        positions = range(len(order))[step_positions(step, self._batch_size, len(order))]
+        shown = self._share.of_step(step_positions(step, self._batch_size, len(order)))
+        positions = [position for part in shown for position in range(part.start, part.stop)]
 
         def candidates(position: int) -> Iterator[int]:
             # One more than may be broken: when none of them can be read, the run ends.

@@ -5,6 +5,7 @@ Nothing here depends on a device, on the number of workers or on what was drawn 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +34,43 @@ def count_steps(images: int, batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
     return max(images // batch_size, min(images, 1))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes shows of each batch: the `rank`-th of `size` contiguous parts, which differ in
+    length by one image at most.
+
+    `paired`: behind its own images of a training batch of B come those that `engine.mixing` pairs them with, image
+    B - 1 - i with image i, the last one's first, so that what is flipped pairs them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    paired: bool = False
+
+    def of(self, count: int) -> slice:
+        """Its own positions among `count`."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def of_step(self, positions: slice) -> list[slice]:
+        """Which of the positions of a training step it shows, those of partners last."""
+        own = self.of(positions.stop - positions.start)
+        shown = [slice(positions.start + own.start, positions.start + own.stop)]
+        if self.paired:
+            shown.append(slice(positions.stop - own.stop, positions.stop - own.start))
+        return shown
+
+    def batches(self, images: int, batch_size: int, limit: int | None, whole: bool) -> list[range]:
+        """Positions of the batches, as many images each as it shows at once, that evaluation looks at in stored order:
+        its own part of the images that `limit` batches of all processes hold, or the `whole` of them."""
+        images = images if limit is None else min(images, limit * batch_size)
+        part = slice(0, images) if whole else self.of(images)
+        size = -(-batch_size // self.size)
+        return [range(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size)]
+
+
+WHOLE = Share()
 
 
 def step_positions(step: int, batch_size: int, images: int) -> slice:

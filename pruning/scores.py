@@ -78,6 +78,7 @@ def score_units(
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     max_batches: int = SCORE_BATCHES,
     seed: int = 0,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Score every unit by one criterion; the only scorer there is.
 
@@ -90,6 +91,7 @@ def score_units(
         batches: (images, labels); the first `max_batches` are read once, in eval mode.
         loss: for saliency; cross entropy by default, summed over images.
         seed: of criterion "random".
+        total: where several processes read `batches` of their own, the sum of a float64 tensor over all of them.
 
     Returns:
         {units key: float64 scores [count] on the CPU}, larger is more important.
@@ -101,7 +103,7 @@ def score_units(
     masks = normalise_names(mask) if mask is not None else {}
     if criterion.needs in ("output", "gradient"):
         with trained_weights(model, trained_weight):
-            scores = _score_activations(model, units, criterion, batches, loss, max_batches)
+            scores = _score_activations(model, units, criterion, batches, loss, max_batches, total)
     elif criterion.needs == "seed":
         scores = _score_by_seed(units, criterion, seed)
     else:
@@ -158,7 +160,7 @@ def _score_by_seed(units: Mapping[str, Units], criterion: Criterion, seed: int) 
     return scores
 
 
-def _score_activations(model, units, criterion, batches, loss, max_batches) -> dict[str, Tensor]:
+def _score_activations(model, units, criterion, batches, loss, max_batches, total) -> dict[str, Tensor]:
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     needs_gradient = criterion.needs == "gradient"
@@ -182,10 +184,14 @@ def _score_activations(model, units, criterion, batches, loss, max_batches) -> d
                     inputs.append(tap.per_image(_float64(gradients[index]), len(images)))
                 totals[key] += criterion.score(*inputs).sum(0).detach().cpu()
             images_seen += len(images)
+    if total:
+        seen = torch.tensor([images_seen], dtype=torch.float64)
+        *sums, seen = total(torch.cat([*totals.values(), seen])).split([*map(len, totals.values()), 1])
+        totals, images_seen = dict(zip(totals, sums, strict=True)), int(seen)
     if images_seen == 0:
         raise ValueError("the training data given for scoring is empty")
     finish = criterion.finish or (lambda mean: mean)
-    return {key: finish(total / images_seen) for key, total in totals.items()}
+    return {key: finish(sums / images_seen) for key, sums in totals.items()}
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, loss: Callable | None) -> Tensor:

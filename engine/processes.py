@@ -1,0 +1,287 @@
+"""Processes: torchrun's environment in; who this process is, and all that it does together with the others, out.
+
+    torchrun --nproc_per_node=2 main_imp_fillback.py ...    # the same program twice, with RANK, WORLD_SIZE, ...
+
+All processes of a run hold the same weights and take the same decisions; they differ in the images that they show
+(`images.orders.Share`), and the first one alone writes. What is called here is called by all of them in the same order,
+but for `speaks` and `lost`. Alone, every call returns at once with what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from images.orders import Share
+from utils import RunError, pick_device
+
+Value = TypeVar("Value")
+
+DEATH_NOTICE = 2.0  # seconds in which the system tells that a process which closed its connections has ended
+
+
+def world_size() -> int:
+    """How many processes torchrun has started this program in; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def first_of_all() -> bool:
+    """Whether this is the process that speaks for all that torchrun has started."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+class Processes:
+    """The processes of a run, seen by one of them.
+
+    Numbers travel over the group of the device that computes (`pick_device`), decisions and messages over groups on the
+    CPU, so that nothing waits for a device.
+
+    Args:
+        rank: this one's number, 0 .. size - 1.
+        local_rank: its number among those of its machine.
+        store: the key-value store of the rendezvous; None for a process that is alone.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None):
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store, self._device_group, self._vote_group = store, None, None
+        self._vote: tuple[dist.Work, Tensor] | None = None
+        self._places: list[tuple[str, int]] = []  # host and process number of each
+        if size > 1:
+            self._vote_group = dist.new_group(backend="gloo")
+            self._places = self.gathered((socket.gethostname(), os.getpid()))
+
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, logs and selects."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """What it shows of every batch."""
+        return Share(self.rank, self.size)
+
+    @property
+    def name(self) -> str:
+        """What its lines on standard error start with; nothing for the first."""
+        return "" if self.first else f"rank {self.rank}: "
+
+    # -- numbers
+
+    def pick_device(self, name: str, gpu: int) -> torch.device:
+        """The device of `--device` and, for a process that is alone, `--gpu`; of several each takes its own GPU.
+
+        Tensors travel from it from now on: by NCCL those of CUDA, by gloo all others.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not self.several:
+            return pick_device(name, gpu)
+        gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+        if 0 < gpus <= self.local_rank:
+            raise RunError(
+                f"--nproc_per_node: more than the {gpus} CUDA GPU(s) of this machine; start as many or use --device cpu"
+            )
+        device = pick_device(name, self.local_rank)
+        if device.type == "mps":
+            raise RunError("--device mps: cannot be shared by several processes; use --device cpu")
+        self._device_group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo")
+        return device
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.several:
+            dist.all_reduce(tensor, group=self._group_of(tensor))
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes, in place."""
+        return self.sum_(tensor).div_(self.size) if self.several else tensor
+
+    def least_(self, tensor: Tensor) -> Tensor:
+        """The smallest value of any process, element by element, in place."""
+        if self.several:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group_of(tensor))
+        return tensor
+
+    def spread_(self, tensors: Iterable[Tensor]) -> None:
+        """The first process's values, in place."""
+        if self.several:
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, 0, group=self._group_of(whole))
+                tensor.detach().copy_(whole)
+
+    def joined_shares(self, own: Tensor, count: int) -> Tensor:
+        """The rows [count, ...] of which each process has its share."""
+        if not self.several:
+            return own
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.share.of(count)] = own
+        return self.sum_(rows)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The network whose backward pass averages gradients over all processes; alone, the model itself.
+
+        Starts from the first process's weights. Buffers stay those of each process.
+        """
+        if not self.several:
+            return model
+        gc.collect()  # what wrapped an earlier network holds as much memory as its gradients
+        # With unused parameters allowed the layout of the messages never changes, and with it the order of sums: a
+        # resumed run has the bits of an unbroken one. Layers whose units are all gone have parameters without use.
+        return DistributedDataParallel(
+            model,
+            process_group=self._device_group,
+            broadcast_buffers=False,
+            find_unused_parameters=True,
+            gradient_as_bucket_view=True,
+        )
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self._device_group if tensor.device.type == "cuda" else None  # None: the first group, gloo
+
+    # -- decisions and turns
+
+    def from_first(self, value: Value) -> Value:
+        """The first process's value, which can be pickled; what the others give is not looked at."""
+        if not self.several:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0)
+        return held[0]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, which can be pickled."""
+        held = [value] * self.size
+        if self.several:
+            dist.all_gather_object(held, value)
+        return held
+
+    def vote(self, *values: int) -> tuple[int, ...]:
+        """The largest of what any process gave at the call before, number by number; zeros at the first.
+
+        Nothing waits: votes travel while the next step runs. Alone: the values themselves.
+        """
+        if not self.several:
+            return values
+        result = self.last_vote() or (0,) * len(values)
+        given = torch.tensor(values, dtype=torch.int64)
+        self._vote = dist.all_reduce(given, dist.ReduceOp.MAX, group=self._vote_group, async_op=True), given
+        return result
+
+    def last_vote(self) -> tuple[int, ...]:
+        """The result of a vote that is still on its way; empty without one."""
+        pending, self._vote = self._vote, None
+        if pending is None:
+            return ()
+        work, given = pending
+        work.wait()
+        return tuple(given.tolist())
+
+    def meet(self) -> None:
+        """Return when all processes have come here."""
+        if self.several:
+            self.sum_(torch.zeros(()))
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One process of each machine goes through the block first: what is missing is downloaded once."""
+        if self.local_rank:
+            self.meet()
+        yield
+        if not self.local_rank:
+            self.meet()
+
+    # -- the end
+
+    def part(self) -> None:
+        """The work that is done together is over; the first process goes on alone."""
+        if self.several:
+            self.last_vote()
+            dist.destroy_process_group(self._device_group)
+            dist.destroy_process_group(self._vote_group)
+
+    def speaks(self) -> bool:
+        """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
+        if self._store is None:
+            return True
+        try:
+            return self._store.add("has spoken", 1) == 1
+        except RuntimeError:  # the process that held the store is gone
+            return True
+
+    def lost(self) -> str:
+        """Which others have ended, as a line tells it; asked when a message to them failed."""
+        host, _ = self._places[self.rank]
+        deadline = time.monotonic() + DEATH_NOTICE
+        while True:
+            gone = [rank for rank, (where, number) in enumerate(self._places) if where == host and _ended(number)]
+            if gone:
+                return f"rank {', '.join(map(str, gone))} has ended"
+            if time.monotonic() > deadline:
+                return "another process cannot be reached"
+            time.sleep(0.05)
+
+
+ALONE = Processes()
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Means and variances that batch norms keep of the images that they have seen; they differ between processes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
+
+
+def _ended(number: int) -> bool:
+    """Whether no such process runs on this machine; one that has ended counts so before its parent asks for it."""
+    try:
+        os.kill(number, 0)
+        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user, or no /proc here
+        return False
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes of this run: those that torchrun started, or this one alone.
+
+    All but the first are quiet on standard output from here on.
+
+    Raises:
+        RunError: the others cannot be found.
+    """
+    if world_size() == 1:
+        yield ALONE
+        return
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=size)
+        own = dist.PrefixStore(f"run {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        processes = Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), own)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"WORLD_SIZE {world_size()}: the other processes cannot be found ({reason})", 1) from error
+    with contextlib.ExitStack() as stack:
+        if not processes.first:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield processes
+        dist.destroy_process_group()
