@@ -18,8 +18,8 @@ DistributedDataParallel), over the step: what the backward pass hides is not in 
     efficiency with overlap       t / (t + max(c - 2/3 t, c x bucket / gradient bytes))
 
 against one GPU with the same B, one forward pass a step. With overlap the exchange runs beside the backward pass, but
-for the last bucket, which is full only when that pass ends. The link is the slower one of a GPU's to its node and a node's to the others: rings
-cross each node's border once, whatever the number of its GPUs.
+for the last bucket, which is full only when that pass ends. The link is the slower one of a GPU's to its node and a
+node's to the others: rings cross each node's border once, whatever the number of its GPUs.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def serve(args: argparse.Namespace) -> None:
 
     out = sys.stdout  # all but the first process are quiet from here on
     with joined() as processes:
-        processes.use(torch.device("cpu"))
+        processes.pick_device("cpu", gpu=0)
         flags = ["--arch", args.arch, "--batch_size", str(args.batch_size), "--amp", args.amp]
-        step = OurStep([*flags, "--print_freq", "1000000"], processes=processes)
+        step = OurStep([*flags, "--no-compact_training", "--print_freq", "1000000"], processes=processes)
 
         def steps() -> None:
             for _ in range(args.steps):
@@ -107,6 +107,8 @@ class Group:
     def _answers(self) -> list[str]:
         lines = [member.stdout.readline() for member in self.members]
         if not all(lines):
+            for member in self.members:
+                member.kill()
             raise SystemExit("a process of this benchmark ended early")
         return [line.strip() for line in lines]
 
@@ -140,7 +142,7 @@ def measure(args: argparse.Namespace) -> None:
         gradient = 4 * count_parameters(build_model(args.arch, 10))
     machine = f"{common.machine()}; {os.cpu_count()} cores"
     print(f"\n{args.arch}, --amp {args.amp}, {machine}, {args.repeats} rounds of {args.steps} steps, one thread each")
-    print(f"gradients of {gradient / 1e6:.1f} MB at full size, over gloo\n")
+    print(f"gradients of {gradient / 1e6:.1f} MB over gloo\n")
     print(format_table(rows, {title: title for title in rows[0]}))
     common.save("scaling", {"machine": machine, "arch": args.arch, "amp": args.amp, "rows": rows})
 

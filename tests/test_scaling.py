@@ -1,6 +1,7 @@
-"""What several GPUs are expected to reach: by hand, and as benchmarks/README.md has it; and that the measurement runs."""
+"""What several GPUs are expected to reach, by hand and as benchmarks/README.md has it; and the measurement runs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def test_the_page_shows_what_the_program_computes(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_groups_of_processes_are_measured_in_turns():
-    command = [sys.executable, "benchmarks/scaling.py", *"--processes 2 --batch_size 4 --steps 1 --repeats 1".split()]
+    flags = shlex.split("--processes 2 --batch_size 4 --steps 1 --repeats 1")
+    command = [sys.executable, "benchmarks/scaling.py", *flags]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [row[:3] for row in cells(out)] == [["2", "4", "2"], ["2", "8", "4"]]
     assert re.search(r"^ +1 +4 +4 ", out, re.MULTILINE)
