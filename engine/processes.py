@@ -10,10 +10,11 @@ but for `speaks` and `lost`. Alone, every call returns at once with what it was 
 from __future__ import annotations
 
 import contextlib
-import gc
+import inspect
 import os
 import socket
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,10 +25,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from images.orders import Share
+from pruning.scores import evaluating
 from utils import RunError, pick_device
 
 Value = TypeVar("Value")
 
+# of DistributedDataParallel; the second is the name that PyTorch is giving up
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+BUFFERS_STAY = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
 DEATH_NOTICE = 2.0  # seconds in which the system tells that a process which closed its connections has ended
 
 
@@ -136,23 +141,33 @@ class Processes:
         rows[self.share.of(count)] = own
         return self.sum_(rows)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, image: Tensor, unused: bool) -> nn.Module:
         """The network whose backward pass averages gradients over all processes; alone, the model itself.
 
-        Starts from the first process's weights. Buffers stay those of each process.
+        Starts from the first process's weights and buffers; later each has buffers of its own.
+
+        Args:
+            image: [1, ...], any that the model takes.
+            unused: some parameters have no effect, as those of layers whose units are all gone.
         """
         if not self.several:
             return model
-        gc.collect()  # what wrapped an earlier network holds as much memory as its gradients
-        # With unused parameters allowed the layout of the messages never changes, and with it the order of sums: a
-        # resumed run has the bits of an unbroken one. Layers whose units are all gone have parameters without use.
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             model,
             process_group=self._device_group,
-            broadcast_buffers=False,
-            find_unused_parameters=True,
+            find_unused_parameters=unused,
             gradient_as_bucket_view=True,
+            **{BUFFERS_STAY: False},
         )
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of dimensions of length 1
+        if not unused:
+            # After its first backward pass it lays its messages out anew. That shall be this one, since the order of
+            # sums goes by the layout, and a resumed run has the bits of an unbroken one.
+            with evaluating(model):
+                wrapped(image).sum().backward()
+                wrapped(image)
+            model.zero_grad(set_to_none=True)
+        return wrapped
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._device_group if tensor.device.type == "cuda" else None  # None: the first group, gloo

@@ -104,9 +104,10 @@ class StateTraining:
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
         drops = self.args.drop_path
         self.depth = StochasticDepth(self.model, drops, self.args.seed, run.processes.share) if drops else None
-        self.wrapped = run.processes.wrap(self.model)
+        self.wrapped = self.forward = None  # what went round the network before goes first
+        self.wrapped = self._shared()
         self.forward = self._compiled()
-        self.update = CapturedStep(self.device_step) if self.args.compile in GRAPHS else self.device_step
+        self.captured = CapturedStep(self.device_step) if self.args.compile in GRAPHS else None
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
         rate = torch.zeros((), dtype=run.dtype, device=run.device)
@@ -139,6 +140,13 @@ class StateTraining:
     def selected(self) -> nn.Module:
         """What is validated and, when it is the best, kept: the average of the weights, or they themselves."""
         return self.average.model if self.average else self.model
+
+    def _shared(self) -> nn.Module:
+        """The network as all processes train it together; alone, the network itself."""
+        run, like = self.run, next(self.model.parameters())
+        pixels = run.family.image_size(run.dense)
+        emptied = any(not ids for ids in self.model_kept.values())
+        return run.processes.wrap(self.model, like.new_zeros(1, 3, pixels, pixels), emptied)
 
     def _compiled(self) -> nn.Module:
         mode, model = self.args.compile, self.wrapped
@@ -215,7 +223,8 @@ class StateTraining:
         taught = ()
         if run.teacher:
             taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
-        self.update(images, targets, *taught)
+        update = self.captured or self.device_step
+        update(images, targets, *taught)
         progress.step += 1
         if self.average:
             self.average.update(progress.step)
