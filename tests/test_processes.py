@@ -5,6 +5,7 @@ gives and the store that its agent holds; torchrun itself starts one.
 """
 
 import functools
+import multiprocessing
 import os
 import random
 import shutil
@@ -62,6 +63,7 @@ def remember(folder):
 
 def _one_of_them(argv, output, patches, environment):
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of worker processes, as in a process that is started anew
     test_reliable._process(argv, output, patches)
 
 
@@ -223,3 +225,199 @@ def test_batch_norm_keeps_the_same_statistics_everywhere(run_of):
         assert any(name.endswith("running_var") for name in first["weights"])
         assert plain(first) == plain(second)
     assert "running statistics are averaged" in log_of(folder / "run")
+
+
+def together(parts):
+    """Images and labels that several processes showed."""
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("limit", [40, 7])
+@pytest.mark.parametrize("aug", ["none", "basic", "strong", "rand"])
+def test_shares_of_a_batch_are_the_batch(aug, limit, size):
+    splits = load_dataset("digits", "", 16, 0.1, limit)
+    made = functools.partial(make_batches, splits.train, splits.facts, 12, "cpu", 3, aug)
+    whole, shares = made(), [made(share=Share(rank, size)) for rank in range(size)]
+    assert {share.steps_per_epoch for share in shares} == {whole.steps_per_epoch}
+    for step in range(whole.steps_per_epoch):
+        shown, expected = together([share.batch(1, 2, step) for share in shares]), whole.batch(1, 2, step)
+        assert all(torch.equal(a, b) for a, b in zip(shown, expected, strict=True))
+        chosen = torch.cat([share.chosen(1, 2, step) for share in shares])
+        assert torch.equal(chosen, whole.chosen(1, 2, step))
+    for limit in (None, 1, 2):
+        shown = together([part for share in shares for part in share.sequential(limit, whole=False)])
+        assert all(torch.equal(a, b) for a, b in zip(shown, together(whole.sequential(limit)), strict=True))
+        assert torch.equal(together(shares[1].sequential(limit))[1], together(whole.sequential(limit))[1])
+        largest = max(len(labels) for share in shares for _, labels in share.sequential(limit, whole=False))
+        assert largest <= 12 // size
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
+def test_shares_of_a_mixed_batch_bring_their_partners(mixup, cutmix, size):
+    splits = load_dataset("digits", "", 16, 0.1, 7)
+    shown = []
+    for rank in range(size):
+        data = make_batches(splits.train, splits.facts, 12, "cpu", 3, share=Share(rank, size, paired=True))
+        shown.append(Mixing(mixup, cutmix, 0.1, 10, seed=5, paired=True)(*data.batch(0, 0, 0), 1, 2, 3))
+    whole = make_batches(splits.train, splits.facts, 12, "cpu", 3).batch(0, 0, 0)
+    expected = Mixing(mixup, cutmix, 0.1, 10, seed=5)(*whole, 1, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(together(shown), expected, strict=True))
+
+
+def test_shares_of_a_batch_drop_the_branches_of_the_batch():
+    def factors(rank, size, images):
+        model = VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=3, num_heads=3, num_classes=5)
+        depth = StochasticDepth(model, 0.5, 7, Share(rank, size))
+        depth.draw(torch.zeros(images, 1), 1, 2, 3, count=7)
+        return depth.factors
+
+    assert torch.equal(torch.cat([factors(0, 2, 3), factors(1, 2, 4)], 1), factors(0, 1, 7))
+
+
+# ------------------------------------------------------------------------------------------------------- how they end
+
+
+def assert_one_line(done, codes, *named):
+    assert done.codes == codes
+    (line,) = words_of(done)
+    assert all(part in line for part in named), line
+
+
+@pytest.mark.parametrize(("flags", "code", "named"), [
+    ("--batch_size 13", 2, ("--batch_size 13", "2 processes", "a multiple of 2")),
+    slow("--train_limit 1 --dataset digits", 2, ("1 training images", "2 processes")),
+    slow("--compile reduce-overhead", 2, ("--compile reduce-overhead", "--compile default")),
+    slow("--rate 2", 2, ("--rate 2",)), slow("--data nowhere --dataset folder", 2, ("nowhere",)),
+    slow("--lr 1e30", 1, ("not finite at step",)),
+])  # fmt: skip
+def test_what_cannot_be_is_one_line_for_all_processes(flags, code, named, launch, tmp_path):
+    assert_one_line(launch(2, [*BASE, *words(flags), "--save_dir", tmp_path / "run"]), [code, code], *named)
+    if code == 2:
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_stays_as_it_is(launch, run_of):
+    folder = run_of(2, RSST) / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    done = launch(2, [*BASE, *RSST, "--save_dir", folder])
+    (line,) = words_of(done)
+    assert done.codes[0] == 2
+    assert done.codes[1] in (1, 2)
+    assert "holds another run" in line
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_the_plan_is_printed_once(launch):
+    done = launch(2, [*BASE, *RSST, "--dry_run"])
+    assert (done.codes, done.err) == ([0, 0], ["", ""])
+    assert "3 states x 2 epochs x 3 steps of 12 images" in done.out[0]
+    assert not done.out[1]
+
+
+def ended_alike(launch, folder, size, expected):
+    all_well(launch(size, ["--resume", "--save_dir", folder]))
+    assert ending(folder) == expected
+
+
+def test_a_process_that_dies_ends_the_run_which_goes_on(launch, run_of, tmp_path):
+    folder, expected = tmp_path / "run", ending(run_of(2, RSST) / "run")
+    argv = [*BASE, *RSST, "--save_dir", folder]
+    done = launch(2, argv, patches_of={1: [(at, "step", 1, 5, kill)]})
+    assert_one_line(done, [1, -signal.SIGKILL], "rank 1 has ended", f"--resume --save_dir {folder}")
+    for size in (1, 3):
+        other = tmp_path / f"other{size}"
+        shutil.copytree(folder, other)
+        all_well(launch(size, ["--resume", "--save_dir", other]))
+        losses, reference = ([row["train_loss"] for row in metrics(path)] for path in (other, run_of(2, RSST) / "run"))
+        assert losses == pytest.approx(reference, rel=1e-3)
+        assert rows_of(other / "units.csv") == rows_of(run_of(2, RSST) / "run" / "units.csv")
+    ended_alike(launch, folder, 2, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_killed_at_random_lose_nothing(size, start, launch, run_of, tmp_path):
+    """Ten kills at any moment of any process, each of which a resumed run has to live with."""
+    chosen = random.Random(size)
+    flags = (*RSST, "--checkpoint_every", "1")
+    folder, expected = tmp_path / "run", ending(run_of(size, flags) / "run")
+    argv, kills = [*BASE, *flags, "--save_dir", folder], 0
+    while kills < 10:
+        group = start(size, argv, (slower,))
+        time.sleep(chosen.uniform(0.5, 4))
+        victim = chosen.randrange(size)
+        group.processes[victim].kill()
+        done = finished(group)
+        if done.codes[victim] != -signal.SIGKILL:
+            break  # it was over before
+        assert not any(done.codes[rank] == 0 for rank in range(size) if rank != 0), done.codes
+        kills += 1
+        saved = (folder / "checkpoint.pt").exists() or (folder / "checkpoint.prev.pt").exists()
+        argv = ["--resume", "--save_dir", folder] if saved else [*argv, "--overwrite"]
+    ended_alike(launch, folder, size, expected)
+
+
+def slower():
+    wrap(HERE, "step", before=lambda _: time.sleep(0.1))
+
+
+SIGNALS = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ((), ("step", 1, 3, send, "SIGTERM")),
+    slow(("step", 1, 3, send, "SIGINT"), ("step", 1, 4, send, "SIGINT", "SIGINT")),
+    slow(("step", 1, 1, send, "SIGUSR1"), ()),
+    slow(("step", 0, 2, send, "SIGTERM", "SIGTERM"), ("end_epoch", 0, 1, send, "SIGTERM")),
+])  # fmt: skip
+def test_a_signal_to_any_process_is_one_checkpoint_and_one_code(first, second, launch, run_of, tmp_path):
+    folder = tmp_path / "run"
+    patches = {rank: [(at, *patch)] for rank, patch in enumerate((first, second)) if patch}
+    done = launch(2, [*BASE, *RSST, "--save_dir", folder], patches_of=patches)
+    name = (first or second)[4]
+    assert_one_line(done, [SIGNALS[name]] * 2, f"stopped by {name} with a checkpoint", f"--save_dir {folder}")
+    stopped = load(folder / "checkpoint.pt")["run"]
+    assert (stopped["state"], stopped["step"]) not in ((0, 0), (2, 6))
+    ended_alike(launch, folder, 2, ending(run_of(2, RSST) / "run"))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(launch, tmp_path):
+    done = launch(2, [*BASE, *RSST, "--save_dir", tmp_path / "run"], patches_of={1: [(spoil,)]})
+    assert_one_line(done, [1, 1], "the loss is not finite at step 2 of state 0")
+
+
+def spoil():
+    """From step 2 on the images that this process shows are no numbers."""
+
+    def spoiled(run, *_):
+        data = run.train_data
+        batch = data.batch
+
+        def broken(state, epoch, step):
+            images, labels = batch(state, epoch, step)
+            return (images * float("nan") if step == 2 else images), labels
+
+        data.batch = broken
+
+    wrap(HERE, "start", after=spoiled)
+
+
+def test_torchrun_starts_it(tmp_path):
+    """The command as users give it: one table on standard output, one log, one checkpoint."""
+    flags = words(
+        "--dataset digits --arch vit_tiny --img_size 8 --device cpu --amp off --train_limit 24 --batch_size 12 "
+        "--epochs 1 --pruning_times 1 --wandb_mode disabled --no-export"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags, "--save_dir", tmp_path / "run"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("state 0 epoch 1/1  ") == done.stdout.count("before cut") == 1
+    assert "2 processes: each shows 6 of the 12 images" in log_of(tmp_path / "run")
+    assert len(metrics(tmp_path / "run")) == 1
