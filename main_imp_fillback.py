@@ -144,7 +144,7 @@ def command(argv: list[str] | None, processes: Processes) -> int:
     except (RunError, DataError) as error:
         return leave(processes, f"error: {error}", getattr(error, "code", 2))
     except utils.Stopped as stop:
-        processes.meet()  # once the first one has written all
+        processes.part()  # once the first one has written all
         how = f"--resume --save_dir {args.save_dir}"
         return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:
@@ -174,6 +174,7 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         pixels = family_of(model).image_size(model)
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
         teacher = named_teacher(args, splits.facts, pixels, export.load)
+    processes.check_enough(len(splits.train.labels))
     lock = make_save_dir(args) if processes.first else None
     args.save_dir = processes.from_first(args.save_dir)
     try:

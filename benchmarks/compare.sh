@@ -2,6 +2,7 @@
 #
 #     DATASET SEED... [-- FLAG...]
 #
+# {seed} in a FLAG stands for the seed, as in: -- --init results/dense_s{seed}/model/model.safetensors
 # A run whose folder is complete is skipped, one that was broken off goes on. OUT names the folder of all runs.
 # shellcheck shell=bash
 set -euo pipefail
@@ -54,7 +55,7 @@ run() { # run NAME FLAG...: one run per seed, in OUT/NAME_sSEED
         else
             # ${x[@]+...}: older bashes take an empty array for an unset one
             python "${MAIN:-main_imp_fillback.py}" --dataset "$dataset" --seed "$seed" "$@" \
-                ${flags[@]+"${flags[@]}"} --overwrite --save_dir "$folder"
+                ${flags[@]+"${flags[@]//\{seed\}/$seed}"} --overwrite --save_dir "$folder"
         fi
     done
 }

@@ -185,6 +185,8 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
+    if args.stem == "conv" and given.get("patch_embed") == "resample":
+        notes.append("--patch_embed resample: a conv stem has no patches to resample; no effect here")
     if args.prune_patch_embed and args.vit_structured:
         notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
     if "gpu" in given and world_size() > 1:

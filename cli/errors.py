@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from engine.capture import GRAPHS
 from engine.processes import Processes
 from utils import DISK_ERRORS
 
-MESSAGE_FAILED = re.compile(r"\bgloo\b|\bNCCL\b|Connection (closed|reset)|Broken pipe")  # from or to another process
+MESSAGE_FAILED = re.compile(
+    r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Distributed"
+)  # from or to another process
 
 
 def leave(processes: Processes, message: str, code: int) -> int:
@@ -48,7 +49,7 @@ def one_voice(processes: Processes) -> Iterator[None]:
 def explain(error: Exception, args: argparse.Namespace, processes: Processes) -> str | None:
     """A line for errors of the system and of PyTorch that the user can mend; None for others, which are bugs."""
     text = " ".join(str(error).split())
-    if processes.several and (isinstance(error, dist.DistError) or MESSAGE_FAILED.search(text)):
+    if processes.several and isinstance(error, RuntimeError) and MESSAGE_FAILED.search(text):
         return f"{processes.lost()}; go on from the last checkpoint with --resume --save_dir {args.save_dir}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"cannot write {error.filename or args.save_dir}: {error.strerror}; free the disk or choose --save_dir"

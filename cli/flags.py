@@ -8,6 +8,7 @@ import rsst
 from dataset import DATASETS
 from engine.capture import GRAPHS
 from models import BUILDERS
+from models.embedding import STEMS
 from pruning.ranking import KINDS
 from pruning.scores import CRITERIA, SCORE_BATCHES
 from utils import OneLineParser
@@ -98,6 +99,14 @@ def _model(group: Group) -> None:
     group.add_argument(
         "--layer_scale", type=float, metavar="V", help="our ViTs' branches end in a learned factor from V on; off"
     )
+    group.add_argument(
+        "--stem",
+        choices=list(STEMS),
+        default="patch",
+        help="how our ViTs make tokens of pixels. patch: one convolution per patch; conv: 3x3 convolutions of stride 2 "
+        "with batch norm and ReLU, and a 1x1 (patch size a power of two); pretrained patch embeddings have no place in "
+        "it, it starts anew",
+    )
     group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
 
 
@@ -171,7 +180,9 @@ def _prune(group: Group) -> None:
     group.add_argument("--criteria", help=f"score of a unit: {', '.join(CRITERIA)}; l1 when not given")
     group.add_argument("--score_batches", type=int, default=SCORE_BATCHES, help="training batches that scores see")
     group.add_argument("--fillback_rate", type=float, default=0.0, help="element-wise refill: share given back a layer")
-    _switch(group, "--prune_patch_embed", "the patch embedding is prunable too, element-wise", "--conv1")
+    _switch(
+        group, "--prune_patch_embed", "the patch embedding (a conv stem's 1x1) is prunable too, element-wise", "--conv1"
+    )
     _switch(group, "--fc", "the classifier rewinds too")
     _switch(group, "--vit_structured", "prune whole heads and neurons")
     group.add_argument("--vit_prune_target", choices=list(KINDS), default="head", help="which units go")

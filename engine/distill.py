@@ -109,10 +109,10 @@ def _public_model(name: str, facts: DatasetFacts, pixels: int) -> nn.Module:
 
 
 def _model_of_file(args: argparse.Namespace, facts: DatasetFacts, path: Path) -> nn.Module:
-    """A checkpoint is of its own architecture; weights alone are of this run's."""
+    """A checkpoint is of its own architecture, unknown flags being off; weights alone are of this run's."""
     content = {} if path.suffix == ".safetensors" else load_tensors(path, "--teacher")
     weights = content.get("weights")
-    flags = argparse.Namespace(**{**vars(args), **content.get("args", {})})
+    flags = argparse.Namespace(**{**dict.fromkeys(vars(args)), **content["args"]}) if "args" in content else args
     model = models.from_flags(flags, facts, weights=False)
     model.load_state_dict(load_state_file(path, "--teacher") if weights is None else weights)
     return model

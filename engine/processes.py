@@ -15,7 +15,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,6 +86,13 @@ class Processes:
         """What its lines on standard error start with; nothing for the first."""
         return "" if self.first else f"rank {self.rank}: "
 
+    def check_enough(self, images: int) -> None:
+        """Raises: RunError, for so few training images that a process would have none."""
+        if images < self.size:
+            raise RunError(
+                f"--nproc_per_node: {images} training images are too few for {self.size} processes; start fewer"
+            )
+
     # -- numbers
 
     def pick_device(self, name: str, gpu: int) -> torch.device:
@@ -118,6 +125,13 @@ class Processes:
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over all processes, in place."""
         return self.sum_(tensor).div_(self.size) if self.several else tensor
+
+    def mean_each_(self, tensors: Sequence[Tensor]) -> None:
+        """The means over all processes of floating-point tensors, in place, by one message."""
+        if self.several and tensors:
+            means = self.mean_(torch.cat([tensor.flatten() for tensor in tensors]))
+            for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def least_(self, tensor: Tensor) -> Tensor:
         """The smallest value of any process, element by element, in place."""
@@ -227,11 +241,11 @@ class Processes:
     # -- the end
 
     def part(self) -> None:
-        """The work that is done together is over; the first process goes on alone."""
+        """The work that is done together is over, for all at the same time; the first process may go on alone."""
         if self.several:
+            self.meet()
             self.last_vote()
-            dist.destroy_process_group(self._device_group)
-            dist.destroy_process_group(self._vote_group)
+            dist.destroy_process_group()
 
     def speaks(self) -> bool:
         """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
@@ -266,6 +280,8 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 def _ended(number: int) -> bool:
     """Whether no such process runs on this machine; one that has ended counts so before its parent asks for it."""
+    if os.name != "posix":
+        return False
     try:
         os.kill(number, 0)
         return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].startswith("Z")
@@ -328,4 +344,3 @@ def joined() -> Iterator[Processes]:
         if not processes.first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield processes
-        dist.destroy_process_group()

@@ -81,11 +81,6 @@ class Run:
         share = replace(processes.share, paired=processes.several and mixes)
         self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers, share)
         self.images_a_step = min(batch, len(splits.train.labels))
-        if self.images_a_step < processes.size:
-            raise RunError(
-                f"--dataset {args.dataset}: {self.images_a_step} training images cannot be shared by {processes.size} "
-                "processes; start fewer"
-            )
         self.mixing = None
         if mixes:
             alphas = args.mixup or 0.0, args.cutmix or 0.0

@@ -107,6 +107,7 @@ class StateTraining:
         self.wrapped = self.forward = None  # what went round the network before goes first
         self.wrapped = self._shared()
         self.forward = self._compiled()
+        self.statistics = running_statistics(self.model) if run.processes.several else []
         self.captured = CapturedStep(self.device_step) if self.args.compile in GRAPHS else None
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
@@ -225,6 +226,7 @@ class StateTraining:
             taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
         update = self.captured or self.device_step
         update(images, targets, *taught)
+        run.processes.mean_each_(self.statistics)
         progress.step += 1
         if self.average:
             self.average.update(progress.step)
@@ -317,7 +319,6 @@ class StateTraining:
     def cut(self) -> None:
         """RSST: the doomed weights become zero for good; optimizer state goes with them."""
         run, progress = self.run, self.progress
-        self.average_statistics()
         before, residual = run.evaluate(self.selected, "val")["accuracy"], self.penalty.residual()
         self.sync_dense()
         moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
@@ -342,7 +343,6 @@ class StateTraining:
         self.bar.close()
         self.bar = None
         self.check_finite()
-        self.average_statistics()
         seconds = time.perf_counter() - self.epoch_started
         val, fading = run.evaluate(self.selected, "val"), self._fading()
         cost = run.family.cost(run.dense, progress.kept)
@@ -368,7 +368,6 @@ class StateTraining:
     def break_off(self) -> None:
         """A checkpoint within an epoch."""
         self.check_finite()
-        self.average_statistics()
         self.progress.sums = self._mean_sums().tolist()
         self._record_residuals()
         self.sync_dense()
@@ -389,12 +388,6 @@ class StateTraining:
         for name, (frozen, value) in self.frozen.items():
             weights[name] = torch.where(frozen, value, weights[name])
         return weights
-
-    def average_statistics(self) -> None:
-        """Those of batch norm: what is evaluated and kept has seen the images of all processes."""
-        averaged = [self.model, *([self.average.model] if self.average else [])]
-        for tensor in (tensor for model in averaged for tensor in running_statistics(model)):
-            self.run.processes.mean_(tensor)
 
     def _mean_sums(self) -> Tensor:
         """Loss and accuracy over all images so far, times the steps."""

@@ -35,6 +35,14 @@ model.eval()
 LOADING_SNIPPETS = {
     "vit": _SNIPPET.format(build='model = timm.models.vision_transformer.VisionTransformer(**config["vit"])'),
     "timm": _SNIPPET.format(build='model = timm.create_model(**config["timm"])'),
+    # the stem gives one pixel per patch
+    "stem": _SNIPPET.format(
+        build="""\
+stem = nn.Sequential(*(timm.layers.ConvNormAct(*channels, kernel_size=3, stride=2) for channels in config["stem"]))
+model = timm.models.vision_transformer.VisionTransformer(
+    **config["vit"] | {"patch_size": 1}, embed_layer=lambda **sizes: timm.layers.HybridEmbed(stem, **sizes)
+)"""
+    ),
 }
 
 # Any class of attention and MLP: every tensor as small as it was saved, and the attention told its heads.
@@ -159,7 +167,7 @@ def traits_of(model: nn.Module) -> dict[str, list[str]]:
 def loading_lines(config: Mapping) -> str:
     """The snippet for an exported model's config.json."""
     if "modules" not in config:
-        return LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
+        return LOADING_SNIPPETS[next(key for key in ("stem", "vit", "timm") if key in config)]
     places = dict(_PLAIN)
     for name in config["modules"]:
         for place, text in _TRAITS.get(name, {}).items():

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from families.cards import loading_lines, traits_of
 from families.parts import (
@@ -187,13 +190,36 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
     units left per key of `vit_units`; None counts the model as it is.
     """
     units = vit_units(model)
-    total = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+    total = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + _stem_macs(model.patch_embed)
     for key, group in units.items():
         left = group.count if counts is None else counts.get(key, group.count)
         total += left * group.macs(model, group)
     if isinstance(model.head, nn.Linear):
         total += model.head.weight.numel()
     return total + _pool_macs(model)
+
+
+_STEM_MACS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # a ResNet's take a second
+
+
+def _stem_macs(embed: nn.Module) -> int:
+    """What convolutions cost that stand before the patches, in a stem or a hybrid's backbone."""
+    if not hasattr(embed, "backbone"):
+        return 0
+    if embed not in _STEM_MACS:
+        _STEM_MACS[embed] = _count_macs(embed)
+    return _STEM_MACS[embed]
+
+
+def _count_macs(embed: nn.Module) -> int:
+    # how large what each of them gives is comes out of a pass, which needs no memory and no arithmetic on "meta"
+    tensors = {**dict(embed.backbone.named_parameters()), **dict(embed.backbone.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    channels = next(module.in_channels for module in embed.backbone.modules() if isinstance(module, nn.Conv2d))
+    pixels = torch.empty(2, channels, *embed.img_size, device="meta", dtype=next(iter(shapes.values())).dtype)
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(embed.backbone, shapes, (pixels,))
+    return counter.get_total_flops() // 4  # two for each product and sum, of two images
 
 
 def _pool_macs(model: nn.Module) -> int:
@@ -234,7 +260,7 @@ def describe(small: nn.Module, kept: Kept) -> dict:
     """The architecture of a removed model as plain values, enough to build it again.
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
-    `timm.create_model`.
+    `timm.create_model`; `stem` the channels into and out of each convolution of a stem.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -251,6 +277,8 @@ def describe(small: nn.Module, kept: Kept) -> dict:
         }
         if small.init_values:
             config["vit"]["init_values"] = small.init_values
+        if hasattr(small.patch_embed, "channels"):
+            config["stem"] = small.patch_embed.channels
     else:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
     units = vit_units(small)
@@ -261,7 +289,10 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
-    model = VisionTransformer(**config["vit"]) if "vit" in config else timm_model(config["timm"])
+    if "vit" in config:
+        model = VisionTransformer(**config["vit"], stem="conv" if "stem" in config else "patch")
+    else:
+        model = timm_model(config["timm"])
     return model, kept_of(config, vit_units(model))
 
 

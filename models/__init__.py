@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from models import resnet, vit
+from models.embedding import is_stage_of_stem
 
 # name -> builder(num_classes, img_size, **overrides) of a model with random weights
 BUILDERS = {**{name: partial(vit.build, name) for name in vit.CONFIGS}, **resnet.BUILDERS}
@@ -178,6 +179,10 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
         if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
             raise ValueError(f"--layer_scale {args.layer_scale}: is for this program's own ViTs, not {args.arch}")
         overrides["init_values"] = args.layer_scale
+    if getattr(args, "stem", None) == "conv":  # runs of older versions have no such flag
+        if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
+            raise ValueError(f"--stem conv: is for this program's own ViTs, not {args.arch}; leave it out")
+        overrides["stem"] = args.stem
     if not weights:
         check_arch(args.arch)
         _source(args.arch, args.pretrained, args.pretrained_tag)  # refuses what cannot be meant
@@ -204,10 +209,12 @@ def from_weights(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
         if arch in resnet.BUILDERS:
             model = build_model(arch, len(weights["fc.weight"]))
         else:
-            patch = weights["patch_embed.proj.weight"].shape[-1]
+            stages = sum(is_stage_of_stem(name) for name in weights)
+            patch = 2**stages if stages else weights["patch_embed.proj.weight"].shape[-1]
             grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-            scales = {"init_values": 1.0} if "blocks.0.ls1.gamma" in weights else {}
-            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch, **scales)
+            parts = {"init_values": 1.0} if "blocks.0.ls1.gamma" in weights else {}
+            parts |= {"stem": "conv"} if stages else {}
+            model = build_model(arch, len(weights["head.weight"]), grid * patch, patch_size=patch, **parts)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _misfit(arch, error) from error
     load_weights(model, arch, weights)

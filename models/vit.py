@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.embedding import STEMS, is_stage_of_stem
+
 log = logging.getLogger(__name__)
 
 
@@ -37,25 +39,6 @@ class PretrainedError(RuntimeError):
 
 class MisfitError(PretrainedError):
     """Pretrained weights that were read and belong to another architecture."""
-
-
-class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] to patch tokens [B, (H/p)(W/p), D] by a convolution with stride p."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-        self.img_size, self.patch_size = (img_size, img_size), (patch_size, patch_size)
-        self.grid_size = (img_size // patch_size, img_size // patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != self.img_size:
-            height, width = x.shape[-2:]
-            raise ValueError(f"images are {height}x{width}, the model was built for {self.img_size[0]} pixels")
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -139,7 +122,10 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Class token, learned position embedding, pre-norm blocks, linear head; images [B, C, H, W] to [B, classes]."""
+    """Class token, learned position embedding, pre-norm blocks, linear head; images [B, C, H, W] to [B, classes].
+
+    `stem` says how patches become tokens, see `models.embedding.STEMS`.
+    """
 
     num_prefix_tokens = 1
 
@@ -154,10 +140,11 @@ class VisionTransformer(nn.Module):
         num_heads: int = 3,
         mlp_ratio: float = 2.0,
         init_values: float | None = None,
+        stem: str = "patch",
     ):
         super().__init__()
         self.num_classes, self.embed_dim, self.init_values = num_classes, embed_dim, init_values
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = STEMS[stem](img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         hidden = int(embed_dim * mlp_ratio)
@@ -170,7 +157,7 @@ class VisionTransformer(nn.Module):
         """Draw initial weights: truncated normal of std 0.02, biases zero, class token near zero."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
-        self.patch_embed.proj.reset_parameters()
+        self.patch_embed.reset_parameters()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -321,7 +308,8 @@ def load_pretrained_weights(model: nn.Module, source: str | Path, *, patch_embed
     Blocks, norms and prefix tokens are copied by name, the classification heads only when the number of classes is
     the same. Position and patch embedding are resampled to the model's geometry with timm's
     `resample_abs_pos_embed` (bicubic; the positions of prefix tokens stay) and `resample_patch_embed`
-    (pseudo-inverse of bicubic resizing, Beyer et al., "FlexiViT", CVPR 2023).
+    (pseudo-inverse of bicubic resizing, Beyer et al., "FlexiViT", CVPR 2023). A convolutional stem keeps its random
+    weights where the pretrained ones have none.
 
     Args:
         source: a `.safetensors`, `.pth`, `.pt` or `.tar` file of tensors, an `.npz` file in the layout of Google's
@@ -339,12 +327,16 @@ def load_pretrained_weights(model: nn.Module, source: str | Path, *, patch_embed
     own = model.state_dict()
     heads = _head_prefixes(model)
     report = TransferReport(skipped=sorted(weights.keys() - own.keys()))
+    anew = patch_embed == "reinit"
+    if any(map(is_stage_of_stem, own)) and not any(map(is_stage_of_stem, weights)):
+        log.info("--stem conv: %s has patches for a plain embedding; the stem starts from random weights", source)
+        anew = True
     loaded = {}
     for name, current in own.items():
         value = weights.get(name)
         if (
             value is None
-            or (patch_embed == "reinit" and name.startswith("patch_embed."))
+            or (anew and name.startswith("patch_embed."))
             or (name.startswith(heads) and value.shape != current.shape)
         ):
             report.reinitialised.append(name)

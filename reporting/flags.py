@@ -55,6 +55,8 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect.add("prune_patch_embed")
     if args.get("sched") == "cosine":
         without_effect.add("decreasing_lr")
+    if args.get("stem") == "patch":  # runs of older versions have no other, and do not say so
+        without_effect.add("stem")
     if args.get("opt") == "adamw":
         without_effect.add("momentum")
     return without_effect

@@ -28,6 +28,25 @@ READY = {
     "check": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 5, pruning_times: 3, rate: 0.3, "
     "mlp_prune_ratio: 0.3",
 }
+# what recipes share
+DENSE = "struct: dense, pruning_times: 1, opt: adamw, weight_decay: 0.05, sched: cosine, clip_grad: 1.0, "
+DENSE += "label_smoothing: 0.1, aug: rand, mixup: 0.8, cutmix: 1.0"
+SCRATCH = f"{DENSE}, stem: conv, epochs: 200, batch_size: 128, warmup: 10, min_lr: 0.00001, ema_decay: 0.999"
+TUNED = f"{DENSE}, pretrained: true, epochs: 30, warmup: 3, min_lr: 0.000001, layer_decay: 0.75, drop_path: 0.1"
+DEIT = "dataset: imagenet, arch: timm/deit_small_patch16_224, pretrained: true, struct: rsst, vit_structured: true, "
+DEIT += "vit_prune_target: both, rate: 0.5, mlp_prune_ratio: 0.5, criteria: saliency, sorting_mode: global, "
+DEIT += "prune_type: finetune, batch_size: 256, opt: adamw, lr: 0.0001, weight_decay: 0.05, sched: cosine, warmup: 1, "
+DEIT += "min_lr: 0.000001, clip_grad: 1.0, teacher: self, kd_alpha: 0.5, kd_temperature: 2.0"
+READY |= {
+    "recipe_vit_tiny_scratch": f"{SCRATCH}, arch: vit_tiny, lr: 0.0005",
+    "recipe_vit_small_scratch": f"{SCRATCH}, arch: vit_small, lr: 0.0003, drop_path: 0.1",
+    "recipe_finetune_cifar": f"{TUNED}, arch: vit_small, batch_size: 128, lr: 0.0003, ema_decay: 0.999",
+    "recipe_finetune_imagenet": f"{TUNED}, dataset: imagenet, arch: timm/vit_small_patch16_224, batch_size: 256, "
+    "pretrained_tag: augreg_in21k, accum_steps: 4, lr: 0.0005, ema_decay: 0.9995",
+    "recipe_prune_deit_imagenet_30": f"{DEIT}, pruning_times: 3, epochs: 10, aug: basic, ema_decay: 0.999",
+    "recipe_prune_deit_imagenet_100": f"{DEIT}, pruning_times: 5, epochs: 20, aug: rand, mixup: 0.8, cutmix: 1.0, "
+    "ema_decay: 0.9999",
+}
 # Share of the weights that is left, of the heads and of the neurons of vit_tiny
 LEFT = {
     "vit_tiny_fast": (0.85**9, 27, 3456),
@@ -36,6 +55,10 @@ LEFT = {
     "vit_small_pretrained": (0.85**14, 72, 18432),
     "vit_tiny_head_mlp": (None, 18, 9 * 268),
     "check": (None, 18, 9 * 268),
+    "recipe_vit_tiny_scratch": (1, 27, 3456),
+    "recipe_finetune_imagenet": (1, 72, 18432),
+    "recipe_prune_deit_imagenet_30": (None, 36, 9216),
+    "recipe_prune_deit_imagenet_100": (None, 36, 9216),
 }
 
 
@@ -96,13 +119,15 @@ def refused(tmp_path, capsys):
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
     assert {path.name for path in CONFIGS.glob("*")} == {f"{known}.yaml" for known in READY}
-    plain, found = flags("--dataset", "cifar10"), flags("--dataset", "cifar10", "--config", CONFIGS / f"{name}.yaml")
+    expected = {"arch": "vit_tiny", "dataset": "cifar10", **yaml.safe_load(f"{{{READY[name]}}}")}
+    dataset = ["--dataset", "cifar10"] if expected["dataset"] == "cifar10" else []
+    plain, found = flags("--dataset", "cifar10"), flags(*dataset, "--config", CONFIGS / f"{name}.yaml")
     plan = capsys.readouterr().out.split("disk.")[1]
-    expected = {"arch": "vit_tiny", **yaml.safe_load(f"{{{READY[name]}}}")}
     follows = {"config", "notes", "warmup", "decreasing_lr", "rewind_epoch"}  # these follow from the epochs
     assert {flag for flag in found.keys() - follows if found[flag] != plain[flag]} <= expected.keys()
     assert {flag: found[flag] for flag in expected} == expected
-    assert not found.get("notes")  # no flag without effect
+    told = [] if expected["pruning_times"] > 1 else ["nothing is pruned in this run: it trains dense"]
+    assert (found.get("notes") or []) == told  # no flag without effect
     assert f"{expected['pruning_times']} states x {found['epochs']} epochs" in plan
     if name in LEFT:
         weights, heads, neurons = LEFT[name]
@@ -112,6 +137,18 @@ def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
         assert weights is None or last[1] == f"{100 * weights:.2f}%"
     first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
     assert (first[:2], first[-1]) == ("# ", ".")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("recipe_*.yaml")), ids=lambda path: path.stem)
+def test_every_line_of_a_recipe_has_its_reason_beside_it(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    for line in lines:
+        setting, _, reason = line.partition("  # ")
+        assert yaml.safe_load(setting), line
+        assert len(reason.split()) > 3, line
+        assert len(line) <= 120, line
+    settings = [line for line in lines if "own choice" in line or "arXiv:" in line]
+    assert len(settings) > len(lines) / 2  # the others say what is done, not how well
 
 
 def test_the_check_runs_and_ends_with_its_table(capsys):

@@ -36,7 +36,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 EPOCHS, STATES = 2, 3  # of 3 steps an epoch; RSST cuts after the third
 BASE = words(
     "--dataset digits --arch vit_micro --img_size 16 --device cpu --amp off --train_limit 40 --batch_size 12 "
-    "--epochs 2 --pruning_times 3 --lr 0.05 --rate 0.4 --reg_finish 0.5 --print_freq 2 --workers 2 --warmup 0 "
+    "--epochs 2 --pruning_times 3 --lr 0.05 --rate 0.4 --reg_finish 0.5 --print_freq 2 --workers 1 --warmup 0 "
     "--score_batches 2 --wandb_mode disabled --no-export"
 )
 RSST = ("--struct", "rsst", *BOTH)
@@ -287,7 +287,7 @@ def assert_one_line(done, codes, *named):
 
 @pytest.mark.parametrize(("flags", "code", "named"), [
     ("--batch_size 13", 2, ("--batch_size 13", "2 processes", "a multiple of 2")),
-    slow("--train_limit 1 --dataset digits", 2, ("1 training images", "2 processes")),
+    slow("--train_limit 1 --dataset digits", 2, ("1 training images", "2 processes; start fewer")),
     slow("--compile reduce-overhead", 2, ("--compile reduce-overhead", "--compile default")),
     slow("--rate 2", 2, ("--rate 2",)), slow("--data nowhere --dataset folder", 2, ("nowhere",)),
     slow("--lr 1e30", 1, ("not finite at step",)),

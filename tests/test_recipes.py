@@ -665,6 +665,7 @@ PARTS = {
     "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
     "scale": "--layer_scale 0.1",
+    "stem": "--stem conv",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
 ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")

@@ -227,7 +227,8 @@ def _process(argv, output, patches):
 @pytest.fixture(scope="session")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "sklearn.datasets", "torch._dynamo"])  # what the command imports late
+    # what the command imports late
+    context.set_forkserver_preload([__name__, "sklearn.datasets", "timm.data", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         # the server finds the module nowhere else: Python 3.11's does not take over sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [SCRIPT.parent, Path(__file__).parent])))

@@ -546,6 +546,7 @@ CIRCUMSTANCES = [
         ([1, 1], [IMP, IMP | {"prune_patch_embed": True}]),
         ([1, 1], [REWIND | {"rewind_epoch": 1}, REWIND | {"rewind_epoch": 2}]),
         ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]), ([1, 1], [{"pretrained_note": "random weights"}, {}]),
+        ([2, 1], [{}, {"stem": "patch"}, {"stem": "conv"}]),  # before there was a choice it was the patch
         ([2], [{"struct": "dense", "rate": 0.9}, {"pruning_times": 1, "epochs": 12}]),
     ],
 )  # fmt: skip

@@ -22,7 +22,9 @@ from benchmarks.compare_commits import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
-COMPARISONS = ["compare_criteria", "compare_methods", "compare_variants", "vit_vs_cnn"]
+COMPARISONS = [
+    "compare_criteria", "compare_distillation", "compare_methods", "compare_recipes", "compare_variants", "vit_vs_cnn",
+]  # fmt: skip
 
 SHOW = """
 import json, os, sys, time
@@ -425,10 +427,30 @@ def test_setup_errors_are_one_clear_line(project, venv, tmp_path, code, said):
 
 UNITS = ["--vit_structured", "--vit_prune_target"]
 BOTH = [*UNITS, "both"]
+DENSE = ["--struct", "dense", "--pruning_times", "1"]
+ADAMW = [*DENSE, "--batch_size", "32", "--opt", "adamw", "--lr", "0.0005", "--weight_decay", "0.05"]
+BASE = [*ADAMW, "--sched", "cosine", "--min_lr", "1e-5"]
 RUNS = {
     "compare_criteria": {
         name: ["--struct", "refill", *BOTH, "--criteria", name]
         for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
+    },
+    "compare_distillation": {
+        f"{method}_{ratio}{ending}": ["--struct", method, *BOTH, "--sorting_mode", "global", "--rate", ratio, *teacher]
+        for ratio in ("0.5", "0.7")
+        for method in ("refill", "rsst")
+        for ending, teacher in (("", []), ("_taught", ["--teacher", "self"]))
+    },
+    "compare_recipes": {"defaults": DENSE, "adamw": ADAMW, "base": BASE}
+    | {
+        f"base_{part}": [*BASE, *flags]
+        for part, flags in {
+            "smoothing": ["--label_smoothing", "0.1"],
+            "rand": ["--aug", "rand"],
+            "mix": ["--mixup", "0.2", "--cutmix", "1"],
+            "drop_path": ["--drop_path", "0.1"],
+            "ema": ["--ema_decay", "0.99"],
+        }.items()
     },
     "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
     "compare_variants": {"weights": ["--struct", "rsst"]}
@@ -478,6 +500,14 @@ def test_flags_behind_the_dashes_go_to_every_run_as_they_are(comparison, tmp_pat
     out, flags = tmp_path / "in here", ["--data", "/a folder/of 'data'", "--struct", "--", "", "*", "--seed", "7"]
     expected = expected_calls("compare_methods", out, ["3"], flags, dataset="cifar10")
     assert comparison("compare_methods", "cifar10", "3", "--", *flags, OUT=out) == (0, "", "", expected)
+
+
+def test_the_seed_stands_where_a_flag_asks_for_it(comparison):
+    flags = ["--init", "{seed}/dense_s{seed}.pth"]
+    calls = comparison("compare_methods", "digits", "5", "--", *flags)[3]
+    assert calls == expected_calls(
+        "compare_methods", "results/compare_methods_digits", ["5"], ["--init", "5/dense_s5.pth"]
+    )
 
 
 def test_complete_runs_are_skipped_and_broken_ones_go_on(comparison, tmp_path):
