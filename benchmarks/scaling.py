@@ -161,9 +161,12 @@ def _row(size: int, batch: int, times: dict[tuple, list[float]], alone: int) -> 
         "over 1 process": f"{gain:.2f}x",
         "efficiency": f"{100 * gain / size:.0f}%",
         "exchange": "",
+        "its quartiles": "",
     }
     if size > 1:
-        row["exchange"] = f"{100 * (1 - common.pairwise(times[size, batch, 'keep'], spent)):.1f}%"
+        rounds = zip(times[size, batch, "keep"], spent, strict=True)
+        low, middle, high = common.quartiles([100 * (1 - keep / exchange) for keep, exchange in rounds])
+        row |= {"exchange": f"{middle:.1f}%", "its quartiles": f"{low:.1f} to {high:.1f}%"}
     return row
 
 
