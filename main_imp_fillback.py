@@ -140,11 +140,11 @@ def command(argv: list[str] | None, processes: Processes) -> int:
         if args.dry_run:
             print(plan(args))
         else:
-            start_or_go_on(args, processes)
+            with processes.stopping_together():
+                start_or_go_on(args, processes)
     except (RunError, DataError) as error:
         return leave(processes, f"error: {error}", getattr(error, "code", 2))
     except utils.Stopped as stop:
-        processes.part()  # once the first one has written all
         how = f"--resume --save_dir {args.save_dir}"
         return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.orders import Share
 from pruning.scores import evaluating
-from utils import RunError, pick_device
+from utils import RunError, Stopped, pick_device
 
 Value = TypeVar("Value")
 
@@ -179,7 +179,6 @@ class Processes:
             # sums goes by the layout, and a resumed run has the bits of an unbroken one.
             with evaluating(model):
                 wrapped(image).sum().backward()
-                wrapped(image)
             model.zero_grad(set_to_none=True)
         return wrapped
 
@@ -247,6 +246,15 @@ class Processes:
             self.last_vote()
             dist.destroy_process_group()
 
+    @contextlib.contextmanager
+    def stopping_together(self) -> Iterator[None]:
+        """Who leaves the block because of a signal waits until all have, the first one with its checkpoint written."""
+        try:
+            yield
+        except Stopped:
+            self.part()
+            raise
+
     def speaks(self) -> bool:
         """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
         if self._store is None:
@@ -263,7 +271,7 @@ class Processes:
         while True:
             gone = [rank for rank, (where, number) in enumerate(self._places) if where == host and _ended(number)]
             if gone:
-                return f"rank {', '.join(map(str, gone))} has ended"
+                return f"rank {', '.join(map(str, gone))} ended"
             if time.monotonic() > deadline:
                 return "another process cannot be reached"
             time.sleep(0.05)
