@@ -3,6 +3,7 @@
 #
 #     bash launch_experiment.sh                                             the defaults, after a question
 #     bash launch_experiment.sh cifar100 vit_small 60 1.0 4 true 0.3 y      a ViT-Small, no question
+#     NPROC=8 bash launch_experiment.sh                                     on eight GPUs of this machine
 #
 # The tests set MAIN to a small program that shows its arguments instead of training, and LAUNCH_GRACE to the
 # whole seconds that a started run is watched for an early end.
@@ -26,6 +27,8 @@ Zero to ten arguments, in this order; missing ones take their default.
   auto        y starts at once, n asks first                  n
   algorithm   rsst | refill | imp | dense                     rsst
   fillback    fraction given back, in [0, 1]; rsst, refill    0.2
+
+The environment variable NPROC (1) is the number of processes, one for each GPU; torchrun starts more than one.
 TEXT
 }
 
@@ -73,10 +76,14 @@ number rate "$rate" 'v < 1' 'in [0, 1)'
 one_of auto "$auto" y n
 one_of algorithm "$algorithm" rsst refill imp dense
 number fillback "$fillback" 'v <= 1' 'in [0, 1]'
+[[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || refuse "NPROC is '$NPROC', must be a whole number of at least 1"
 [[ $auto == y || -t 0 ]] || refuse "auto is 'n' and there is no terminal to ask on: set auto (the eighth) to y"
 
-command=(
-    python "${MAIN:-main_imp_fillback.py}"
+command=(python)
+# torchrun as a module, so that this environment's Python is the one that starts it
+((${NPROC:-1} == 1)) || command+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
+command+=(
+    "${MAIN:-main_imp_fillback.py}"
     --dataset "$dataset" --arch "$model" --struct "$algorithm" --epochs "$epochs" --rate "$rate"
 )
 [[ $pretrained == false || $model == vit_tiny ]] || command+=(--pretrained)

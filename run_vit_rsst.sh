@@ -4,6 +4,7 @@
 #
 #     bash run_vit_rsst.sh
 #     DATASET=cifar10 RATE=0.3 SEED=0 bash run_vit_rsst.sh --vit_structured --vit_prune_target both
+#     NPROC=8 bash run_vit_rsst.sh                                     on eight GPUs of this machine
 #
 # The tests set MAIN to a small program that shows its arguments instead of training.
 set -euo pipefail
@@ -19,6 +20,7 @@ settings and their defaults
   DECREASING_LR=60,90   PRUNING_TIMES=15      RATE=0.15             RST_SCHEDULE=exp_custom_exponents
   REG=0.5               EXPONENTS=3           SEED=42               PRETRAINED=false
   SAVE_DIR=             (left to the program: results/<run name>)
+  NPROC=1               processes, one for each GPU; more than one are started by torchrun
 With other EPOCHS, warm-up and milestones that are not given scale with them.
 FLAGs go to main_imp_fillback.py as they are and win; `python main_imp_fillback.py --help` lists them.
 TEXT
@@ -38,8 +40,16 @@ if [[ $pretrained != true && $pretrained != false ]]; then
     exit 2
 fi
 
-command=(
-    python "${MAIN:-main_imp_fillback.py}"
+if [[ ! ${NPROC:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "run_vit_rsst.sh: NPROC is '$NPROC', must be a whole number of at least 1" >&2
+    exit 2
+fi
+
+command=(python)
+# torchrun as a module, so that this environment's Python is the one that starts it
+((${NPROC:-1} == 1)) || command+=(-m torch.distributed.run --standalone "--nproc_per_node=$NPROC")
+command+=(
+    "${MAIN:-main_imp_fillback.py}"
     --dataset "${DATASET:-cifar100}" --arch "${ARCH:-vit_tiny}"
     --struct "${STRUCT:-rsst}" --criteria "${CRITERIA:-l1}"
     --epochs "${EPOCHS:-120}" --batch_size "${BATCH_SIZE:-128}" --lr "${LR:-0.001}"

@@ -40,6 +40,7 @@ from cli.parse import parse_args
 from dataset import DATASETS, Split, Splits
 from engine.choose import choose_target
 from engine.model import make_model
+from engine.processes import ALONE, Processes
 from engine.run import Run
 from engine.training import StateTraining
 from families import family_of
@@ -56,7 +57,9 @@ RECIPES = {
 }
 
 
-def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> StateTraining:
+def training_state(
+    flags: list[str], device: str = "cpu", steps: int = 4, processes: Processes = ALONE
+) -> StateTraining:
     """The training of a run on random images, ready for `step()` in the RSST ramp of state 2.
 
     A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
@@ -76,7 +79,7 @@ def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> Sta
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     split = Split(images, torch.randint(0, 10, (count,)))
     few = Split(images[:8], split.labels[:8])
-    run = Run(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
+    run = Run(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder), processes=processes)
     weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
     run.start()
     for run.progress.state in (1, 2):
@@ -90,8 +93,8 @@ def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> Sta
 
 
 class OurStep:
-    def __init__(self, flags: list[str], device: str = "cpu"):
-        self.training = training_state(flags, device)
+    def __init__(self, flags: list[str], device: str = "cpu", processes: Processes = ALONE):
+        self.training = training_state(flags, device, processes=processes)
 
     def __call__(self) -> None:
         self.training.step()

@@ -47,6 +47,10 @@ def _check_names(args: argparse.Namespace) -> None:
         models.check_arch(args.arch)
     except ValueError as error:
         raise RunError(f"--arch {args.arch}: {error}") from error
+    check_run_name(args)
+
+
+def check_run_name(args: argparse.Namespace) -> None:
     if args.exp_name is not None:
         plain = args.exp_name not in ("", ".", "..") and not re.search(r"[/\\\0]", args.exp_name)
         require(plain, "--exp_name", args.exp_name, "must be the plain name of a folder, which results/ will hold")

@@ -14,6 +14,7 @@ from pruning.scores import CRITERIA, SCORE_BATCHES
 from utils import OneLineParser
 
 Group = argparse._ArgumentGroup
+AUTO = "auto"  # of --resume
 
 
 def _switch(group: Group, name: str, text: str, *aliases: str) -> None:
@@ -26,7 +27,15 @@ def _run(group: Group) -> None:
     group.add_argument("--seed", type=int, default=42, help="of weights and batches; 0 is a seed")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     group.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
-    _switch(group, "--resume", "go on from the latest checkpoint of --save_dir, with its flags")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=[AUTO],
+        help="go on from the latest checkpoint of --save_dir, with its flags; auto: where there is one, and start the "
+        "run where there is none, so that one command can be given again and again",
+    )
     group.add_argument("--checkpoint", help="go on from this checkpoint file")
     group.add_argument(
         "--checkpoint_every", metavar="N|Nm", help="a checkpoint every N steps or N minutes (10m) besides every epoch"

@@ -8,8 +8,8 @@ import sys
 from cli.archs import list_archs
 from cli.checks import check_and_complete
 from cli.config import config_flags
-from cli.flags import build_parser
-from cli.resume import resumed_args
+from cli.flags import AUTO, build_parser
+from cli.resume import finds_run, is_complete, resumed_args
 from engine.processes import first_of_all
 from utils import RunError
 
@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with everything left to itself filled in; contradictions end here, before any work.
 
     `notes` holds what should be said in the log about flags that have no effect. `--list_archs` answers here and
-    leaves, as `--help` does.
+    leaves, as `--help` does; so does `--resume auto` on a run that is complete.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -39,15 +39,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action.default = argparse.SUPPRESS
     given = vars(bare.parse_args(argv))
 
-    resumes = args.resume or args.checkpoint
+    resumes, auto = bool(args.resume or args.checkpoint), args.resume == AUTO
     try:
+        if auto:
+            resumes = finds_run(args)
         if resumes:
             args, given = resumed_args(parser, args, given), {}
         args.notes = check_and_complete(args, given)
+        if auto and not resumes:
+            args.notes.append(f"--resume auto: {args.save_dir} holds no checkpoint yet; the run starts")
+        ends_here = auto and resumes and not args.dry_run and is_complete(args)
     except RunError as error:
         parser.error(str(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if not resumes:
             raise
         parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
+    if ends_here:
+        print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
+        parser.exit()
     return args

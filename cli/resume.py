@@ -1,17 +1,65 @@
-"""The flags of a run that goes on: its checkpoint's, with those of today's command that are free to change."""
+"""The flags of a run that goes on: its checkpoint's, with those of today's command that are free to change.
+
+With `--resume auto` a command says both how its run starts and that it goes on; here is found which of them it does.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from engine.checkpoint import load_checkpoint
-from utils import OneLineParser, load_tensors
+from cli.checks import check_run_name
+from cli.flags import AUTO
+from engine.checkpoint import has_checkpoint, load_checkpoint
+from engine.folder import named_dir
+from engine.model import run_length
+from utils import OneLineParser, RunError, load_tensors
 
 FREE_ON_RESUME = {
     "workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data", "config",
     "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite", "list_archs",
 }  # fmt: skip
+
+
+def finds_run(args: argparse.Namespace) -> bool:
+    """Whether the folder of `--resume auto` has a checkpoint to go on from; fills in `save_dir`.
+
+    Raises:
+        RunError: the command names no folder, or not clearly; or its run had checkpoints and has lost them.
+    """
+    check_run_name(args)
+    if not (args.save_dir or args.exp_name):
+        raise RunError("--resume auto: needs --save_dir DIR or --exp_name NAME, or it would not find its run again")
+    if args.checkpoint:
+        raise RunError(f"--checkpoint {args.checkpoint}: --resume auto takes the latest one; leave one of them out")
+    args.save_dir = args.save_dir or str(named_dir(args.exp_name))
+    folder = Path(args.save_dir)
+    if args.overwrite:
+        raise RunError(f"--overwrite: replaces {folder}, which --resume auto goes on with; leave one of them out")
+    try:
+        if has_checkpoint(folder):
+            return True
+        lost = [name for name in ("states.csv", "model") if (folder / name).exists()]
+    except OSError as error:
+        raise RunError(f"--save_dir {folder}: cannot be read ({error.strerror}); choose another") from error
+    if lost:  # both are written when checkpoints are there already
+        raise RunError(
+            f"--resume auto: {folder} holds {lost[0]}, but no checkpoint any more; "
+            "start anew with --overwrite in its place, or choose another --save_dir"
+        )
+    return False
+
+
+def is_complete(args: argparse.Namespace) -> bool:
+    """Whether a run that would go on has trained all its states and written what a run writes in the end."""
+    if args.resumed_from["run"]["state"] < run_length(args)[0]:
+        return False
+    folder = Path(args.save_dir)
+    files = ["checkpoint.pt", "report.html", *(["model/config.json"] if args.export else [])]
+    if not all((folder / name).is_file() for name in files):
+        return False
+    checkpoint, *last = ((folder / name).stat().st_mtime_ns for name in files)
+    return min(last) >= checkpoint  # older ones are of the time before the run got more states
 
 
 def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
@@ -39,7 +87,8 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
     free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
     other = [f"--{name} {value}" for name, value in given.items() if name not in free and stored.get(name) != value]
     if other:
-        parser.error(f"--resume: the run was started with other flags than {' '.join(other)}; leave them out")
+        way_out = "give those of its args.yaml, or another --save_dir" if args.resume == AUTO else "leave them out"
+        parser.error(f"--resume: the run was started with other flags than {' '.join(other)}; {way_out}")
     resumed = argparse.Namespace(**{**vars(args), **stored, **{name: given[name] for name in free if name in given}})
     resumed.save_dir, resumed.resume, resumed.resumed_from = args.save_dir, True, content
     return resumed

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Target = tuple[dict[str, Tensor], dict[str, list[int]]]  # masks by layer name, kept ids by key of the units
 MASK_SETS = ("masks", "target", "elementwise")
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.prev.pt")  # the latest and the one before
 
 
 @dataclass
@@ -167,6 +168,11 @@ class Background:
             done.result()
 
 
+def has_checkpoint(save_dir: Path) -> bool:
+    """Whether a run has written one, whatever has become of it since."""
+    return any((save_dir / name).exists() for name in CHECKPOINTS)
+
+
 def check_same_start(content: Mapping | None, processes: Processes) -> None:
     """All processes start anew, or all go on from one checkpoint.
 
@@ -185,7 +191,7 @@ def check_same_start(content: Mapping | None, processes: Processes) -> None:
 def load_checkpoint(save_dir: Path) -> dict:
     """The latest checkpoint of a run, or the one before when that is damaged."""
     damaged = []
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+    for name in CHECKPOINTS:
         if (save_dir / name).is_file():
             try:
                 content = load_tensors(save_dir / name, "--resume")

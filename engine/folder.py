@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from engine.checkpoint import has_checkpoint
 from utils import RunError, precision_name, write_csv, write_text
 
 try:
@@ -67,15 +68,19 @@ class RunLock:
 def make_save_dir(args: argparse.Namespace) -> RunLock:
     """Check the run's folder before any work, make it and lock it; fills in `save_dir`."""
     if args.save_dir is None:
-        args.save_dir = str(free_dir(Path("results") / (args.exp_name or run_name(args))))
+        args.save_dir = str(free_dir(named_dir(args.exp_name or run_name(args))))
     save_dir = Path(args.save_dir)
+    goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
         holds_run = any((save_dir / name).exists() for name in RUN_FILES)
         if holds_run and not args.resume and not args.overwrite:
             raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
         save_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(save_dir)
-        if holds_run and not args.resume:
+        if holds_run and not goes_on:
+            if args.resume and has_checkpoint(save_dir):
+                lock.release()
+                raise RunError(f"--resume auto: {save_dir} has just got a checkpoint; give the command again")
             for name in RUN_FILES:
                 (save_dir / name).unlink(missing_ok=True)
             for name in ("plots", "model", "wandb"):
@@ -84,6 +89,11 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return lock
+
+
+def named_dir(name: str) -> Path:
+    """Where a run of this name has its folder when nobody says where."""
+    return Path("results") / name
 
 
 def run_name(args) -> str:

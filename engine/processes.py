@@ -300,6 +300,35 @@ def _ended(number: int) -> bool:
         return False
 
 
+def word_of_this_life(store: dist.Store, rank: int, size: int) -> str:
+    """A word that these processes share, and no others that have come to this store.
+
+    torchrun starts processes again with the store in which the dead ones' addresses stand, and its count of restarts
+    may differ between machines. So the first process answers each other one under a name that has never been there
+    before, until that one has said that it heard.
+
+    Raises:
+        RuntimeError: another process does not come.
+    """
+    own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    if rank:
+        store.set(f"here {rank}", own)
+        word = store.get(f"word for {own}").decode()  # waits for it
+        store.set(f"{word} heard by {rank}", "")
+        return word
+    deadline, missing = time.monotonic() + store.timeout.total_seconds(), set(range(1, size))
+    while missing:
+        for other in missing.copy():
+            who = store.get(f"here {other}").decode()  # one of an earlier life, maybe
+            store.set(f"word for {who}", own)
+            if store.check([f"{own} heard by {other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {min(missing)} does not answer")
+        time.sleep(0.01)
+    return own
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Processes]:
     """The processes of this run: those that torchrun started, or this one alone.
@@ -314,8 +343,8 @@ def joined() -> Iterator[Processes]:
         return
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=rank, world_size=size)
-        own = dist.PrefixStore(f"run {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        own = dist.PrefixStore(word_of_this_life(store, rank, size), store)
+        dist.init_process_group("gloo", store=dist.PrefixStore("groups", own), rank=rank, world_size=size)
         processes = Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), own)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -455,15 +455,41 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
     assert checked > 50
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", ["--resume auto", "--save_dir", "--exp_name"]),
+        ("--exp_name ../x", ["--exp_name ../x"]),
+        ("--save_dir {run} --overwrite", ["--overwrite", "{run}"]),
+        ("--save_dir {run} --checkpoint {run}/checkpoint.pt", ["--checkpoint {run}/checkpoint.pt"]),
+        ("--save_dir {run} --lr 0.5 --seed 7", ["--lr 0.5 --seed 7;", "args.yaml"]),
+    ],
+)
+def test_auto_is_refused_where_it_is_not_clear_what_goes_on(flags, named, broken):
+    argv = [*BASE, *STRUCTURED, "--resume", "auto", *flags.format(run=broken).split()]
+    assert_refused(argv, *(name.format(run=broken) for name in named), folder=broken)
+
+
+def test_auto_starts_no_run_over_one_whose_checkpoints_are_damaged_or_gone(broken):
+    argv = [*BASE, *STRUCTURED, "--resume", "auto", "--save_dir", broken]
+    (broken / "checkpoint.prev.pt").unlink()
+    (broken / "checkpoint.pt").write_bytes(b"cut short")
+    assert_refused(argv, f"{broken} holds no checkpoint that can be loaded", folder=broken)
+    (broken / "checkpoint.pt").unlink()
+    assert (broken / "states.csv").exists()
+    assert_refused(argv, f"{broken} holds states.csv, but no checkpoint any more", "--overwrite", folder=broken)
+
+
 def test_a_config_file_counts_on_resume_as_flags_do(broken, tmp_path):
     (tmp_path / "flags.yaml").write_text(yaml.safe_dump({"lr": 0.5}))
     argv = ["--resume", "--save_dir", broken, "--config", tmp_path / "flags.yaml"]
     assert_refused(argv, "--lr 0.5", folder=broken)
 
 
-def test_a_plan_of_a_run_that_resumes_changes_nothing(broken):
+@pytest.mark.parametrize("how", [[], ["auto"]])
+def test_a_plan_of_a_run_that_resumes_changes_nothing(how, broken):
     before = content_of(broken)
-    code, out, err = call(["--resume", "--save_dir", broken, "--dry_run"])
+    code, out, err = call(["--resume", *how, "--save_dir", broken, "--dry_run"])
     assert (code, err) == (0, "")
     assert "3 states" in out
     assert content_of(broken) == before

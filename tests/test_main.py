@@ -30,6 +30,7 @@ from micro import assert_same_tensors, largest_difference, load, metrics, record
 
 import main_imp_fillback as entry
 from engine.folder import make_save_dir
+from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "main_imp_fillback.py"
@@ -370,6 +371,51 @@ def test_a_finished_run_resumes_to_itself(run, copied):
     again = run("--resume", name="copied", base=())
     assert digests(copied, skip=("run.log", "run.lock", "args.yaml")) == before
     assert "Remaining weights" in again.out
+
+
+def test_one_command_starts_a_run_goes_on_with_it_and_leaves_it_when_it_is_complete(broken, run):
+    flags = ("--struct", "refill", "--fillback_rate", "0.4", "--pruning_times", "2", "--resume", "auto")
+    for point in ((0, 0, 2), (1, 1, 0)):  # the first time before there is any checkpoint
+        half = broken(point, *flags)
+        assert f"--resume auto: {half.dir} holds no checkpoint yet; the run starts" in half.out
+    again = run(*flags, name="broken", base=[*MICRO, "--print_freq", "1"])
+    assert "resumed at state 1, step 3 of 6" in again.out
+    assert "no checkpoint" not in again.out
+    assert_same_outcome(again.dir, run(*flags[:-2]).dir)
+
+    assert "Remaining weights" in run(*flags, name="broken").out  # its report is not written yet
+    (again.dir / "report.html").write_text("")
+    before = digests(again.dir)
+    assert run(*flags, name="broken").out == f"{again.dir} is complete: all its states are trained; nothing to do\n"
+    assert run("--resume", "auto", name="broken", base=()).out.count("\n") == 1
+    assert digests(again.dir) == before
+    more = (*flags, "--pruning_times", "3")
+    for _ in range(2):  # the second time because the report is of two states
+        assert "resumed at state " in run(*more, name="broken").out
+
+
+def test_a_name_is_one_folder_however_often_it_is_given(capsys):
+    Path("auto.yaml").write_text("resume: auto\nexp_name: one\n")
+    for said in ("the run starts", "resumed at state 1, step 0 of 3"):
+        assert call([*MICRO, *words("--pruning_times 1 --epochs 1 --config auto.yaml")]) == 0
+        assert said in capsys.readouterr().out
+    assert os.listdir("results") == ["one"]
+    assert yaml.safe_load(Path("results/one/args.yaml").read_text())["resume"] is False
+
+
+def test_a_checkpoint_that_comes_while_a_run_starts_is_not_lost(tmp_path):
+    args = entry.parse_args([*MICRO, "--save_dir", str(tmp_path), "--resume", "auto"])
+    for name in ("args.yaml", "checkpoint.pt"):
+        (tmp_path / name).write_text("of another process")
+    with pytest.raises(RunError, match="has just got a checkpoint"):
+        make_save_dir(args)
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.prev.pt")
+    with pytest.raises(RunError, match="has just got a checkpoint"):
+        make_save_dir(args)
+    assert (tmp_path / "args.yaml").exists()
+    (tmp_path / "checkpoint.prev.pt").unlink()
+    make_save_dir(args).release()
+    assert not (tmp_path / "args.yaml").exists()
 
 
 def test_a_changed_rewind_file_is_refused(run, copied):

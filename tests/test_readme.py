@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from micro import call
+from torch.distributed.run import parse_args as parse_torchrun
 
 import export
+import main_imp_fillback as entry
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +39,20 @@ def commands(readme):
 
 
 def words(command):
-    """What follows the program's name."""
-    return shlex.split(command.rpartition("&& ")[2])[2:]
+    """What follows the program's name; torchrun's own flags are read by torchrun."""
+    launcher, *rest = shlex.split(command.rpartition("&& ")[2])
+    return parse_torchrun(rest).training_script_args if launcher == "torchrun" else rest[1:]
+
+
+def assert_shared(argv, torchrun, monkeypatch):
+    """The processes of this call of torchrun can share the batch."""
+    found = parse_torchrun(torchrun)
+    assert Path(found.training_script).name == "main_imp_fillback.py"
+    size = int(found.nnodes.partition(":")[0]) * int(found.nproc_per_node)
+    assert size > 1
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(size))
+        entry.parse_args(argv)
 
 
 def plans(argv, capsys):
@@ -53,8 +68,11 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures have tests of their own
     monkeypatch.chdir(ROOT)
     for command in TRAINING:
-        if "--resume" not in command and "--list_archs" not in command:
+        if not re.search("--resume(?! auto)|--list_archs", command):
             plans(words(command), capsys)
+        if command.startswith("torchrun"):
+            assert_shared(words(command), shlex.split(command)[1:], monkeypatch)
+    assert sum(command.startswith("torchrun") for command in TRAINING) == 3
     assert TRAINING[0].startswith("source setup_env.sh && python main_imp_fillback.py ")
     assert call([*words(TRAINING[0]), *SMALL, "--img_size", 8, "--no-export", "--save_dir", tmp_path / "run"]) == 0
     assert "state 1 done" in capsys.readouterr().out
@@ -108,9 +126,63 @@ def test_scripts_start_what_plans(tmp_path, monkeypatch, capsys):
                 plans([*argv, "--save_dir", tmp_path / "unused"], capsys)
 
 
+SLURM = {  # what the batch script calls, in the place of Slurm and torchrun
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "scontrol $*" >>calls; fi',
+    "scancel": 'echo "scancel $*" >>calls; kill -TERM "$(cat pid)"',
+    "srun": 'exec "$@"',
+    "torchrun": 'printf "%s\\0" "$@" >argv; echo $$ >pid; mv argv started; [ -z "$WAITS" ] || exec sleep 30',
+}
+
+
+@pytest.fixture
+def batch_job(tmp_path):
+    """batch_job(WAITS="yes") -> the started batch script of the README, with small programs for Slurm and torchrun."""
+    (script,) = blocks("README.md", "sh")
+    (tmp_path / "job.sh").write_text(script)
+    (tmp_path / "setup_env.sh").write_text("")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, code in SLURM.items():
+        (tools / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tools / name).chmod(0o755)
+
+    def start(**environment):
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
+        environment = {"WAITS": "", **slurm, "PATH": f"{tools}:{os.environ['PATH']}", **environment}
+        return subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, start_new_session=True)
+
+    return start
+
+
+def test_the_batch_script_starts_what_plans(batch_job, tmp_path, monkeypatch, capsys):
+    subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-e", "SC1091", tmp_path / "job.sh"], check=True)
+    assert batch_job().wait(30) == 0
+    torchrun = (tmp_path / "started").read_text().split("\0")[:-1]
+    found = parse_torchrun(torchrun)
+    assert (found.nnodes, found.rdzv_endpoint, found.rdzv_id) == ("2", "node7:29500", "7")
+    assert_shared(found.training_script_args, torchrun, monkeypatch)
+    monkeypatch.chdir(ROOT)
+    plans(found.training_script_args, capsys)
+    assert not (tmp_path / "calls").exists()
+
+
+def test_the_batch_script_ends_torchrun_and_then_queues_itself_again(batch_job, tmp_path):
+    job = batch_job(WAITS="yes")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 128 + signal.SIGUSR1
+    assert (tmp_path / "calls").read_text().splitlines() == ["scancel --signal=TERM 7", "scontrol requeue 7"]
+
+
 def test_both_languages_show_the_same_commands():
     assert commands(READMES[0]) == commands(READMES[1])
-    assert blocks(READMES[0], "python") == blocks(READMES[1], "python")
+    for language in ("python", "sh"):
+        assert blocks(READMES[0], language) == blocks(READMES[1], language)
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -535,7 +535,7 @@ def test_a_second_process_on_the_folder_of_a_run_is_refused(folder, launch, resu
     resume("imp", (at, "step", 1, 4, kill))
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
     lock = RunLock(folder)
-    for argv in (["--resume"], [*BASE, "--overwrite"]):
+    for argv in (["--resume"], ["--resume", "auto"], [*BASE, "--overwrite"]):
         refused = launch([*argv, "--save_dir", folder])
         assert refused.code == 2
         assert refused.err.count("\n") == 1, refused.err
@@ -600,3 +600,15 @@ def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(folder
     assert refused.err.count("\n") == 1, refused.err
     assert str(folder) in refused.err
     assert "--overwrite" in refused.err  # without it the folder holds another run
+
+
+def test_two_processes_do_not_start_one_run(folder, launch, whole):
+    auto = [*BASE, *MODES["imp"], "--save_dir", folder, "--resume", "auto"]
+    assert launch(auto, (at, "step", 0, 2, kill)).code == -signal.SIGKILL
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
+    lock = RunLock(folder)
+    refused = launch(auto)
+    assert (refused.code, f"process {os.getpid()} on" in refused.err) == (2, True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
+    lock.release()
+    assert_finishes_alike(launch(auto), folder, whole("imp"))

@@ -16,6 +16,7 @@ import packaging
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.run import parse_args as parse_torchrun
 
 from benchmarks.compare_commits import differences
 
@@ -160,6 +161,51 @@ def test_run_environment_overrides_every_setting_and_extra_arguments_come_last(p
     assert shown(project, *extra, **dict(word.split("=") for word in environ)) == expected + extra
     assert project.bash("run_vit_rsst.sh", PRETRAINED="True")[:2] == (2, "")
     assert project.bash("run_vit_rsst.sh", SHOW_STATUS=5)[0] == 5  # that of the program
+
+
+# several processes
+
+
+@pytest.fixture
+def launcher(project, tmp_path):
+    """The environment's Python finds this torchrun, which shows how it was called."""
+    for package in ("torch", "torch/distributed"):
+        write(tmp_path / "stub" / package / "__init__.py", "")
+    write(tmp_path / "stub" / "torch" / "distributed" / "run.py", SHOW)
+    project.environ["PYTHONPATH"] = tmp_path / "stub"
+
+
+@pytest.mark.usefixtures("launcher")
+@pytest.mark.parametrize("script", ["run_vit_rsst.sh", "launch_experiment.sh"])
+def test_nproc_puts_torchrun_before_the_same_command(project, script):
+    words = LAUNCH_ARGUMENTS if script.startswith("launch") else ["--lr", "1"]
+
+    def started(**environ):
+        status, out, err = project.bash(script, *words, **environ)
+        assert (status, err) == (0, "")
+        (log,) = project.logs.iterdir() if project.logs.exists() else [None]
+        arrived = json.loads(log.read_text() if log else out.splitlines()[1])
+        shutil.rmtree(project.logs, ignore_errors=True)
+        return re.search(r"^(?:command +)?(python .*)$", out, re.MULTILINE)[1], arrived
+
+    command, flags = started()
+    assert started(NPROC="1") == started(NPROC="") == (command, flags)
+    torchrun = ["--standalone", "--nproc_per_node=12"]
+    program = f"python -m torch.distributed.run {' '.join(torchrun)} "
+    assert started(NPROC="12") == (
+        command.replace("python ", program, 1),
+        [*torchrun, "main_imp_fillback.py", *flags],
+    )
+    parsed = parse_torchrun([*torchrun, "main_imp_fillback.py", *flags])
+    assert (parsed.nproc_per_node, parsed.training_script_args) == ("12", flags)
+
+
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", "08", "2 2"])
+def test_nproc_is_a_number_of_processes(project, value):
+    for script in ("run_vit_rsst.sh", "launch_experiment.sh"):
+        status, out, err = project.bash(script, NPROC=value)
+        assert (status, out, project.logs.exists()) == (2, "", False)
+        assert err.splitlines()[0] == f"{script}: NPROC is '{value}', must be a whole number of at least 1"
 
 
 # launch_experiment.sh
