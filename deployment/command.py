@@ -1,0 +1,103 @@
+"""The command line of export.py: flags in, files in `model/` and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import utils
+from dataset import DATASETS, DataError, load_dataset, make_batches
+from deployment.compaction import compact
+from deployment.folder import check_folder, load, proof_line, write
+from deployment.onnx_file import check_onnx, to_onnx
+from deployment.source import masked_from_checkpoint, masked_from_run, run_provenance
+from deployment.speed import latency_table, size_table
+from engine.evaluation import accuracy
+from families import family_of
+from models import BUILDERS
+from utils import RunError
+
+log = logging.getLogger("export")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
+    parser = utils.OneLineParser(description=what)
+    parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
+    parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
+    parser.add_argument("--latency", action="store_true", help="time dense against removed")
+    parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
+    parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
+    parser.add_argument("--data", help="folder of the data; the run's own when not given")
+    parser.add_argument("--from_checkpoint", metavar="FILE", help="a state dict with weight_orig and weight_mask pairs")
+    parser.add_argument("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.run_dir) == bool(args.from_checkpoint):
+        parser.error("give the folder of a finished run, or --from_checkpoint FILE")
+    if args.from_checkpoint and not (args.arch and args.out):
+        parser.error("--from_checkpoint: needs --arch ARCH and --out DIR")
+    if args.run_dir and args.arch:
+        parser.error(f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own")
+    if args.from_checkpoint and not args.dataset and (args.evaluate or args.data):
+        parser.error("--evaluate and --data: need --dataset NAME with --from_checkpoint")
+    utils.start_logging()
+    try:
+        _export(args)
+    except (RunError, DataError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.onnx:
+        check_onnx()
+    if args.out:
+        check_folder(Path(args.out))
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+        masked, kept, run, metrics = masked_from_run(run_dir)
+        dataset, data = args.dataset or run.dataset, args.data or run.data
+        val_fraction, workers, folder = run.val_fraction, run.workers, Path(args.out or run_dir / "model")
+        provenance = run_provenance(run)
+    else:
+        masked, kept, metrics = masked_from_checkpoint(Path(args.from_checkpoint), args.arch), None, {}
+        dataset, data, val_fraction, workers = args.dataset, args.data or "data", 0.1, 0
+        folder = Path(args.out)
+        provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
+    device = utils.pick_device(args.device)
+    masked, size = masked.to(device), family_of(masked).image_size(masked)
+    if args.run_dir or args.dataset:
+        splits = load_dataset(dataset, data, size, val_fraction)
+        facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential()
+        if facts.classes != masked.num_classes:
+            raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
+    else:
+        # without the data, random images prove the same function
+        facts = None
+        noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+        batches = [(noise, torch.zeros(64, dtype=torch.long))]
+    if args.evaluate:
+        test = make_batches(splits.test, facts, 256, device, workers=workers)
+        metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
+        log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
+    small = write(folder, masked, kept, batches, facts, provenance, metrics)
+    log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
+    if args.onnx:
+        worst = to_onnx(load(folder), folder / "model.onnx")
+        log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
+    if args.latency:
+        table = latency_table(masked, small)
+        log.info(table)
+        utils.write_text(folder / "latency.txt", table + "\n")

@@ -1,0 +1,141 @@
+"""`model/` on disk and back: a model that was proven to compute the same goes in, `load` gives it back.
+
+model.safetensors and config.json vouch for one another; no file holds pickled code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import utils
+from dataset import DatasetFacts
+from deployment.card import model_card
+from deployment.compaction import compact, macs, parity
+from families import family_of, family_of_config
+from pruning.removal import remove_units
+from pruning.units import Kept, count_parameters
+from utils import RunError
+
+
+def write(
+    folder: Path,
+    masked: nn.Module,
+    kept: Kept | None,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    facts: DatasetFacts | None,
+    provenance: Mapping,
+    metrics: Mapping,
+) -> nn.Module:
+    """Write `model/` and return the small model; nothing is written when it computes something else.
+
+    Args:
+        masked: the dense-shaped model with pruned weights at zero.
+        kept: as in `compact`.
+        batches: validation images for the proof.
+        provenance, metrics: plain values for config.json and the card.
+
+    Raises:
+        RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float32.
+    """
+    small, kept = compact(masked, kept)
+    proof = parity(masked, small, batches)
+    if not proof["max_difference_float32"] <= proof["bound_float32"]:
+        raise RunError(
+            f"the removed model differs from the masked one by {proof['max_difference_float32']:.2g} "
+            f"(allowed: {proof['bound_float32']:.2g}); not exported",
+            code=1,
+        )
+    config = describe(small, kept, facts)
+    config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
+    config["macs"] = {"dense": macs(masked), "removed": macs(small)}
+    config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
+    # each file vouches for the other: the weights carry the config's digest, the config theirs
+    blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
+    config["sha256"] = hashlib.sha256(blob).hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.onnx", "latency.txt"):
+            (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror}; the run itself is complete", code=1) from error
+    utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
+    utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
+    utils.write_text(folder / "README.md", model_card(config, proof))
+    return small
+
+
+def check_folder(folder: Path) -> None:
+    """Raise early when `folder` could not be made or written."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"--out {folder}: {there} is not a folder that can be written; choose another")
+
+
+def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
+    """A removed model as plain values, enough to build it again (its family's share) and to feed it images."""
+    config = family_of(small).describe(small, kept)
+    mean, std = ([], []) if facts is None else (facts.mean, facts.std)
+    # per channel; grey images become three equal ones
+    config["mean"] = list(mean) * (3 // len(mean)) if mean else None
+    config["std"] = list(std) * (3 // len(std)) if std else None
+    return config
+
+
+def _digest(config: Mapping) -> str:
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The exported model, in eval mode on the CPU; images are normalised by `mean` and `std` of config.json.
+
+    Raises:
+        RunError: a file is missing, truncated or not the one that was written.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = family_of_config(config)
+    model, kept = family.rebuild(config)
+    remove_units(model, family.units(model), kept)
+    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return model.eval()
+
+
+def read_config(folder: Path) -> dict:
+    """config.json, checked against model.safetensors in both directions."""
+    weights = folder / "model.safetensors"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        blob_digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        with safe_open(str(weights), framework="pt") as file:
+            config_digest = (file.metadata() or {}).get("config_sha256")
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror}; is {folder} an exported model/ folder?"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder / 'config.json'} is damaged ({error}); export again") from error
+    except SafetensorError as error:
+        raise RunError(f"{weights} is damaged ({error}); export again") from error
+    if not isinstance(config, dict) or config.get("sha256") != blob_digest or config_digest != _digest(config):
+        raise RunError(f"{folder}: model.safetensors and config.json do not belong together; one was changed")
+    return config
+
+
+def proof_line(folder: Path) -> str:
+    """What parity.json says, in a sentence."""
+    proof = json.loads((folder / "parity.json").read_text())
+    return (
+        f"{folder}: the removed model differs from the masked one by {proof['max_difference_float32']:.2g} in float32, "
+        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images"
+    )

@@ -1,0 +1,69 @@
+"""Where a model to export comes from: the folder of a finished run or a foreign checkpoint in, the masked model out."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from torch import Tensor, nn
+
+import utils
+from dataset import dataset_facts
+from models import from_flags, from_weights, load_weights
+from models.vit import MisfitError
+from pruning.masks import plain_weights
+from utils import RunError
+
+
+def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | None, argparse.Namespace, dict]:
+    """The selected model of a run, its kept units (None for element-wise runs), its flags and its metrics."""
+    damaged = (OSError, yaml.YAMLError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+    try:
+        args = argparse.Namespace(**yaml.safe_load((run_dir / "args.yaml").read_text()))
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        best = utils.load_tensors(run_dir / "best.pt", "best.pt")
+        if len(rows) != args.pruning_times * args.epochs or best["state"] != rows[-1]["state"]:
+            raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
+        with open(run_dir / "states.csv", newline="", encoding="utf-8") as file:
+            last = list(csv.DictReader(file))[-1]
+        metrics = {"val_accuracy": best["accuracy"], "test_accuracy": float(last["test_accuracy"])}
+        return _model_of_run(args, best["weights"]), best["kept"] or None, args, metrics
+    except damaged as error:
+        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
+
+
+def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model that the run's flags describe, with these weights."""
+    model = from_flags(args, dataset_facts(args.dataset, args.data), weights=False)
+    try:
+        load_weights(model, args.arch, weights)
+    except MisfitError as error:
+        raise RunError(str(error)) from error
+    return model.eval()
+
+
+def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
+    """A model from a state dict of `torch.nn.utils.prune`, with its masks applied."""
+    content = utils.load_state_file(path, "--from_checkpoint")
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    try:
+        weights = plain_weights(tensors)
+    except RuntimeError as error:
+        raise RunError(f"--from_checkpoint {path}: a mask does not fit its weight ({error})") from error
+    try:
+        return from_weights(arch, {name.removeprefix("module."): value for name, value in weights.items()})
+    except MisfitError as error:
+        raise RunError(str(error)) from error
+
+
+def run_provenance(run: argparse.Namespace) -> dict:
+    """What made a model, for its config.json and card."""
+    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed")
+    found = {name: getattr(run, name) for name in names}
+    if run.vit_structured:
+        found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
+    return found
