@@ -3,6 +3,7 @@
 
     python export.py results/NAME                              writes results/NAME/model/
     python export.py results/NAME --onnx --latency             and model.onnx, and a table of speeds
+    python export.py results/NAME --fold --torch_export        a variant for inference, and model.pt2
     python export.py results/NAME --evaluate                   accuracy on the run's test images
     python export.py --from_checkpoint model.pth.tar --arch vit_small --out model
 
@@ -21,7 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from deployment.card import model_card
 from deployment.command import main
 from deployment.compaction import compact, macs, parity
-from deployment.folder import check_folder, describe, load, proof_line, read_config, write
+from deployment.compiled import aot_package, compiled, torch_export
+from deployment.folder import check_folder, describe, load, proof_line, read_config, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
 from deployment.source import run_provenance
 from deployment.speed import latency_table, size_table, throughput
@@ -31,9 +33,11 @@ from families.cards import LOADING_SNIPPETS
 __all__ = [
     "LOADING_SNIPPETS",
     "accuracy",
+    "aot_package",
     "check_folder",
     "check_onnx",
     "compact",
+    "compiled",
     "describe",
     "latency_table",
     "load",
@@ -47,7 +51,9 @@ __all__ = [
     "size_table",
     "throughput",
     "to_onnx",
+    "torch_export",
     "write",
+    "write_folded",
 ]
 
 if __name__ == "__main__":

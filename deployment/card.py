@@ -22,10 +22,11 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
     if config["mean"] is None:
         normalisation = "How its images are normalised is not known: the weights came without their data set."
+    which = "folded" if "folded" in config else "removed"
     left, loading = family_of_config(config).card(config)
     return (
         f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
-        f"The removed model computes what the masked one does: largest difference "
+        f"The {which} model computes what the masked one does: largest difference "
         f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
         f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
         f"{facts}\n\n{normalisation}\n\n{loading}"

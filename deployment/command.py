@@ -12,7 +12,8 @@ import torch
 import utils
 from dataset import DATASETS, DataError, load_dataset, make_batches
 from deployment.compaction import compact
-from deployment.folder import check_folder, load, proof_line, write
+from deployment.compiled import aot_package, check_compiler, compiled, torch_export
+from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
 from deployment.source import masked_from_checkpoint, masked_from_run, run_provenance
 from deployment.speed import latency_table, size_table
@@ -30,6 +31,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
     parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="write folded/ too, the same function without what inference can do without: batch norms go into the "
+        "convolutions before them, LayerScale into projections; --onnx, --torch_export and --aot then start from it",
+    )
+    parser.add_argument(
+        "--torch_export", action="store_true", help="write model.pt2, torch.export's program for any batch"
+    )
+    parser.add_argument(
+        "--aot", action="store_true", help="write model_aot.pt2, machine code by AOTInductor (needs a C++ compiler)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with --latency: time torch.compile, too (needs a C++ compiler)"
+    )
     parser.add_argument("--latency", action="store_true", help="time dense against removed")
     parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
     parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
@@ -51,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own")
     if args.from_checkpoint and not args.dataset and (args.evaluate or args.data):
         parser.error("--evaluate and --data: need --dataset NAME with --from_checkpoint")
+    if args.compile and not args.latency:
+        parser.error("--compile: is timed by --latency; add it, or leave this out")
     utils.start_logging()
     try:
         _export(args)
@@ -63,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
 def _export(args: argparse.Namespace) -> None:
     if args.onnx:
         check_onnx()
+    for flag, wanted in (("--aot", args.aot), ("--compile", args.compile)):
+        if wanted:
+            check_compiler(flag)
     if args.out:
         check_folder(Path(args.out))
     if args.run_dir:
@@ -80,24 +101,45 @@ def _export(args: argparse.Namespace) -> None:
     masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
         splits = load_dataset(dataset, data, size, val_fraction)
-        facts, batches = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential()
+        facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
         # without the data, random images prove the same function
         facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
-        batches = [(noise, torch.zeros(64, dtype=torch.long))]
+        proving = [(noise, torch.zeros(64, dtype=torch.long))].copy
     if args.evaluate:
         test = make_batches(splits.test, facts, 256, device, workers=workers)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
         log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
-    small = write(folder, masked, kept, batches, facts, provenance, metrics)
+    if args.fold:
+        foldable(masked)
+    small = write(folder, masked, kept, proving(), facts, provenance, metrics)
     log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
-    if args.onnx:
-        worst = to_onnx(load(folder), folder / "model.onnx")
-        log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
+    variants = {}
+    if args.fold:
+        variants["folded"] = write_folded(folder, masked, kept, proving())
+        log.info(proof_line(folder / FOLDED))
+    if args.onnx or args.torch_export or args.aot:
+        _write_programs(args, folder)
+    if args.compile:
+        variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
-        table = latency_table(masked, small)
+        table = latency_table(masked, small, variants=variants)
         log.info(table)
         utils.write_text(folder / "latency.txt", table + "\n")
+
+
+def _write_programs(args: argparse.Namespace, folder: Path) -> None:
+    """What runs without this program, from the folded network where there is one."""
+    model = load(folder / FOLDED if args.fold else folder)
+    if args.onnx:
+        worst = to_onnx(model, folder / "model.onnx")
+        log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
+    if args.torch_export:
+        worst = torch_export(model, folder / "model.pt2")
+        log.info(f"{folder / 'model.pt2'}: torch.export's program differs by {worst:.2g} at batch 1 and 3")
+    if args.aot:
+        worst = aot_package(model, folder / "model_aot.pt2")
+        log.info(f"{folder / 'model_aot.pt2'}: AOTInductor's code differs by {worst:.2g} at batch 1 and 3")

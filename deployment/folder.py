@@ -5,9 +5,11 @@ model.safetensors and config.json vouch for one another; no file holds pickled c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from families import family_of, family_of_config
 from pruning.removal import remove_units
 from pruning.units import Kept, count_parameters
 from utils import RunError
+
+FOLDED = "folded"  # the folder of that variant inside of model/
+FOLLOWING = ("model.onnx", "model.pt2", "model_aot.pt2", "latency.txt")  # made from a model/ that is there
 
 
 def write(
@@ -46,32 +51,74 @@ def write(
         RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float32.
     """
     small, kept = compact(masked, kept)
-    proof = parity(masked, small, batches)
-    if not proof["max_difference_float32"] <= proof["bound_float32"]:
-        raise RunError(
-            f"the removed model differs from the masked one by {proof['max_difference_float32']:.2g} "
-            f"(allowed: {proof['bound_float32']:.2g}); not exported",
-            code=1,
-        )
+    proof = _proven("removed", masked, small, batches)
     config = describe(small, kept, facts)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(masked), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
+    _write_files(folder, small, config, proof)
+    return small
+
+
+def write_folded(
+    folder: Path, masked: nn.Module, kept: Kept | None, batches: Iterable[tuple[Tensor, Tensor]]
+) -> nn.Module:
+    """Write `model/folded/` beside the `model/` that `write` wrote, and return the folded model.
+
+    It is the removed model without what inference can do without (`Family.fold_`): batch norms, LayerScale. Its weights
+    are products, rounded once more to float32, which the difference in float64 shows.
+
+    Raises:
+        RunError: nothing is there to fold; or its logits differ from the masked model's by more than `write` allows.
+    """
+    folded, config = compact(masked, kept)[0], read_config(folder)
+    config["folded"] = foldable(folded, in_place=True)
+    proof = _proven("folded", masked, folded, batches)
+    config["parameters"]["removed"], config["macs"]["removed"] = count_parameters(folded), macs(folded)
+    _write_files(folder / FOLDED, folded, config, proof)
+    return folded
+
+
+def foldable(model: nn.Module, in_place: bool = False) -> list[str]:
+    """What `--fold` folds into the weights before it, by name.
+
+    Raises:
+        RunError: nothing.
+    """
+    names = family_of(model).fold_(model if in_place else copy.deepcopy(model))
+    if not names:
+        raise RunError("--fold: this model has no batch norm and no LayerScale to fold; leave it out")
+    return names
+
+
+def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    proof = parity(masked, model, batches)
+    if not proof["max_difference_float32"] <= proof["bound_float32"]:
+        raise RunError(
+            f"the {what} model differs from the masked one by {proof['max_difference_float32']:.2g} "
+            f"(allowed: {proof['bound_float32']:.2g}); not exported",
+            code=1,
+        )
+    return proof
+
+
+def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping) -> None:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     # each file vouches for the other: the weights carry the config's digest, the config theirs
     blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
     config["sha256"] = hashlib.sha256(blob).hexdigest()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.onnx", "latency.txt"):
+        for name in FOLLOWING:
             (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
+        if (folder / FOLDED).is_dir():
+            shutil.rmtree(folder / FOLDED)
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; the run itself is complete", code=1) from error
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
     utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
     utils.write_text(folder / "README.md", model_card(config, proof))
-    return small
 
 
 def check_folder(folder: Path) -> None:
@@ -107,6 +154,8 @@ def load(folder: str | Path) -> nn.Module:
     family = family_of_config(config)
     model, kept = family.rebuild(config)
     remove_units(model, family.units(model), kept)
+    if "folded" in config:
+        family.fold_(model)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
     return model.eval()
 

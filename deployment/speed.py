@@ -59,12 +59,18 @@ def _synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def latency_table(dense: nn.Module, small: nn.Module, batch_sizes: Iterable[int] = (1, 8, 64)) -> str:
-    """Speed of the removed model over the dense one, beside the limit that the MACs set."""
+def latency_table(
+    dense: nn.Module,
+    small: nn.Module,
+    batch_sizes: Iterable[int] = (1, 8, 64),
+    variants: Mapping[str, nn.Module] | None = None,
+) -> str:
+    """Speed of the removed model over the dense one, beside the limit that the MACs set; then that of its variants."""
+    variants = variants or {}
     limit = macs(dense) / max(1, macs(small))
     rows = []
     for batch_size in batch_sizes:
-        speed = throughput({"dense": dense, "removed": small}, batch_size, repeats=15)
+        speed = throughput({"dense": dense, "removed": small, **variants}, batch_size, repeats=15)
         gain = speed["removed"] / speed["dense"]
         rows.append(
             {
@@ -74,6 +80,8 @@ def latency_table(dense: nn.Module, small: nn.Module, batch_sizes: Iterable[int]
                 "faster": f"{gain:.2f}x",
                 "MACs limit": f"{limit:.2f}x",
                 "of limit": f"{100 * gain / limit:.0f}%",
+                **{f"{name} ms": f"{1000 * batch_size / speed[name]:.2f}" for name in variants},
+                **{f"{name} faster": f"{speed[name] / speed['dense']:.2f}x" for name in variants},
             }
         )
     device = next(dense.parameters()).device

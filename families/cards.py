@@ -36,6 +36,11 @@ LOADING_SNIPPETS = {
     "vit": _SNIPPET.format(build='model = timm.models.vision_transformer.VisionTransformer(**config["vit"])'),
     "timm": _SNIPPET.format(build='model = timm.create_model(**config["timm"])'),
 }
+# The factors at the end of branches are in the weights before them.
+_FOLDED = """
+for name in config["folded"]:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Identity() if leaf.startswith("ls") else None)"""
 
 # Any class of attention and MLP: every tensor as small as it was saved, and the attention told its heads.
 _BY_SHAPE = """\
@@ -46,7 +51,7 @@ from torch import nn
 {classes}
 with open("config.json") as file:
     config = json.load(file)
-model, weights = timm.create_model(**config["timm"]), load_file("model.safetensors")
+model, weights = timm.create_model(**config["timm"]), load_file("model.safetensors"){folded}
 for name, tensor in weights.items():
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
@@ -61,6 +66,7 @@ model.eval()
 """
 _PLAIN = {
     "imports": "",
+    "folded": "",
     "classes": "",
     "norms": "",
     "attentions": 'attentions = [module for name, module in model.named_modules() if name.endswith(".attn")]',
@@ -158,9 +164,11 @@ def traits_of(model: nn.Module) -> dict[str, list[str]]:
 
 def loading_lines(config: Mapping) -> str:
     """The snippet for an exported model's config.json."""
+    folded = _FOLDED if "folded" in config else ""
     if "modules" not in config:
-        return LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
-    places = dict(_PLAIN)
+        plain = LOADING_SNIPPETS["vit" if "vit" in config else "timm"]
+        return plain.replace("\nfor block,", f"{folded}\nfor block,")
+    places = {**_PLAIN, "folded": folded}
     for name in config["modules"]:
         for place, text in _TRAITS.get(name, {}).items():
             places[place] = text if place in ("imports", "attentions") else places[place] + text
