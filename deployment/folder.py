@@ -57,13 +57,10 @@ def write(
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(masked), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in small.state_dict().items()}
-    # each file vouches for the other: the weights carry the config's digest, the config theirs
-    blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
-    config["sha256"] = hashlib.sha256(blob).hexdigest()
+    config, blob = seal(config, small.state_dict())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.onnx", "latency.txt"):
+        for name in ("model.onnx", "model_int8.onnx", "model_int8_dynamic.onnx", "onnx.csv", "latency.txt"):
             (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; the run itself is complete", code=1) from error
@@ -72,6 +69,14 @@ def write(
     utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
     utils.write_text(folder / "README.md", model_card(config, proof))
     return small
+
+
+def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
+    """config.json's and model.safetensors' content, each vouching for the other: the weights carry the config's digest,
+    the config theirs."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    blob = save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)})
+    return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
 
 
 def check_folder(folder: Path) -> None:
