@@ -27,7 +27,15 @@ from pruning.units import Kept, count_parameters
 from utils import RunError
 
 FOLDED = "folded"  # the folder of that variant inside of model/
-FOLLOWING = ("model.onnx", "model.pt2", "model_aot.pt2", "latency.txt")  # made from a model/ that is there
+FOLLOWING = (  # made from a model/ that is there
+    "model.onnx",
+    "model_int8.onnx",
+    "model_int8_dynamic.onnx",
+    "onnx.csv",
+    "model.pt2",
+    "model_aot.pt2",
+    "latency.txt",
+)
 
 
 def write(
@@ -103,10 +111,7 @@ def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tu
 
 
 def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # each file vouches for the other: the weights carry the config's digest, the config theirs
-    blob = save(weights, metadata={"format": "pt", "config_sha256": _digest(config)})
-    config["sha256"] = hashlib.sha256(blob).hexdigest()
+    config, blob = seal(config, model.state_dict())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in FOLLOWING:
@@ -119,6 +124,14 @@ def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping) -
     utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
     utils.write_text(folder / "README.md", model_card(config, proof))
+
+
+def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
+    """config.json's and model.safetensors' content, each vouching for the other: the weights carry the config's digest,
+    the config theirs."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    blob = save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)})
+    return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
 
 
 def check_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import utils
 from dataset import dataset_facts
+from deployment.folder import load
+from engine.distill import named_teacher
 from models import from_flags, from_weights, load_weights
 from models.vit import MisfitError
 from pruning.masks import plain_weights
@@ -44,6 +47,28 @@ def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn
     except MisfitError as error:
         raise RunError(str(error)) from error
     return model.eval()
+
+
+def full_network(
+    run_dir: Path, masked: nn.Module, args: argparse.Namespace, dense: str | None, size: int
+) -> tuple[str, nn.Module]:
+    """The network of full size that stands beside the small one, and "dense" or "masked", which it is.
+
+    Dense is what `--dense` names, or the selected model of state 0 where the run has kept it as its teacher. Other runs
+    have kept no dense weights: their network of full size is the masked one, which computes what the small one does.
+
+    Raises:
+        RunError: `--dense` does not classify these images into these classes.
+    """
+    kept = run_dir / "teacher.pt"
+    if dense is None and not kept.exists():
+        return "masked", copy.deepcopy(masked).cpu()
+    named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0})
+    try:
+        model = named_teacher(named, dataset_facts(args.dataset, args.data), size, load)
+    except RunError as error:
+        raise RunError(str(error).replace("--teacher", "--dense", 1)) from error
+    return "dense", model.eval()
 
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
