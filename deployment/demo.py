@@ -41,7 +41,7 @@ _FASHION = ("T-shirt", "Trousers", "Pullover", "Dress", "Coat", "Sandal", "Shirt
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CLASSES = {"digits": tuple("0123456789"), "fashionmnist": _FASHION, "cifar10": _CIFAR10}
 # how an image of another size becomes one of the data set's: see `seen` in demo_page/image.mjs
-FITS = {"digits": "ink", "fashionmnist": "contain", "cifar10": "square", "cifar100": "square"}
+FITS = {"digits": "ink", "fashionmnist": "trim", "cifar10": "square", "cifar100": "square"}
 
 
 TITLES = {"dense": "Dense", "masked": "Full size"}  # of the network beside the pruned one
