@@ -217,7 +217,7 @@ def _export(args: argparse.Namespace) -> None:
         utils.write_text(folder / "latency.txt", table + "\n")
     classes = class_names(dataset, data, facts.classes) if facts else ()
     if args.demo is not None:
-        shown = [Shown(TITLES[name], full), Shown("Pruned", load(folder))]
+        shown = [Shown(TITLES[name], full), Shown("Pruned", load(folder), folder / "model.onnx" if args.onnx else None)]
         shown += [Shown("Pruned, int8", shown[1].model, folder / INT8_FILES["static"])] if args.int8 else []
         words = page_words(provenance["arch"], dataset, name)
         page = _demo_folder(args)

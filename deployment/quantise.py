@@ -108,7 +108,7 @@ def _quantise_static(source: Path, target: Path, images: Iterable[Tensor]) -> No
         raise RunError("--int8: no training image to calibrate on; give --dataset NAME and --data DIR that has some")
     # Outputs of matrix products go on in float32: requantising them costs accuracy and, on a CPU, time. Convolutions
     # have int8 kernels only from int8 to int8.
-    options = {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
+    options = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
     kinds, left_out = _layers(source)
     quantize_static(
         source,
@@ -149,13 +149,15 @@ def _layers(path: Path) -> tuple[list[str], list[str]]:
     """
     import onnx
 
-    nodes = onnx.load(str(path)).graph.node
-    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
-    matrices = [node.name for node in nodes if node.op_type in ("MatMul", "Gemm")]
+    graph = onnx.load(str(path)).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
+    matrices = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    products = [node.name for node in matrices if node.input[1] not in weights]
     kinds = ["MatMul", "Gemm"]
     if len(convolutions) > 1:  # between int8 convolutions, sums and activations stay in int8 as well
         kinds += ["Conv", "Add", "Relu"]
-    return kinds, convolutions[:1] + matrices[-1:]
+    return kinds, [*products, *convolutions[:1], matrices[-1].name]
 
 
 def _noise(path: Path) -> np.ndarray:

@@ -4,7 +4,6 @@ import ast
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -13,13 +12,12 @@ import time
 import pytest
 import torch
 import yaml
-from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, furnish, rows_of, vit_micro
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, assert_one_line, linked, rows_of, vit_micro
 from references import assert_same_function, assert_same_tensors, clones, masked_by_hand, masks_by_hand, vit_places
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 import export
-import main_imp_fillback
 import models
 from dataset import DATASETS, load_dataset
 from utils import RunError
@@ -369,27 +367,6 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, damage):
 # ------------------------------------------------------------------------------------------------ a finished run
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """One small structured run; tests read it and never write into it."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    flags = "--dataset digits --arch vit_micro --train_limit 80 --epochs 1 --pruning_times 2 --batch_size 32 --amp off"
-    flags += " --device cpu --vit_structured --vit_prune_target both --rate 0.6 --mlp_prune_ratio 0.5"
-    with pytest.MonkeyPatch.context() as patch:
-        furnish(patch, folder.parent)
-        patch.setitem(sys.modules, "markdown", None)  # no report: pictures take longer than this run
-        assert main_imp_fillback.main([*flags.split(), "--save_dir", str(folder)]) == 0
-    return folder
-
-
-def linked(run, folder):
-    """The files of the run without its model/."""
-    folder.mkdir()
-    for name in ("args.yaml", "metrics.jsonl", "states.csv", "best.pt", "checkpoint.pt"):
-        os.link(run / name, folder / name)  # whoever changes one writes a new file
-    return folder
-
-
 @pytest.fixture
 def run_copy(finished_run, tmp_path):
     return linked(finished_run, tmp_path / "copy")
@@ -409,27 +386,6 @@ def edit_best(folder, **changes):
     best = torch.load(folder / "best.pt", weights_only=True)
     (folder / "best.pt").unlink()
     torch.save({**best, **changes}, folder / "best.pt")
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*argv):
-        capsys.readouterr()
-        try:
-            code = export.main([str(value) for value in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-def assert_one_line(result, *words, code=2):
-    found, _, err = result
-    assert found == code, err
-    assert err.count("\n") == 1, err
-    assert "error: " in err
-    assert all(str(word) in err for word in words), err
 
 
 def kept_of(config):

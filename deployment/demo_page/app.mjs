@@ -20,6 +20,12 @@ function say(text, wrong = false) {
 const short = (count) =>
   count >= 1e9 ? `${(count / 1e9).toFixed(2)} G` : count >= 1e6 ? `${(count / 1e6).toFixed(2)} M` : `${Math.round(count / 1e3)} k`;
 
+function element(tag, text = "") {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  return made;
+}
+
 async function start() {
   if (location.protocol === "file:") return;
   say("Loading the networks…");
@@ -27,9 +33,9 @@ async function start() {
   document.title = demo.title;
   find("title").textContent = demo.title;
   find("about").textContent = demo.about;
-  find("pixels").textContent = `${demo.image.size} × ${demo.image.size} pixels${demo.image.grey ? ", grey" : ""}`;
+  find("pixels").textContent = `${demo.image.size}\u00a0×\u00a0${demo.image.size} pixels${demo.image.grey ? ", grey" : ""}`;
   ort.env.wasm.numThreads = 1; // more would need headers that isolate the page
-  ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
+  ort.env.wasm.wasmPaths = { wasm: new URL("ort/ort-wasm-simd-threaded.wasm", location.href).href };
   networks = [];
   for (const model of demo.models) {
     const session = await ort.InferenceSession.create(model.file, { executionProviders: ["wasm"] });
@@ -44,8 +50,9 @@ async function start() {
 function viewOf(model) {
   const view = find("model").content.firstElementChild.cloneNode(true);
   view.querySelector("h2").textContent = model.name;
-  view.querySelector(".facts").textContent =
-    `${short(model.parameters)} parameters · ${short(model.macs)} MACs · ${(model.bytes / 1e6).toFixed(2)} MB`;
+  const facts = [`${short(model.parameters)} parameters`, `${short(model.macs)} MACs an image`];
+  facts.push(`${(model.bytes / 1e6).toFixed(2)} MB`);
+  view.querySelector(".facts").replaceChildren(...facts.map((fact) => element("span", fact)));
   find("models").append(view);
   return view;
 }
@@ -86,12 +93,10 @@ function showAnswer({ view }, shares) {
   answer.querySelector("strong").textContent = best;
   answer.querySelector(".share").textContent = `${(100 * order[0].share).toFixed(1)}%`;
   const lines = order.slice(0, LINES).map(({ share, index }) => {
-    const [line, name, number, track, bar] = ["li", "span", "span", "i", "b"].map((tag) => document.createElement(tag));
-    name.textContent = demo.classes[index];
-    number.textContent = `${(100 * share).toFixed(1)}%`;
+    const [line, track, bar] = ["li", "i", "b"].map((tag) => element(tag));
     bar.style.width = `${100 * share}%`;
     track.append(bar);
-    line.append(name, number, track);
+    line.append(element("span", demo.classes[index]), element("span", `${(100 * share).toFixed(1)}%`), track);
     return line;
   });
   view.querySelector(".bars").replaceChildren(...lines);
@@ -102,7 +107,7 @@ function showTimes(times) {
   const middles = times.map(median);
   networks.forEach(({ view }, i) => {
     view.querySelector(".time strong").textContent = `${middles[i].toFixed(middles[i] < 10 ? 2 : 1)} ms`;
-    view.querySelector(".gain").textContent = i ? `${(middles[0] / middles[i]).toFixed(2)}× as fast` : "an image";
+    view.querySelector(".gain").textContent = i ? `${(middles[0] / middles[i]).toFixed(2)}× as fast` : "for one image";
   });
   find("note").textContent =
     `Median of ${times[0].length} runs in turn, one image, one thread of WebAssembly in this browser. ${demo.note}`;
