@@ -7,10 +7,10 @@
 
 All start from one model of the architecture's geometry, for ViTs on timm's modules. Two thirds of the heads, 70% of the
 MLP neurons and half of the filters go unless told otherwise, chosen by magnitude. The limit is dense over removed MACs;
-"over dense" compares with the dense network as PyTorch runs it, hence the dense network in the other engines has rows,
-too. Compiled rows need a C++ compiler, and minutes; ONNX rows need onnx, onnxscript and onnxruntime; Torch-Pruning's
-need `pip install torch-pruning` and a ViT that its graph can follow: a ResNet's filters it ties along the residual
-stream, so that there are no same counts.
+"over dense" compares with the dense network as PyTorch runs it, "same engine" with the dense network in the same form.
+"compiled" is AOTInductor's package, which needs a C++ compiler and a minute or more; ONNX rows need onnx, onnxscript
+and onnxruntime; Torch-Pruning's need `pip install torch-pruning` and a ViT that its graph can follow: a ResNet's
+filters it ties along the residual stream, so that there are no same counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from deployment.compiled import compiled
+from deployment.compiled import aot_package
 from deployment.onnx_file import open_session, to_onnx
 from deployment.quantise import to_int8
 from export import compact
@@ -137,7 +137,9 @@ def other_engines(
     for name in ("dense", "removed"):
         model = models.get(f"{name}, folded", models[name])
         if "compiled" not in without:
-            found[f"{name}, compiled"] = compiled(model)
+            package = folder / f"{name}.pt2"  # one for all batch sizes; torch.compile makes one for batch 1 and another
+            aot_package(model, package)
+            found[f"{name}, compiled"] = torch._inductor.aoti_load_package(str(package))
         if "onnx" not in without:
             file = folder / f"{name}.onnx"
             to_onnx(model, file)
@@ -174,6 +176,7 @@ def table(times: dict[str, list[float]], batch: int, limit: float) -> list[dict]
         gains = [a / b for a, b in zip(times["dense"], spent, strict=True)]
         low, middle, high = common.quartiles(spent)
         worst, gain, best = common.quartiles(gains)
+        alike = name.replace("removed", "dense").partition(" int8")[0] if name.startswith("removed") else ""
         rows.append(
             {
                 "batch": batch,
@@ -183,6 +186,7 @@ def table(times: dict[str, list[float]], batch: int, limit: float) -> list[dict]
                 "over dense": f"{gain:.2f}x",
                 "quartiles": f"{worst:.2f}-{best:.2f}",
                 "of the limit": f"{100 * gain / limit:.0f}%" if name.startswith(("removed", "Torch")) else "",
+                "same engine": f"{common.pairwise(times[alike], spent):.2f}x" if alike in times else "",
             }
         )
     return rows

@@ -537,7 +537,9 @@ def test_the_documented_commands_on_digits(resnets, tmp_path, capsys):
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
     assert proof["max_difference_float32"] <= proof["bound_float32"]
     assert proof["top1_agreement"] == 1.0
-    assert export.main([str(done.dir), "--out", str(tmp_path / "out"), "--evaluate"]) == 0
+    assert export.main([str(done.dir), "--out", str(tmp_path / "out"), "--evaluate", "--fold"]) == 0
+    folded = export.load(tmp_path / "out" / "folded")
+    assert (folded(images_of(4)[0]) - export.load(tmp_path / "out")(images_of(4)[0])).abs().max() <= 1e-5
     masked = models.build_model("res20s", 10, 8)
     masked.load_state_dict(load(done.dir / "best.pt")["weights"])
     for folder in (done.dir / "model", tmp_path / "out"):
