@@ -33,6 +33,7 @@ from families.vit import (
 from pruning.masks import normalise_names, plain_weights
 from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units, spread
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
+from pruning.rounding import ROUNDED, fit_counts, fitting_count
 from pruning.scores import CRITERIA, SCORE_BATCHES, Criterion, captured, evaluating, score_units, trained_weights
 from pruning.units import (
     Kept,
@@ -222,11 +223,12 @@ def plan_structured(
     schedule: str = "geometric",
     sorting_mode: str = "layer-wise",
     min_units: int = 1,
+    round_to: int = 1,
 ) -> list[dict[str, float]]:
     """What each state trains, before anything is trained: heads, neurons, parameters, MACs and density.
 
     `ratios` is {"head": fraction, "neuron": fraction}; the rows hold the totals, which do not depend on scores (but for
-    MACs and parameters of a global ranking where layers differ in width).
+    MACs and parameters of a global ranking where layers differ in width). `round_to` is that of `rank_units`.
     """
     family = family_of(model)
     units = family.units(model)
@@ -235,15 +237,19 @@ def plan_structured(
     for state in range(states):
         left = {key: group.count for key, group in units.items()}
         for kind, ratio in ratios.items():
-            pool = [key for key, group in units.items() if group.kind == kind]
+            counts = {key: group.count for key, group in units.items() if group.kind == kind}
             wanted = scheduled_ratio(schedule, ratio, state, states) if state else 0.0
+            multiple = round_to if kind in ROUNDED else 1
             if sorting_mode == "layer-wise":
-                left.update({key: keep_count(units[key].count, wanted, min_units) for key in pool})
+                shares = {key: keep_count(count, wanted, min_units) for key, count in counts.items()}
+                left |= {
+                    key: fitting_count(shares[key], count, count, min_units, multiple) for key, count in counts.items()
+                }
             else:
-                counts = [units[key].count for key in pool]
-                total = keep_count(sum(counts), wanted, len(pool) * min_units)
+                total = keep_count(sum(counts.values()), wanted, len(counts) * min_units)
                 # which layer they come from is up to the scores; here all lose the same share
-                left.update(zip(pool, spread(counts, total, min_units), strict=True))
+                shares = dict(zip(counts, spread(list(counts.values()), total, min_units), strict=True))
+                left |= fit_counts(shares, counts, counts, min_units, multiple)
         row = family.cost(model, {key: range(count) for key, count in left.items()})
         row["density"] = sum(left[key] * unit_weights(model, group) for key, group in units.items()) / weights
         rows.append({"state": state, **row})

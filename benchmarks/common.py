@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import platform
@@ -48,16 +49,31 @@ def interleaved(
     return measured
 
 
-def seconds(work: Callable[[], object], device: str | torch.device = "cpu") -> float:
+def seconds(
+    work: Callable[[], object], device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> float:
     """How long `work` takes, until the device is done with it."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
-    started = time.perf_counter()
+    started = clock()
     result = work()
     wait()
-    spent = time.perf_counter() - started
+    spent = clock() - started
     del result  # giving its memory back is not part of the work
     return spent
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """`--clock`: beside other work, the processor's time of one thread says more than what a clock on the wall does."""
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: the processor's time of this process, all threads together; for a busy machine, with --threads 1",
+    )
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -218,6 +218,13 @@ def _prune(group: Group) -> None:
     )
     group.add_argument("--min_units", type=int, default=1, help="units a layer keeps at least; 0 may empty it")
     group.add_argument(
+        "--round_to",
+        type=int,
+        default=1,
+        metavar="N",
+        help="neurons and filters that a layer keeps are a multiple of N, the nearest one; heads are left alone",
+    )
+    group.add_argument(
         "--no-refill",
         dest="refill",
         action="store_false",

@@ -13,6 +13,7 @@ from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
 from pruning.ranking import filter_count, target_ratios
+from pruning.rounding import fitting_count
 from pruning.units import count_parameters, unit_weights
 from utils import format_table
 from vit_structured_pruning import plan_structured
@@ -39,7 +40,7 @@ def plan(args: argparse.Namespace) -> str:
     if args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
         schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
-        rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units)
+        rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units, args.round_to)
     else:
         rows = [
             {"state": state, **_state_by_density(args, model, family, units, prunable, state)}
@@ -76,7 +77,11 @@ def _state_by_density(
     """Density and cost of a state whose masks come from the element-wise step, every layer taken as equally dense."""
     left = round(prunable * (1 - args.rate) ** state)
     if units and state:
-        counts = {key: filter_count(group.count, left / prunable, args.fillback_rate) for key, group in units.items()}
+        wanted = {key: filter_count(group.count, left / prunable, args.fillback_rate) for key, group in units.items()}
+        counts = {
+            key: fitting_count(wanted[key], group.count, group.count, round_to=args.round_to)
+            for key, group in units.items()
+        }
         weights = sum(count * unit_weights(model, units[key]) for key, count in counts.items())
         kept = {key: range(count) for key, count in counts.items()}
         return {"density": weights / prunable, **family.cost(model, kept)}

@@ -57,7 +57,7 @@ def _choose_filters(run: Run) -> Target:
     args, progress, weights = run.args, run.progress, run.prunable()
     progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state)
     scores = _score(run, run.units)
-    kept = select_filters(progress.elementwise, scores, args.fillback_rate)
+    kept = select_filters(progress.elementwise, scores, args.fillback_rate, args.round_to)
     target = structured_masks(weights, run.units, kept)
     mask_density, trained_density = 100 * density(progress.elementwise), 100 * density(target)
     log.info(f"state {progress.state} prunes by {args.criteria}: density {mask_density:.2f}% of single weights,")
@@ -77,7 +77,8 @@ def _choose_units(run: Run) -> Target:
         kind: scheduled_ratio(schedule, ratio, progress.state, run.states)
         for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
     }
-    kept = rank_units(run.dense, run.units, scores, ratios, args.sorting_mode, args.min_units, args.rank_by)
+    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
+    kept = rank_units(run.dense, run.units, scores, ratios, *options)
     target = structured_masks(weights, run.units, kept)
     if not args.refill:
         pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}

@@ -11,9 +11,10 @@ import models
 from dataset import dataset_facts
 from engine.depth import has_branches
 from engine.optimizer import milestones_of
-from families import family_of
+from families import Family, family_of
 from models.vit import PretrainedError, import_timm
 from pruning.ranking import KINDS
+from pruning.rounding import ROUNDED, lowest_multiple
 from pruning.units import LayoutError, Units
 from utils import RunError, load_state_file
 
@@ -62,6 +63,8 @@ def first_model(args: argparse.Namespace) -> nn.Module:
 def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]:
     """The units that this run removes: heads and neurons if structured, a CNN's filters; none element-wise.
 
+    A `--round_to` that none of them goes by is noted in `args.notes`.
+
     Raises:
         RunError: the model has no such units, or not as many as the flags ask for.
     """
@@ -69,6 +72,12 @@ def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]
         family = family_of(model)
     except LayoutError as error:
         raise RunError(f"--arch {args.arch}: {error}") from error
+    units = _units_that_go(args, model, family)
+    _check_counts(args, units)
+    return units
+
+
+def _units_that_go(args: argparse.Namespace, model: nn.Module, family: Family) -> dict[str, Units]:
     if family.counts_by == "density":
         if args.vit_structured:
             raise RunError(
@@ -84,11 +93,27 @@ def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]
         if args.struct == "oneshot":
             raise RunError("--struct oneshot: removes heads and neurons; add --vit_structured")
         return {}
-    units = family.units(model, KINDS[args.vit_prune_target])
-    smallest = min(group.count for group in units.values())
-    if args.min_units > smallest:
-        raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
-    return units
+    return family.units(model, KINDS[args.vit_prune_target])
+
+
+def _check_counts(args: argparse.Namespace, units: dict[str, Units]) -> None:
+    """Whether every layer has as many units as the flags ask for."""
+    if args.vit_structured and units:
+        smallest = min(group.count for group in units.values())
+        if args.min_units > smallest:
+            raise RunError(f"--min_units {args.min_units}: a layer of {args.arch} has only {smallest} units to prune")
+    if args.round_to == 1:
+        return
+    rounded = {group.count for group in units.values() if group.kind in ROUNDED}
+    note = f"--round_to {args.round_to}: goes by neurons and filters, and this run removes none; no effect here"
+    if not rounded and note not in args.notes:
+        args.notes.append(note)
+    least = lowest_multiple(max(1, args.min_units if args.vit_structured else 1), args.round_to)
+    if rounded and least > min(rounded):
+        flags = f"--round_to {args.round_to}" + (f" and --min_units {args.min_units}" if args.vit_structured else "")
+        raise RunError(
+            f"{flags}: leave {least} units or more; a layer of {args.arch} has only {min(rounded)}; lower it"
+        )
 
 
 def run_length(args: argparse.Namespace) -> tuple[int, int, list[int]]:

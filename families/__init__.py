@@ -49,6 +49,9 @@ class Family(Protocol):
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         """The units that still work where single weights were pruned; what dead ones emit is folded away, in place."""
 
+    def fold_(self, model: nn.Module) -> list[str]:
+        """Fold, in place, what inference can do without into the weights before it; the names of what is gone."""
+
     def image_size(self, model: nn.Module) -> int:
         """Pixels a side of the images that the model is built for."""
 

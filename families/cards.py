@@ -44,6 +44,11 @@ model = timm.models.vision_transformer.VisionTransformer(
 )"""
     ),
 }
+# The factors at the end of branches are in the weights before them.
+_FOLDED = """
+for name in config["folded"]:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Identity() if leaf.startswith("ls") else None)"""
 
 # Any class of attention and MLP: every tensor as small as it was saved, and the attention told its heads.
 _BY_SHAPE = """\
@@ -54,7 +59,7 @@ from torch import nn
 {classes}
 with open("config.json") as file:
     config = json.load(file)
-model, weights = timm.create_model(**config["timm"]), load_file("model.safetensors")
+model, weights = timm.create_model(**config["timm"]), load_file("model.safetensors"){folded}
 for name, tensor in weights.items():
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
@@ -69,6 +74,7 @@ model.eval()
 """
 _PLAIN = {
     "imports": "",
+    "folded": "",
     "classes": "",
     "norms": "",
     "attentions": 'attentions = [module for name, module in model.named_modules() if name.endswith(".attn")]',
@@ -166,9 +172,11 @@ def traits_of(model: nn.Module) -> dict[str, list[str]]:
 
 def loading_lines(config: Mapping) -> str:
     """The snippet for an exported model's config.json."""
+    folded = _FOLDED if "folded" in config else ""
     if "modules" not in config:
-        return LOADING_SNIPPETS[next(key for key in ("stem", "vit", "timm") if key in config)]
-    places = dict(_PLAIN)
+        plain = LOADING_SNIPPETS[next(key for key in ("stem", "vit", "timm") if key in config)]
+        return plain.replace("\nfor block,", f"{folded}\nfor block,")
+    places = {**_PLAIN, "folded": folded}
     for name in config["modules"]:
         for place, text in _TRAITS.get(name, {}).items():
             places[place] = text if place in ("imports", "attentions") else places[place] + text

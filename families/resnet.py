@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.resnet import ResNet
 from pruning.units import Kept, Layout, Tap, Units
@@ -104,6 +105,43 @@ def find_working_filters(model: nn.Module) -> dict[str, list[int]]:
     return alive
 
 
+@torch.no_grad()
+def fold_norms_(model: ResNet) -> list[str]:
+    """Fold batch norms into convolutions and the places of a block's last filters into zero filters, in place.
+
+    A block whose second convolution is shortened adds its channels to single ones of the residual stream, which took
+    longer on a CPU than the zero filters of a convolution of full width: those fill registers that would else be empty.
+    Weights are left in channels-last order, in which the images come out of the first convolution, too.
+    """
+    model.eval()
+    gone, modules = [], dict(model.named_modules())
+    for name, convolution in prunable_convolutions(model, conv1=True).items():
+        norm = _norm_behind(name)
+        if isinstance(modules.get(norm), nn.BatchNorm2d):
+            kind = convolution.weight.dtype
+            fused = fuse_conv_bn_eval(convolution.double(), modules[norm].double()).to(kind)
+            model.set_submodule(name, fused)
+            model.set_submodule(norm, nn.Identity())
+            gone.append(norm)
+    for name, block in model.named_modules():
+        if getattr(block, "out_index", None) is not None:
+            block.conv2 = _in_place(block.conv2, block.out_index, model.widths[int(name[len("layer")]) - 1])
+            block.out_index = None
+            gone.append(f"{name}.out_index")
+    model.to(memory_format=torch.channels_last)
+    return gone
+
+
+def _in_place(convolution: nn.Conv2d, index: torch.Tensor, width: int) -> nn.Conv2d:
+    """The convolution with `width` filters, its own at `index` and zeros elsewhere."""
+    weight = convolution.weight.new_zeros(width, *convolution.weight.shape[1:])
+    bias = convolution.bias.new_zeros(width)
+    convolution.weight = nn.Parameter(weight.index_copy_(0, index, convolution.weight))
+    convolution.bias = nn.Parameter(bias.index_copy_(0, index, convolution.bias))
+    convolution.out_channels = width
+    return convolution
+
+
 # ------------------------------------------------------------------------------------------- on disk and back
 
 
@@ -138,6 +176,7 @@ class CnnFamily:
 
     cost = staticmethod(cnn_cost)
     working_units_ = staticmethod(find_working_filters)
+    fold_ = staticmethod(fold_norms_)
     describe = staticmethod(describe)
     rebuild = staticmethod(rebuild)
 
@@ -165,6 +204,10 @@ class CnnFamily:
         left = "\n".join(f"- {name}: {len(ids)}" for name, ids in config["kept_filters"].items())
         loading = "## Loading it\n\n```python\nimport export  # of the program that wrote this folder\n\n"
         loading += 'model = export.load("model")\n```\n'
+        if "folded" in config:
+            left += "\n\nBatch norms are folded into the convolutions before them; the last convolution of a block has "
+            left += "zero filters where the residual stream has other channels than those that are left."
+            loading = loading.replace('"model"', '"model/folded"')
         return f"Filters per convolution:\n\n{left}", loading
 
 

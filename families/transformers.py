@@ -73,6 +73,30 @@ def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
     return output, layout.split(output.weight)[:, 0]
 
 
+@torch.no_grad()
+def fold_layer_scale_(model: nn.Module, branches: Branches) -> list[str]:
+    """Multiply the factors at the end of each branch into its output layer, in place; the names of what is gone.
+
+    timm's blocks hold them as a module `ls1` (`ls` in parallel branches) or a parameter `gamma_1`; without it, a block
+    has an identity or None.
+    """
+    gone = []
+    for key, module, branch in branches:
+        path, _, leaf = key.rpartition(".")
+        block, number = model.get_submodule(path), 1 if leaf == "attn" else 2
+        for name in (f"ls{number}", f"gamma_{number}", "ls") if block is not module else ():
+            scale = getattr(block, name, None)
+            factor = getattr(scale, "gamma", scale)
+            if isinstance(factor, nn.Parameter):
+                output = getattr(module, branch.output_name(module))
+                output.weight *= factor[:, None]
+                if output.bias is not None:
+                    output.bias *= factor
+                setattr(block, name, nn.Identity() if scale is not factor else None)
+                gone.append(f"{path}.{name}")
+    return gone
+
+
 def describe_units(units: Mapping[str, Units], kept: Kept) -> dict:
     """For config.json: how many heads and neurons are left in each layer, and which ids they had."""
     heads, neurons = ([key for key, group in units.items() if group.kind == kind] for kind in ("head", "neuron"))
@@ -121,6 +145,11 @@ class TransformerFamily:
         alive = find_working(self.branches(model))
         fold_dead_(self.branches(model), alive)
         return alive
+
+    def fold_(self, model: nn.Module) -> list[str]:
+        """LayerScale goes into the output layer of its branch. The scale of queries and keys stays where it is: fused
+        attention multiplies by it inside its kernel, in no measurable time, and takes none but its own in timm."""
+        return fold_layer_scale_(model, self.branches(model))
 
     def image_size(self, model: nn.Module) -> int:
         return model.patch_embed.img_size[0]

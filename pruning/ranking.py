@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.masks import Masks, density
+from pruning.rounding import ROUNDED, fit_counts, fitting_count
 from pruning.units import Units
 
 KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}  # of --vit_prune_target
@@ -73,7 +74,11 @@ def best_first(scores: Tensor) -> Tensor:
 
 
 def select_units(
-    scores: Mapping[str, Tensor], ratio: float, sorting_mode: str = "layer-wise", min_units: int = 1
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    sorting_mode: str = "layer-wise",
+    min_units: int = 1,
+    round_to: int = 1,
 ) -> dict[str, list[int]]:
     """Which units stay, per layer and ascending: the one ranking rule for every kind of unit.
 
@@ -82,24 +87,31 @@ def select_units(
         ratio: fraction of all units of the pool that goes, in [0, 1].
         sorting_mode: "layer-wise" ranks each layer by itself, "global" the whole pool.
         min_units: how many a layer keeps at least, as far as it has them.
+        round_to: what a layer keeps is a multiple of it, see `pruning.rounding`; globally, quota moves between layers
+            so that the pool keeps as nearly as many as without rounding.
     """
     if sorting_mode not in ("layer-wise", "global"):
         raise ValueError(f"unknown sorting mode {sorting_mode!r}; choose layer-wise or global")
     ranked = {key: best_first(value) for key, value in scores.items()}
+    counts, available = ({key: len(of[key]) for key in scores} for of in (scores, ranked))
     if sorting_mode == "layer-wise":
-        return {
-            key: sorted(ranked[key][: keep_count(len(value), ratio, min_units)].tolist())
-            for key, value in scores.items()
-        }
+        wanted = {key: keep_count(count, ratio, min_units) for key, count in counts.items()}
+        shares = {key: fitting_count(wanted[key], counts[key], available[key], min_units, round_to) for key in scores}
+    else:
+        wanted = _kept_globally(scores, ranked, ratio, min_units)
+        shares = fit_counts(wanted, counts, available, min_units, round_to)
+    return {key: sorted(ranked[key][:share].tolist()) for key, share in shares.items()}
+
+
+def _kept_globally(scores, ranked, ratio, min_units) -> dict[str, int]:
+    """How many units of each layer are among the best of all, beside the `min_units` best of each."""
     total = keep_count(sum(map(len, scores.values())), ratio, len(scores) * min_units)
-    kept = {key: order[:min_units].tolist() for key, order in ranked.items()}
-    rest = [
-        (float(scores[key][unit]), key, unit) for key in scores for unit in sorted(ranked[key][min_units:].tolist())
-    ]
+    kept = {key: min(min_units, len(order)) for key, order in ranked.items()}
+    rest = [(float(scores[key][unit]), key) for key in scores for unit in sorted(ranked[key][min_units:].tolist())]
     rest.sort(key=lambda entry: -entry[0])  # stable: ties stay in (layer, unit) order
-    for _, key, unit in rest[: max(0, total - sum(map(len, kept.values())))]:
-        kept[key].append(unit)
-    return {key: sorted(ids) for key, ids in kept.items()}
+    for _, key in rest[: max(0, total - sum(kept.values()))]:
+        kept[key] += 1
+    return kept
 
 
 def rank_units(
@@ -110,6 +122,7 @@ def rank_units(
     sorting_mode: str = "layer-wise",
     min_units: int = 1,
     rank_by: str = "score",
+    round_to: int = 1,
 ) -> dict[str, list[int]]:
     """Which units stay: {units key: ids}, for every kind that `ratios` names.
 
@@ -120,17 +133,19 @@ def rank_units(
     Args:
         model: the dense model, for what a unit costs.
         scores: float64 [count] per key; -inf marks units that are gone.
+        round_to: neurons and filters that a layer keeps are a multiple of it, see `select_units`; heads are left alone.
+            Where kinds merge, the MACs of all that stays are as nearly those of the ranking without rounding.
     """
     pools = {kind: {key: scores[key] for key in units if units[key].kind == kind} for kind in ratios}
     if rank_by == "score_per_mac" and sorting_mode == "global":
-        return _rank_by_cost(model, units, pools, ratios, min_units)
+        return _rank_by_cost(model, units, pools, ratios, min_units, round_to)
     kept = {}
     for kind, pool in pools.items():
-        kept.update(select_units(pool, ratios[kind], sorting_mode, min_units))
+        kept.update(select_units(pool, ratios[kind], sorting_mode, min_units, round_to if kind in ROUNDED else 1))
     return kept
 
 
-def _rank_by_cost(model, units, pools, ratios, min_units) -> dict[str, list[int]]:
+def _rank_by_cost(model, units, pools, ratios, min_units, round_to) -> dict[str, list[int]]:
     quota, entries, kept = 0, [], {}
     for kind, pool in pools.items():
         count = sum(map(len, pool.values()))
@@ -151,6 +166,16 @@ def _rank_by_cost(model, units, pools, ratios, min_units) -> dict[str, list[int]
             break
         kept[key].remove(unit)
         quota -= cost
+    ranked = {key: best_first(pools[units[key].kind][key]) for key in kept if units[key].kind in ROUNDED}
+    shares = fit_counts(
+        {key: len(kept[key]) for key in ranked},
+        {key: units[key].count for key in ranked},
+        {key: len(order) for key, order in ranked.items()},
+        min_units,
+        round_to,
+        {key: units[key].macs(model, units[key]) for key in ranked},
+    )
+    kept |= {key: ranked[key][:share].tolist() for key, share in shares.items()}
     return {key: sorted(ids) for key, ids in kept.items()}
 
 
@@ -165,14 +190,17 @@ def mark_removed(scores: Mapping[str, Tensor], kept: Mapping[str, Iterable[int]]
     return marked
 
 
-def select_filters(masks: Masks, scores: Mapping[str, Tensor], fillback_rate: float) -> dict[str, list[int]]:
+def select_filters(
+    masks: Masks, scores: Mapping[str, Tensor], fillback_rate: float, round_to: int = 1
+) -> dict[str, list[int]]:
     """Which filters of each layer stay whole: {layer: ids, ascending}.
 
-    How many follows from the layer's density in the element-wise masks, see `filter_count`. A filter whose kernel is
-    all zero there (scored -inf) is not chosen, unless the layer has nothing else.
+    How many follows from the layer's density in the element-wise masks, see `filter_count`, and is a multiple of
+    `round_to`. A filter whose kernel is all zero there (scored -inf) is not chosen, unless the layer has nothing else.
     """
     kept = {}
     for name, values in scores.items():
-        keep = filter_count(len(values), density({name: masks[name]}), fillback_rate)
-        kept[name] = sorted(best_first(values)[:keep].tolist()) or [0]
+        order, wanted = best_first(values), filter_count(len(values), density({name: masks[name]}), fillback_rate)
+        keep = fitting_count(wanted, len(values), len(order), round_to=round_to)
+        kept[name] = sorted(order[:keep].tolist()) or [0]
     return kept

@@ -24,7 +24,7 @@ _PENALTY = {
 }  # fmt: skip
 _PRUNING = {
     "rate", "prune_type", "rewind_epoch", "criteria", "score_batches", "fillback_rate", "prune_patch_embed", "fc",
-    "vit_structured",
+    "vit_structured", "round_to",
 }  # fmt: skip
 _NEGATED = {"export", "refill"}  # true unless --no-NAME is given
 _TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
@@ -40,6 +40,10 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect |= _STRUCTURED
     elif args.get("vit_prune_target") == "head":
         without_effect.add("mlp_prune_ratio")
+    heads_only = structured and args.get("vit_prune_target") == "head"
+    single_weights = not structured and has_filters(run) is False
+    if args.get("round_to", 1) == 1 or heads_only or single_weights:
+        without_effect.add("round_to")
     if args["struct"] != "rsst":
         without_effect |= _PENALTY
     if args.get("RST_schedule") != "exp_custom_exponents":

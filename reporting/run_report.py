@@ -12,6 +12,7 @@ from pathlib import Path
 import utils
 from reporting import need
 from reporting.flags import command, flags_without_effect, has_filters
+from reporting.onnx_columns import onnx_columns
 from reporting.page import publish, to_html, write_bytes
 from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_units
 from reporting.results import key_results, legend, state_columns
@@ -79,6 +80,9 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
         parts.append("No epoch has been trained yet.")
     if run.latency:
         parts += ["Speed of the small model, measured by `export.py --latency`:", code(run.latency)]
+    if run.onnx:
+        table = md_table(run.onnx, onnx_columns(run.onnx), left=1)
+        parts += ["ONNX files under ONNX Runtime on a CPU, measured by `export.py --onnx --int8`:", table]
     more, star = (" The finish goes on from the last.", " Stars: after the finish.") if run.finish else ("", "")
     captions = {
         "plots/accuracy.png": (

@@ -39,6 +39,7 @@ class Run:
     config: dict  # of model/, empty when not exported
     proof: dict
     latency: str
+    onnx: list[dict]  # of model/onnx.csv, a row a file; empty when none was quantised
 
     @property
     def name(self) -> str:
@@ -107,6 +108,7 @@ def load_run(folder: Path) -> Run:
         _read(folder / "model" / "config.json", _parse_object, {}),
         _read(folder / "model" / "parity.json", _parse_object, {}),
         _read(folder / "model" / "latency.txt", str.rstrip, ""),
+        _read(folder / "model" / "onnx.csv", _parse_onnx, []),
     )
 
 
@@ -166,6 +168,15 @@ def _parse_penalty(text: str) -> list[dict]:
         missing = [name for name in ("epoch", "lambda", "residual") if name not in row]
         if missing or not math.isfinite(row["epoch"]):
             raise ValueError(f"row {number} has no {' and no '.join(missing or ['epoch'])}")
+    return rows
+
+
+def _parse_onnx(text: str) -> list[dict]:
+    rows = _parse_rows(text, whole=(), words=("model",))
+    for number, row in enumerate(rows, 1):
+        missing = [name for name in ("megabytes", "test_accuracy") if name not in row]
+        if missing:
+            raise ValueError(f"row {number} has no {' and no '.join(missing)}")
     return rows
 
 

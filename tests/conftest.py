@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: th
 import torch
 from micro import MICRO, flags_of, furnish, record, vit_micro, wrap
 
+import export
+import main_imp_fillback
 from models.vit import VisionTransformer
 
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
@@ -146,3 +149,29 @@ def make_batch():
 def one_batch(make_batch):
     """A train_loader: a list of one random batch for the micro model."""
     return [make_batch()]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """One small structured run; tests read it and never write into it."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    flags = "--dataset digits --arch vit_micro --train_limit 80 --epochs 1 --pruning_times 2 --batch_size 32 --amp off"
+    flags += " --device cpu --vit_structured --vit_prune_target both --rate 0.6 --mlp_prune_ratio 0.5"
+    with pytest.MonkeyPatch.context() as patch:
+        furnish(patch, folder.parent)
+        patch.setitem(sys.modules, "markdown", None)  # no report: pictures take longer than this run
+        assert main_imp_fillback.main([*flags.split(), "--save_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def command(capsys):
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            code = export.main([str(value) for value in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
+
+    return run

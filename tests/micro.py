@@ -277,3 +277,19 @@ def record(folder, argv):
     seen.out, seen.err = out.getvalue(), err.getvalue()
     seen.log = log_of(seen.dir) if seen.dir.exists() else ""
     return seen
+
+
+def linked(run, folder):
+    """The files of the run without its model/."""
+    folder.mkdir()
+    for name in ("args.yaml", "metrics.jsonl", "states.csv", "best.pt", "checkpoint.pt"):
+        os.link(run / name, folder / name)  # whoever changes one writes a new file
+    return folder
+
+
+def assert_one_line(result, *words, code=2):
+    found, _, err = result
+    assert found == code, err
+    assert err.count("\n") == 1, err
+    assert "error: " in err
+    assert all(str(word) in err for word in words), err

@@ -3,6 +3,7 @@ blocks. Each class of attention and MLP once, in a model of depth 2 from timm's 
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -118,6 +119,17 @@ def test_the_removed_model_computes_what_the_masked_one_does(model, which):
     followers = follower_masks(units, kept, tensors)
     for name, tensor in scatter_tensors(sliced, units, kept).items():
         assert torch.equal(tensor, tensors[name] * followers.get(name, 1)), name
+
+
+@torch.no_grad()
+def test_layer_scale_folds_into_the_layer_before_it(model):
+    images, folded = images_of(model), copy.deepcopy(model)
+    scales = [name for name, _ in model.named_parameters() if name.rpartition(".")[2].startswith("gamma")]
+    apart = any(isinstance(block, ParallelScalingBlock) for block in model.blocks)  # one factor for both branches
+    gone = family_of(folded).fold_(folded)
+    assert len(gone) == (0 if apart else len(scales))
+    assert count_parameters(folded) == count_parameters(model) - DIM * len(gone)
+    assert (folded(images) - model(images)).abs().max() < 1e-12
 
 
 class Meter:
@@ -278,6 +290,24 @@ def test_the_lines_of_the_card_load_the_model_with_timm_alone(tmp_path, add_nois
     for folder, logits in expected.items():
         found = torch.load(f"{folder}/logits.pt")
         assert (found - logits).abs().max() < 1e-5 * max(1, logits.abs().max()), folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_the_card_of_a_folded_model_loads_it(name, tmp_path, add_noise, monkeypatch):
+    model = add_noise(tiny(name), scale=0.2).eval()
+    units = family_of(model).units(model)
+    kept, batches = kept_by(KEPT, units, "random"), [(images_of(model).float(), torch.zeros(3))]
+    zeroed = masked_copy(model, units, kept)
+    export.write(tmp_path, zeroed, kept, batches, None, {"arch": model.arch_name}, {})
+    folded = export.write_folded(tmp_path, zeroed, kept, batches)
+    monkeypatch.chdir(tmp_path / "folded")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
+    space = {}
+    exec(code, space)
+    for found in (export.load(tmp_path / "folded"), space["model"]):
+        assert not any("gamma" in parameter for parameter, _ in found.named_parameters())
+        assert (found(batches[0][0]) - folded(batches[0][0])).abs().max() < 1e-6
 
 
 DIGITS = "--dataset digits --arch tiny --pruning_times 2 --epochs 1 --train_limit 200 --batch_size 50 --device cpu"

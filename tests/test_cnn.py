@@ -29,6 +29,7 @@ import models
 import pruning_utils as cnn
 import report
 from dataset import DATASETS
+from families.resnet import CNN
 from models.resnet import ResNet
 from vit_structured_pruning import CRITERIA, remove_units, scatter_tensors, score_units, slice_tensors, unit_masks
 
@@ -431,6 +432,40 @@ def test_export_and_back_and_in_onnx_runtime(make_micro, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_folded_networks_have_no_norm_and_no_place_and_compute_the_same(make_micro, projected, tmp_path):
+    model, (images, labels) = make_micro(projected=projected), images_of(5)
+    kept = some_kept(model)
+    masked = zero_filters(model, kept)
+    small = export.write(tmp_path, masked, kept, [(images, labels)], None, {}, {})
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in small.modules())
+    placed = [name for name, block in small.named_modules() if getattr(block, "out_index", None) is not None]
+    assert norms
+    assert placed
+    folded = export.write_folded(tmp_path, masked, kept, [(images, labels)])
+    exact = copy.deepcopy(small).double()
+    CNN.fold_(exact)
+    with torch.no_grad():
+        assert (folded(images) - masked(images)).abs().max() <= 1e-5
+        assert (exact(images.double()) - copy.deepcopy(masked).double()(images.double())).abs().max() <= 1e-12
+    config = export.read_config(tmp_path / "folded")
+    assert len(config["folded"]) == norms + len(placed)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert all(getattr(block, "out_index", None) is None for block in folded.modules())
+    assert config["macs"]["removed"] == counted(folded, 8) > export.read_config(tmp_path)["macs"]["removed"]
+    assert config["parameters"]["removed"] == parameters_of(folded)
+    loaded = export.load(tmp_path / "folded")
+    assert (loaded(images) - folded(images)).abs().max() <= 1e-6
+    assert loaded.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    space = {"__name__": "card"}
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
+    exec(code.replace('"model/folded"', repr(str(tmp_path / "folded"))), space)
+    assert (space["model"](images) - folded(images)).abs().max() <= 1e-6
+    # another model/ takes the variant of the older one away
+    export.write(tmp_path, masked, kept, [(images, labels)], None, {}, {})
+    assert not (tmp_path / "folded").exists()
+
+
 def test_export_from_a_checkpoint_of_the_public_functions(make_micro, resnets, tmp_path):
     model = make_micro()
     cnn.pruning_model(model, 0.3)
@@ -502,7 +537,9 @@ def test_the_documented_commands_on_digits(resnets, tmp_path, capsys):
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
     assert proof["max_difference_float32"] <= proof["bound_float32"]
     assert proof["top1_agreement"] == 1.0
-    assert export.main([str(done.dir), "--out", str(tmp_path / "out"), "--evaluate"]) == 0
+    assert export.main([str(done.dir), "--out", str(tmp_path / "out"), "--evaluate", "--fold"]) == 0
+    folded = export.load(tmp_path / "out" / "folded")
+    assert (folded(images_of(4)[0]) - export.load(tmp_path / "out")(images_of(4)[0])).abs().max() <= 1e-5
     masked = models.build_model("res20s", 10, 8)
     masked.load_state_dict(load(done.dir / "best.pt")["weights"])
     for folder in (done.dir / "model", tmp_path / "out"):

@@ -4,7 +4,6 @@ import ast
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -13,13 +12,12 @@ import time
 import pytest
 import torch
 import yaml
-from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, furnish, rows_of, vit_micro
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, assert_one_line, linked, rows_of, vit_micro
 from references import assert_same_function, assert_same_tensors, clones, masked_by_hand, masks_by_hand, vit_places
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 import export
-import main_imp_fillback
 import models
 from dataset import DATASETS, load_dataset
 from utils import RunError
@@ -369,27 +367,6 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, damage):
 # ------------------------------------------------------------------------------------------------ a finished run
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """One small structured run; tests read it and never write into it."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    flags = "--dataset digits --arch vit_micro --train_limit 80 --epochs 1 --pruning_times 2 --batch_size 32 --amp off"
-    flags += " --device cpu --vit_structured --vit_prune_target both --rate 0.6 --mlp_prune_ratio 0.5"
-    with pytest.MonkeyPatch.context() as patch:
-        furnish(patch, folder.parent)
-        patch.setitem(sys.modules, "markdown", None)  # no report: pictures take longer than this run
-        assert main_imp_fillback.main([*flags.split(), "--save_dir", str(folder)]) == 0
-    return folder
-
-
-def linked(run, folder):
-    """The files of the run without its model/."""
-    folder.mkdir()
-    for name in ("args.yaml", "metrics.jsonl", "states.csv", "best.pt", "checkpoint.pt"):
-        os.link(run / name, folder / name)  # whoever changes one writes a new file
-    return folder
-
-
 @pytest.fixture
 def run_copy(finished_run, tmp_path):
     return linked(finished_run, tmp_path / "copy")
@@ -409,27 +386,6 @@ def edit_best(folder, **changes):
     best = torch.load(folder / "best.pt", weights_only=True)
     (folder / "best.pt").unlink()
     torch.save({**best, **changes}, folder / "best.pt")
-
-
-@pytest.fixture
-def command(capsys):
-    def run(*argv):
-        capsys.readouterr()
-        try:
-            code = export.main([str(value) for value in argv])
-        except SystemExit as stop:
-            code = stop.code
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-def assert_one_line(result, *words, code=2):
-    found, _, err = result
-    assert found == code, err
-    assert err.count("\n") == 1, err
-    assert "error: " in err
-    assert all(str(word) in err for word in words), err
 
 
 def kept_of(config):
@@ -567,6 +523,7 @@ BAD_FLAGS = {
     "RUN --out FILE": "--out",
     "RUN --out FILE/model": "--out",
     "RUN --device cuda": "--device cuda",
+    "RUN --compile": "--compile",  # nothing would time it
 }
 
 
@@ -718,6 +675,87 @@ def test_missing_onnx_is_one_line_before_any_work_and_costs_nothing_else(run_cop
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert command(run_copy)[0] == 0
     export.load(run_copy / "model")
+
+
+# ------------------------------------------------------------------------------------------------ folded and compiled
+
+
+@torch.no_grad()
+def test_layer_scale_goes_into_a_variant(tmp_path, monkeypatch):
+    masked = masked_like(micro(init_values=0.5), SOME)
+    export.write(tmp_path, masked, SOME, batches_of(5), DATASETS["cifar10"], {"arch": "micro"}, {})
+    folded = export.write_folded(tmp_path, masked, SOME, batches_of(5))
+    assert sorted(path.name for path in (tmp_path / "folded").iterdir()) == MODEL_FILES
+    plain, config = export.read_config(tmp_path), export.read_config(tmp_path / "folded")
+    assert config.pop("folded") == ["blocks.0.ls1", "blocks.0.ls2", "blocks.1.ls1", "blocks.1.ls2"]
+    assert config["parameters"]["removed"] == plain["parameters"]["removed"] - 4 * DIM
+    assert "folded model computes" in (tmp_path / "folded" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "folded")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) < 20
+    space = {}
+    exec(code, space)
+    for other in (folded, export.load(tmp_path / "folded"), space["model"]):
+        assert not any("gamma" in name for name, _ in other.named_parameters())
+        assert (other(pictures()) - masked(pictures())).abs().max() <= 1e-5
+
+
+def test_nothing_to_fold_is_one_line_before_any_file(run_copy, command):
+    assert_one_line(command(run_copy, "--fold"), "--fold", "no batch norm", "leave it out")
+    assert not (run_copy / "model").exists()
+
+
+@torch.no_grad()
+def test_torch_exports_program_computes_the_same_at_any_batch(run_copy, command):
+    code, out, err = command(run_copy, "--torch_export")
+    assert (code, err) == (0, "")
+    assert "torch.export's program differs by" in out
+    folder, (masked, _) = run_copy / "model", masked_of(run_copy)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*MODEL_FILES, "model.pt2"])
+    program = torch.export.load(folder / "model.pt2").module()
+    for batch in (1, 2, 5):
+        assert (program(pictures(batch)) - masked(pictures(batch))).abs().max() <= 1e-5
+    assert command(run_copy)[0] == 0
+    assert not (folder / "model.pt2").exists()  # it belonged to the model that was there
+
+
+@pytest.mark.parametrize("kind", ["a little", "not a number in one class"])
+def test_a_program_that_computes_something_else_is_removed(tmp_path, monkeypatch, kind):
+    other = micro()
+    with torch.no_grad():
+        WRONG_BIASES[kind](other.head.bias)
+    program = copy.deepcopy(other)
+    monkeypatch.setattr(torch.export, "load", lambda _: program)
+    monkeypatch.setattr(program, "module", lambda: program, raising=False)
+    with pytest.raises(RunError, match="--torch_export") as caught:
+        export.torch_export(micro(), tmp_path / "model.pt2")
+    assert caught.value.code == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+@pytest.mark.parametrize("flags", ["--aot", "--latency --compile"])
+def test_without_a_compiler_is_one_line_before_any_file(run_copy, command, monkeypatch, flags):
+    monkeypatch.setenv("PATH", str(run_copy))
+    monkeypatch.delenv("CXX", raising=False)
+    assert_one_line(command(run_copy, *flags.split()), flags.split()[-1], "C++ compiler", "install g++")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_one_line(command(run_copy, *flags.split()), "no-such-compiler is missing")
+    assert not (run_copy / "model").exists()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_forms_compute_the_same_and_are_timed(run_copy, command):
+    code, out, err = command(run_copy, "--aot", "--latency", "--compile")
+    assert (code, err) == (0, "")
+    masked, _ = masked_of(run_copy)
+    package = torch._inductor.aoti_load_package(str(run_copy / "model" / "model_aot.pt2"))
+    for batch in (1, 2, 5):
+        assert (package(pictures(batch)) - masked(pictures(batch))).abs().max() <= 1e-5
+    (row, *_) = read_table((run_copy / "model" / "latency.txt").read_text().splitlines()[1:])
+    assert float(row["compiled ms"]) > 0
+    assert row["compiled faster"].endswith("x")
 
 
 # ------------------------------------------------------------------------------------------------ sizes and speeds

@@ -14,6 +14,7 @@ FLOORS = [
     {"families", "dataset"},
     {"vit_pruning_utils", "vit_pruning_utils_head_mlp", "vit_structured_pruning", "pruning_utils", "reporting"},
     {"engine", "report"},
+    {"deployment"},
     {"cli", "export"},
     {"main_imp_fillback"},
 ]

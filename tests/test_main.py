@@ -127,10 +127,10 @@ def test_defaults():
         weight_decay 0.0001, pruning_times 20, rate 0.2, prune_type lt, struct rsst, fillback_rate 0.0, exponents 4.0,
         RST_schedule exp_custom_exponents, reg_granularity_prune 1.0, criteria l1, vit_prune_target head, seed 42,
         sorting_mode layer-wise, workers 4, print_freq 200, warmup 20, rewind_epoch 24, ratio_schedule geometric,
-        reg_form decay, reg_finish 0.25, score_batches 10, min_units 1, val_fraction 0.1, compact_training True,
-        rank_by score, opt sgd, sched multistep, device auto, amp auto, refill True, export True, accum_steps 1,
-        vit_structured False, fc False, prune_patch_embed False, pretrained False, block_loss_grad False,
-        resume False, dry_run False, decreasing_lr 60|90, clip_grad None, compile None"""
+        reg_form decay, reg_finish 0.25, score_batches 10, min_units 1, round_to 1, val_fraction 0.1,
+        compact_training True, rank_by score, opt sgd, sched multistep, device auto, amp auto, refill True,
+        export True, accum_steps 1, vit_structured False, fc False, prune_patch_embed False, pretrained False,
+        block_loss_grad False, resume False, dry_run False, decreasing_lr 60|90, clip_grad None, compile None"""
     for name, value in map(words, expected.split(",")):
         assert str(getattr(args, name)) == value.replace("|", ","), name
     assert entry.parse_args(["--reg_form", "gradient"]).reg_finish == 1.0
@@ -533,7 +533,10 @@ BAD = """--rate 1; --rate -0.1; --rate nan; --rate much; --mlp_prune_ratio 1; --
 --criteria taylor; --vit_structured --vit_prune_target mlp --min_units 49 -> --min_units 49;
 --img_size 17 -> img_size 17; --img_size 0; --patch_size 5 -> patch_size 5; --patch_size 0; --struct hard;
 --prune_type nothing; --RST_schedule y; --struct oneshot; --prune_type pt; --reg_clock state;
---vit_structured --rank_by score_per_mac -> --rank_by score_per_mac; --device cuda; --amp fp16; --resume;
+--vit_structured --rank_by score_per_mac -> --rank_by score_per_mac; --round_to 0; --round_to -8;
+--vit_structured --vit_prune_target mlp --round_to 49 -> --round_to 49;
+--vit_structured --vit_prune_target mlp --round_to 20 --min_units 41 -> --round_to 20 and --min_units 41;
+--arch res20s --round_to 17 -> --round_to 17; --device cuda; --amp fp16; --resume;
 --frobnicate 3 -> --frobnicate; --epoch 3 -> --epoch; --checkpoint_every 0; --accum_steps 0;
 --resume --save_dir {files}/none -> {files}/none; --resume --save_dir {files}/damaged -> {files}/damaged;
 --resume --save_dir {files}/code -> {files}/code; --resume --save_dir {files}/other -> {files}/other;

@@ -673,22 +673,25 @@ def test_other_blocks_are_refused_with_the_reason(name):
 # ------------------------------------------------------------------------------------------------- counts
 
 
+@pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("sorting_mode", SORTING)
 @pytest.mark.parametrize(("schedule", "ratios", "min_units"), [
     ("geometric", {"head": 0.33, "neuron": 0.3}, 1), ("linear", {"head": 0.5}, 1), ("constant", {"neuron": 0.9}, 2),
     ("geometric", {"head": 0.9, "neuron": 0.99}, 0), ("linear", {"head": 0.9, "neuron": 0.99}, 1),
 ])  # fmt: skip
-def test_the_plan_is_what_the_ranking_gives(make_micro_vit, sorting_mode, schedule, ratios, min_units):
+def test_the_plan_is_what_the_ranking_gives(make_micro_vit, sorting_mode, schedule, ratios, min_units, round_to):
     model = make_micro_vit(num_heads=6, depth=3)
     units, weights = vit_units(model), vit.prunable_weights(model)
-    plan = structured.plan_structured(model, ratios, 4, schedule, sorting_mode, min_units)
+    plan = structured.plan_structured(model, ratios, 4, schedule, sorting_mode, min_units, round_to)
     kept, generator = {key: list(range(group.count)) for key, group in units.items()}, torch.Generator().manual_seed(3)
     for state, row in enumerate(plan):
         if state:
             scores = {key: torch.rand(group.count, generator=generator) for key, group in units.items()}
             now = {kind: structured.scheduled_ratio(schedule, ratio, state, 4) for kind, ratio in ratios.items()}
-            before, now = kept, rank_units(model, units, mark_removed(scores, kept), now, sorting_mode, min_units)
+            options = (sorting_mode, min_units, "score", round_to)
+            before, now = kept, rank_units(model, units, mark_removed(scores, kept), now, *options)
             kept = before | now
+            assert not any(len(kept[key]) % round_to for key, group in units.items() if group.kind == "neuron")
             assert all(set(kept[key]) <= set(before[key]) for key in units)  # a removed unit stays removed
         masks = vit.structured_masks(weights, units, kept)
         ones, total = (sum(int(f(mask)) for mask in masks.values()) for f in (torch.sum, torch.numel))

@@ -1,0 +1,33 @@
+"""The model card: config.json and parity.json as values in, README.md as text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from families import family_of_config
+
+
+def model_card(config: Mapping, proof: Mapping) -> str:
+    """README.md of an exported model."""
+    provenance, metrics = config["provenance"], config["metrics"]
+    rows = [("", "dense", "removed")]
+    parameters, macs = config["parameters"], config["macs"]
+    rows.append(("parameters", f"{parameters['dense']:,}", f"{parameters['removed']:,}"))
+    rows.append(("MACs an image", f"{macs['dense'] / 1e9:.4f} G", f"{macs['removed'] / 1e9:.4f} G"))
+    rows.append(
+        ("weights file", f"{4 * parameters['dense'] / 1e6:.2f} MB", f"{4 * parameters['removed'] / 1e6:.2f} MB")
+    )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---", "---:", "---:"), *rows[1:]))
+    facts = "\n".join(f"- {name}: {value}" for name, value in {**provenance, **metrics}.items())
+    normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
+    if config["mean"] is None:
+        normalisation = "How its images are normalised is not known: the weights came without their data set."
+    which = "folded" if "folded" in config else "removed"
+    left, loading = family_of_config(config).card(config)
+    return (
+        f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
+        f"The {which} model computes what the masked one does: largest difference "
+        f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
+        f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
+        f"{facts}\n\n{normalisation}\n\n{loading}"
+    )

@@ -1,0 +1,265 @@
+"""The command line of export.py: flags in, files in `model/` and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+import utils
+from dataset import DATASETS, DataError, DatasetFacts, load_dataset, make_batches
+from deployment.compaction import affordable, compact
+from deployment.compiled import aot_package, check_compiler, compiled, torch_export
+from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_words, runtime_files, write_demo
+from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, read_config, write, write_folded
+from deployment.hub import check_hub, write_hub
+from deployment.onnx_file import OPSET, check_onnx, to_onnx
+from deployment.quantise import INT8_FILES, write_int8
+from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
+from deployment.speed import latency_table, size_table
+from engine.evaluation import accuracy
+from families import family_of
+from models import BUILDERS
+from reporting.onnx_columns import onnx_columns
+from utils import RunError
+
+log = logging.getLogger("export")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
+    parser = utils.OneLineParser(description=what)
+    parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
+    parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
+    parser.add_argument(
+        "--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write"
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="with --onnx: write model_int8.onnx (scales fixed on training images) and model_int8_dynamic.onnx (scales "
+        "from each batch), and onnx.csv: test accuracy, size and milliseconds beside float32",
+    )
+    parser.add_argument(
+        "--demo",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="write a folder with a web page (RUN_DIR/demo when DIR is not given) that shows the answers and times of "
+        "the full and the removed network, with --int8 also of the int8 one, on images or drawn digits",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the page of an earlier --demo")
+    parser.add_argument(
+        "--ort_web",
+        metavar="DIR",
+        help="unpacked npm package onnxruntime-web for --demo; npm fetches it when not given",
+    )
+    parser.add_argument(
+        "--dense",
+        metavar="FILE",
+        help="dense network that --int8 and --demo show beside the removed one: a run, an exported model or weights; "
+        "the run's teacher.pt, or else its own network with pruned weights at zero, when not given",
+    )
+    parser.add_argument(
+        "--hf", metavar="DIR", help="write the model to DIR as the Hugging Face hub expects it; nothing is uploaded"
+    )
+    _add_programs(parser)
+    parser.add_argument("--latency", action="store_true", help="time dense against removed")
+    parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
+    parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
+    parser.add_argument("--data", help="folder of the data; the run's own when not given")
+    parser.add_argument("--from_checkpoint", metavar="FILE", help="a state dict with weight_orig and weight_mask pairs")
+    parser.add_argument("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
+    return parser
+
+
+def _add_programs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="write folded/ too, the same function without what inference can do without: batch norms go into the "
+        "convolutions before them, LayerScale into projections; --onnx, --torch_export and --aot then start from it",
+    )
+    parser.add_argument(
+        "--torch_export", action="store_true", help="write model.pt2, torch.export's program for any batch"
+    )
+    parser.add_argument(
+        "--aot", action="store_true", help="write model_aot.pt2, machine code by AOTInductor (needs a C++ compiler)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with --latency: time torch.compile, too (needs a C++ compiler)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.run_dir) == bool(args.from_checkpoint):
+        parser.error("give the folder of a finished run, or --from_checkpoint FILE")
+    if args.from_checkpoint and not (args.arch and args.out):
+        parser.error("--from_checkpoint: needs --arch ARCH and --out DIR")
+    if args.run_dir and args.arch:
+        parser.error(f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own")
+    if args.from_checkpoint and not args.dataset and (args.evaluate or args.data):
+        parser.error("--evaluate and --data: need --dataset NAME with --from_checkpoint")
+    _check_flags(parser, args)
+    utils.start_logging()
+    try:
+        _check_places(args)
+        _export(args)
+    except (RunError, DataError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return getattr(error, "code", 2)
+    return 0
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what one flag asks of another that is not there."""
+    shows = args.int8 or args.demo is not None
+    wrong = {
+        "--compile: is timed by --latency; add it, or leave this out": args.compile and not args.latency,
+        "--int8: belongs to --onnx; give both": args.int8 and not args.onnx,
+        f"--opset {args.opset}: belongs to --onnx or --demo": args.opset != OPSET and not (args.onnx or shows),
+        "--overwrite: belongs to --demo; a model is replaced anyway": args.overwrite and args.demo is None,
+        f"--ort_web {args.ort_web}: belongs to --demo": args.ort_web and args.demo is None,
+        f"--dense {args.dense}: belongs to --int8 or --demo": args.dense and not shows,
+        f"--dense {args.dense}: needs the folder of a run": args.dense and args.from_checkpoint,
+        "--int8: calibrates on training images, --dataset NAME says which": args.int8 and not _has_data(args),
+        "--demo: shows images as a data set does, --dataset NAME says which": args.demo is not None
+        and not _has_data(args),
+        "--demo: needs a folder, as in --demo DIR, with --from_checkpoint": args.demo == "" and args.from_checkpoint,
+    }
+    for message, holds in wrong.items():
+        if holds:
+            parser.error(message)
+
+
+def _has_data(args: argparse.Namespace) -> bool:
+    return bool(args.run_dir or args.dataset)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse, before any work, packages, compilers and operator sets that are missing and folders in the way."""
+    for flag, wanted in (("--aot", args.aot), ("--compile", args.compile)):
+        if wanted:
+            check_compiler(flag)
+    if args.onnx or args.demo is not None:
+        check_onnx(args.opset)
+    if args.out:
+        check_folder(Path(args.out))
+    if args.demo is not None:
+        check_new_folder("--demo", _demo_folder(args), args.overwrite)
+    if args.hf:
+        check_hub()
+        check_new_folder("--hf", Path(args.hf))
+
+
+def _demo_folder(args: argparse.Namespace) -> Path:
+    return Path(args.demo or Path(args.run_dir) / "demo")
+
+
+def _export(args: argparse.Namespace) -> None:
+    splits = run = None
+    if args.run_dir:
+        run_dir = Path(args.run_dir)
+        masked, kept, run, metrics = masked_from_run(run_dir)
+        dataset, data = args.dataset or run.dataset, args.data or run.data
+        val_fraction, workers, folder = run.val_fraction, run.workers, Path(args.out or run_dir / "model")
+        provenance = run_provenance(run)
+    else:
+        masked, kept, metrics = masked_from_checkpoint(Path(args.from_checkpoint), args.arch), None, {}
+        dataset, data, val_fraction, workers = args.dataset, args.data or "data", 0.1, 0
+        folder = Path(args.out)
+        provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
+    device = utils.pick_device(args.device)
+    masked, size = masked.to(device), family_of(masked).image_size(masked)
+    if args.run_dir or args.dataset:
+        splits = load_dataset(dataset, data, size, val_fraction)
+        facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
+        if facts.classes != masked.num_classes:
+            raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
+    else:
+        # without the data, random images prove the same function
+        facts = None
+        noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+        proving = [(noise, torch.zeros(64, dtype=torch.long))].copy
+    name, full = "masked", copy.deepcopy(masked).cpu()
+    if args.run_dir and (args.int8 or args.demo is not None):
+        name, full = full_network(run_dir, full, run, args.dense, size)
+    if args.demo is not None:
+        runtime = runtime_files(args.ort_web)
+    if args.evaluate:
+        test = make_batches(splits.test, facts, 256, device, workers=workers)
+        metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
+        log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
+    if args.fold:
+        foldable(masked)
+    small = write(folder, masked, kept, proving(), facts, provenance, metrics)
+    log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
+    variants = {}
+    if args.fold:
+        variants["folded"] = write_folded(folder, masked, kept, proving())
+        log.info(proof_line(folder / FOLDED))
+    _write_programs(args, folder)
+    if args.compile:
+        variants["compiled"] = compiled(variants.get("folded", small))
+    if args.latency:
+        table = latency_table(masked, small, variants=variants)
+        log.info(table)
+        utils.write_text(folder / "latency.txt", table + "\n")
+    if args.int8 or args.demo is not None:
+        with tempfile.TemporaryDirectory(prefix="full-") as drafts:
+            shown = Shown(name, full, Path(drafts) / "full.onnx")
+            to_onnx(full, shown.file, args.opset)
+            if args.int8:
+                rows = write_int8(folder, shown.file, name, affordable(full), splits, workers, args.opset)
+                log.info(f"\n{utils.format_table(rows, onnx_columns(rows))}\n")
+            if args.demo is not None:
+                _write_page(args, folder, shown, runtime, dataset, data, facts)
+    if args.hf:
+        classes = class_names(dataset, data, facts.classes) if facts else ()
+        write_hub(folder, Path(args.hf), dataset, size, classes)
+        log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
+
+
+def _write_page(
+    args: argparse.Namespace,
+    folder: Path,
+    full: Shown,
+    runtime: Mapping[str, bytes],
+    dataset: str,
+    data: str,
+    facts: DatasetFacts,
+) -> None:
+    """The folder of --demo: `full` beside the exported model of `folder`, and with --int8 its int8 file."""
+    small, arch = load(folder), read_config(folder)["provenance"]["arch"]
+    shown = [dataclasses.replace(full, name=TITLES[full.name])]
+    shown += [Shown("Pruned", small, folder / "model.onnx" if args.onnx else None)]
+    shown += [Shown("Pruned, int8", small, folder / INT8_FILES["static"])] if args.int8 else []
+    page, size = _demo_folder(args), family_of(small).image_size(small)
+    words, classes = page_words(arch, dataset, full.name), class_names(dataset, data, facts.classes)
+    write_demo(page, shown, words, dataset, facts, size, classes, runtime, args.opset)
+    log.info(f"{page}: the page; python -m http.server --directory {page}, then open http://localhost:8000")
+
+
+def _write_programs(args: argparse.Namespace, folder: Path) -> None:
+    """What runs without this program, from the folded network where there is one."""
+    model = load(folder / FOLDED if args.fold else folder) if args.onnx or args.torch_export or args.aot else None
+    if args.onnx:
+        worst = to_onnx(model, folder / "model.onnx", args.opset)
+        log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
+    if args.torch_export:
+        worst = torch_export(model, folder / "model.pt2")
+        log.info(f"{folder / 'model.pt2'}: torch.export's program differs by {worst:.2g} at batch 1 and 3")
+    if args.aot:
+        worst = aot_package(model, folder / "model_aot.pt2")
+        log.info(f"{folder / 'model_aot.pt2'}: AOTInductor's code differs by {worst:.2g} at batch 1 and 3")

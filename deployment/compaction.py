@@ -1,0 +1,86 @@
+"""From the masked model to the physically smaller one, and the measured proof that nothing changed.
+
+A model whose pruned weights are zero and the units it keeps come in; the small copy and how far its logits are from
+the masked one's go out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from families import family_of
+from pruning.removal import remove_units
+from pruning.scores import evaluating
+from pruning.units import Kept
+
+FLOAT32_BOUND = 1e-5  # times max(1, largest logit)
+
+
+def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict[str, list[int]]]:
+    """The physically smaller copy of a masked model, and the ids of the units that it keeps.
+
+    Args:
+        kept: units that stay; None finds the dead ones among weights that were pruned one by one and first folds what
+            biases of dead heads and neurons emit into their branch's output bias.
+    """
+    small = copy.deepcopy(model)
+    family = family_of(small)
+    units = family.units(small)
+    if kept is None:
+        kept = family.working_units_(small)
+    kept = {key: list(kept[key]) if key in kept else list(range(group.count)) for key, group in units.items()}
+    return remove_units(small, units, kept), kept
+
+
+def macs(model: nn.Module) -> int:
+    """Forward multiply-accumulates per image of the model as it is."""
+    return family_of(model).cost(model, {})["macs"]
+
+
+def affordable(model: nn.Module) -> int:
+    """Images of a batch of about 64 GMACs, 64 at most: with more, large models keep a CPU busy for minutes."""
+    return max(1, min(64, 64 * 10**9 // max(1, macs(model))))
+
+
+def worst_of(so_far: float, value: Tensor) -> float:
+    """max() that lets no NaN pass: Python's max(0.0, nan) is 0.0."""
+    return float(torch.maximum(torch.tensor(so_far, dtype=torch.float64), value.detach().cpu().double()))
+
+
+@torch.no_grad()
+def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    """How far the small model's logits are from the masked one's, over all images given.
+
+    float64 is measured on the first batch, on a CPU copy of both.
+
+    Returns:
+        largest absolute differences, the largest logit, the bound that float32 has to meet, and top-1 agreement.
+    """
+    parameter = next(masked.parameters())
+    images_seen = agreed = 0
+    difference = largest = 0.0
+    exact: float | None = None
+    with evaluating(masked), evaluating(small):
+        for images, _ in batches:
+            if exact is None:
+                models = [copy.deepcopy(model).cpu().double() for model in (masked, small)]
+                first = images[: affordable(masked)].cpu().double()
+                exact = float((models[0](first) - models[1](first)).abs().max())
+            images = images.to(parameter.device, parameter.dtype)
+            expected, found = masked(images), small(images)
+            difference = worst_of(difference, (expected - found).abs().max())
+            largest = max(largest, float(expected.abs().max()))
+            agreed += int((expected.argmax(1) == found.argmax(1)).sum())
+            images_seen += len(images)
+    return {
+        "images": images_seen,
+        "max_difference_float32": difference,
+        "max_difference_float64": exact,
+        "largest_logit": largest,
+        "bound_float32": FLOAT32_BOUND * max(1.0, largest),
+        "top1_agreement": agreed / images_seen,
+    }

@@ -1,0 +1,123 @@
+"""A folder as the Hugging Face hub expects it: an exported model in; config.json, model.safetensors, README.md out.
+
+    write_hub(Path("results/NAME/model"), Path("out"), "digits", classes)
+
+Nothing is uploaded. `export.load` and the lines of the card load the folder as they load `model/`; the hub reads the
+metadata at the head of README.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from deployment.folder import read_config, seal
+from deployment.quantise import INT8_FILES
+from families import family_of_config
+from utils import RunError
+
+# the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
+HUB_NAMES = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "fashionmnist": "zalando-datasets/fashion_mnist",
+    "imagenet": "ILSVRC/imagenet-1k",
+    "tiny-imagenet": "zh-plus/tiny-imagenet",
+}
+
+
+def check_hub() -> None:
+    """Raise a RunError that says what to install when the package that writes the metadata is missing."""
+    try:
+        importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise RunError("--hf: huggingface_hub is missing; pip install huggingface_hub") from error
+
+
+def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes: Sequence[str]) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        model: an exported `model/`.
+        folder: where it goes; it must not be there yet.
+        dataset: key of DATASETS, None where the weights came without one.
+        size: pixels a side of its images.
+        classes: their names, in the order of the logits; empty where they are not known.
+
+    Raises:
+        RunError: the model is damaged, or the disk is full.
+    """
+    config = hub_config(read_config(model), size, classes)
+    config, blob = seal(config, load_file(str(model / "model.safetensors")))
+    try:
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
+            draft = Path(staging) / folder.name
+            draft.mkdir()
+            (draft / "model.safetensors").write_bytes(blob)
+            (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
+            (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
+            for name in ("parity.json", "model.onnx", *INT8_FILES.values()):
+                if (model / name).exists():
+                    shutil.copyfile(model / name, draft / name)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft.rename(folder)
+    except OSError as error:
+        raise RunError(f"--hf {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
+
+
+def hub_config(config: Mapping, size: int, classes: Sequence[str]) -> dict:
+    """config.json with the keys under which timm's models on the hub say what their images and classes are.
+
+    `architecture` is the dense one's name. The widths that are left are in our own keys: `timm.create_model` alone
+    cannot build them, the lines of the card do.
+    """
+    shown = {"input_size": [3, size, size], "mean": config["mean"], "std": config["std"], "interpolation": "bilinear"}
+    if size >= 128:
+        shown["crop_pct"] = 0.875
+    known = {key: value for key, value in shown.items() if value is not None}
+    added = {"architecture": config["provenance"].get("arch", ""), "pretrained_cfg": known}
+    if classes:
+        added |= {"num_classes": len(classes), "label_names": list(classes)}
+    return {**{key: value for key, value in config.items() if key != "sha256"}, **added}
+
+
+def metadata(config: Mapping, dataset: str | None) -> str:
+    """The head of README.md: YAML that the hub shows and searches.
+
+    The licence is the one of this program; who trains on data with another one changes it.
+    """
+    cards = importlib.import_module("huggingface_hub")
+    family, arch = family_of_config(config), config["architecture"]
+    timm = "import timm" in family.card(config)[1]
+    accuracy = config["metrics"].get("test_accuracy")
+    results, name = [], f"{arch.rpartition('/')[2]}-pruned"
+    if accuracy is not None and dataset is not None:
+        results = [
+            cards.EvalResult(
+                task_type="image-classification",
+                dataset_type=HUB_NAMES.get(dataset, dataset),
+                dataset_name=dataset,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_value=round(accuracy, 6),
+            )
+        ]
+    fields = {
+        "license": "mit",
+        "library_name": "timm" if timm else "pytorch",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "pruning", "structured-pruning", "safetensors", *["timm"][:timm]],
+        "datasets": [HUB_NAMES[dataset]] if dataset in HUB_NAMES else None,
+        "metrics": ["accuracy"],
+        "model_name": name,
+        "eval_results": results or None,
+    }
+    return cards.ModelCardData(**{key: value for key, value in fields.items() if value}).to_yaml()

@@ -1,0 +1,116 @@
+"""How fast models are, side by side: models in, images per second and tables of them out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+import utils
+from deployment.compaction import affordable, macs
+from families import family_of
+from pruning.scores import evaluating
+from pruning.units import count_parameters
+
+
+@torch.no_grad()
+def throughput(
+    models: Mapping[str, nn.Module], batch_size: int, repeats: int = 5, seconds: float = 5.0
+) -> dict[str, float]:
+    """Images per second of each model, from interleaved medians on the models' own device.
+
+    Repeats stop early once `seconds` have passed, but each model runs at least once after its warm-up.
+    """
+    model = next(iter(models.values()))
+    parameter = next(model.parameters())
+    size = family_of(model).image_size(model)
+    images = torch.randn(batch_size, 3, size, size, device=parameter.device, dtype=parameter.dtype)
+
+    def timed(model: nn.Module) -> float:
+        _synchronise(parameter.device)
+        started = time.perf_counter()
+        model(images)
+        _synchronise(parameter.device)
+        return time.perf_counter() - started
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with contextlib.ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+            timed(model)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            for name, model in models.items():
+                times[name].append(timed(model))
+            if time.perf_counter() - begun > seconds:
+                break
+    return {name: batch_size / statistics.median(spent) for name, spent in times.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def latency_table(
+    dense: nn.Module,
+    small: nn.Module,
+    batch_sizes: Iterable[int] = (1, 8, 64),
+    variants: Mapping[str, nn.Module] | None = None,
+) -> str:
+    """Speed of the removed model over the dense one, beside the limit that the MACs set; then that of its variants."""
+    variants = variants or {}
+    limit = macs(dense) / max(1, macs(small))
+    rows = []
+    for batch_size in batch_sizes:
+        speed = throughput({"dense": dense, "removed": small, **variants}, batch_size, repeats=15)
+        gain = speed["removed"] / speed["dense"]
+        rows.append(
+            {
+                "batch": batch_size,
+                "dense ms": f"{1000 * batch_size / speed['dense']:.2f}",
+                "removed ms": f"{1000 * batch_size / speed['removed']:.2f}",
+                "faster": f"{gain:.2f}x",
+                "MACs limit": f"{limit:.2f}x",
+                "of limit": f"{100 * gain / limit:.0f}%",
+                **{f"{name} ms": f"{1000 * batch_size / speed[name]:.2f}" for name in variants},
+                **{f"{name} faster": f"{speed[name] / speed['dense']:.2f}x" for name in variants},
+            }
+        )
+    device = next(dense.parameters()).device
+    head = f"float32 on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, interleaved medians"
+    return f"{head}\n{utils.format_table(rows, {title: title for title in rows[0]})}"
+
+
+@torch.no_grad()
+def size_table(masked: nn.Module, small: nn.Module) -> str:
+    """Dense, masked and removed side by side: parameters in use, MACs, file size and images/s on this device."""
+    in_use = sum(int(parameter.count_nonzero()) for parameter in masked.parameters())
+    dense = copy.deepcopy(masked)
+    for parameter in dense.parameters():
+        parameter.masked_fill_(parameter == 0, 0.02)  # whether zeros are faster than other numbers is the question
+    models = {"dense": dense, "masked": masked, "removed": small}
+    speed = throughput(models, affordable(masked))
+    parameters = {
+        "dense": count_parameters(masked),
+        "masked": in_use,
+        "removed": count_parameters(small),
+    }
+    rows = [
+        {
+            "model": name,
+            "parameters": f"{parameters[name]:,}",
+            "MACs": f"{macs(model) / 1e9:.4f} G",
+            "file": f"{sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6:.2f} MB",
+            "images/s": f"{speed[name]:,.0f}",
+        }
+        for name, model in models.items()
+    ]
+    return utils.format_table(rows, {title: title for title in rows[0]})
