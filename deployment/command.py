@@ -194,7 +194,7 @@ def _export(args: argparse.Namespace) -> None:
         proving = [(noise, torch.zeros(64, dtype=torch.long))].copy
     name, full = "masked", copy.deepcopy(masked).cpu()
     if args.run_dir and (args.int8 or args.demo is not None):
-        name, full = full_network(run_dir, full, run, args.dense, size)
+        name, full = full_network(run_dir, full, run, args.dense)
     if args.demo is not None:
         runtime = runtime_files(args.ort_web)
     if args.evaluate:

@@ -52,7 +52,7 @@ def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn
 
 
 def full_network(
-    run_dir: Path, masked: nn.Module, args: argparse.Namespace, dense: str | None, size: int
+    run_dir: Path, masked: nn.Module, args: argparse.Namespace, dense: str | None
 ) -> tuple[str, nn.Module]:
     """The network of full size that stands beside the small one, and "dense" or "masked", which it is.
 
@@ -65,9 +65,9 @@ def full_network(
     kept = run_dir / "teacher.pt"
     if dense is None and not kept.exists():
         return "masked", copy.deepcopy(masked).cpu()
-    named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0})
+    named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0, "kd_features": None})
     try:
-        model = named_teacher(named, dataset_facts(args.dataset, args.data), size, load)
+        model = named_teacher(named, dataset_facts(args.dataset, args.data), masked, load)
     except RunError as error:
         raise RunError(str(error).replace("--teacher", "--dense", 1)) from error
     return "dense", model.eval()

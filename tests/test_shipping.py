@@ -196,17 +196,17 @@ def test_the_dense_network_of_a_run_that_kept_it_stands_in_the_table(finished_ru
 
     run = linked(finished_run, tmp_path / "run")
     masked, _, args, _ = masked_from_run(run)
-    assert full_network(run, masked, args, None, 16)[0] == "masked"
+    assert full_network(run, masked, args, None)[0] == "masked"
     torch.manual_seed(5)
     dense = vit_micro()
     torch.save(dense.state_dict(), run / "teacher.pt")
     torch.save(vit_micro(num_classes=4).state_dict(), tmp_path / "other.pt")
     for given in (None, str(run / "teacher.pt")):
-        name, found = full_network(run, masked, args, given, 16)
+        name, found = full_network(run, masked, args, given)
         assert name == "dense"
         assert all(torch.equal(found.state_dict()[key], value) for key, value in dense.state_dict().items())
     with pytest.raises(RunError, match="^--dense .*other.pt: cannot teach|^--dense .*other.pt"):
-        full_network(run, masked, args, str(tmp_path / "other.pt"), 16)
+        full_network(run, masked, args, str(tmp_path / "other.pt"))
 
 
 # ------------------------------------------------------------------------------------------------ bad input

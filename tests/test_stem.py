@@ -216,7 +216,7 @@ def test_what_a_run_exports_reloads_here_and_in_plain_timm(flags, run_micro, mon
     student = entry.parse_args([*MICRO, "--teacher", str(folder / "checkpoint.pt")])
     last = vit_micro(stem="conv")
     last.load_state_dict(load(folder / "checkpoint.pt")["weights"])
-    teacher = named_teacher(student, DATASETS["digits"], 16, export.load)
+    teacher = named_teacher(student, DATASETS["digits"], vit_micro(), export.load)
     torch.testing.assert_close(teacher(images), last.eval()(images))
 
 
@@ -235,7 +235,9 @@ def test_a_checkpoint_that_knows_no_stem_teaches_a_run_with_one(house, tmp_path)
     torch.save(content, tmp_path / "old.pt")
     student = entry.parse_args([*MICRO, "--stem", "conv", "--teacher", str(tmp_path / "old.pt")])
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(named_teacher(student, DATASETS["digits"], 16, export.load)(images), plain(images))
+    torch.testing.assert_close(
+        named_teacher(student, DATASETS["digits"], vit_micro(), export.load)(images), plain(images)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- pretrained starts
