@@ -13,7 +13,7 @@ from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, 
 from images.folders import FolderBatches
 from images.orders import balanced_order
 from images.reading import read_idx
-from images.splits import dataset_facts, load_dataset, split_sizes
+from images.splits import dataset_facts, joined, load_dataset, split_sizes
 
 __all__ = [
     "DATASETS",
@@ -26,6 +26,7 @@ __all__ = [
     "Splits",
     "balanced_order",
     "dataset_facts",
+    "joined",
     "load_dataset",
     "make_batches",
     "read_idx",

@@ -464,11 +464,13 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
         args = argparse.Namespace(**yaml.safe_load((run_dir / "args.yaml").read_text()))
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         best = utils.load_tensors(run_dir / "best.pt", "best.pt")
-        if len(rows) != args.pruning_times * args.epochs or best["state"] != rows[-1]["state"]:
+        epochs = args.pruning_times * args.epochs + (getattr(args, "finish_epochs", None) or 0)
+        if len(rows) != epochs or best["state"] != rows[-1]["state"]:
             raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
         with open(run_dir / "states.csv", newline="", encoding="utf-8") as file:
             last = list(csv.DictReader(file))[-1]
-        metrics = {"val_accuracy": best["accuracy"], "test_accuracy": float(last["test_accuracy"])}
+        metrics = {} if getattr(args, "finish_on_all", False) else {"val_accuracy": best["accuracy"]}
+        metrics["test_accuracy"] = float(last["test_accuracy"])
         return _model_of_run(args, best["weights"]), best["kept"] or None, args, metrics
     except damaged as error:
         raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
@@ -567,6 +569,10 @@ def run_provenance(run: argparse.Namespace) -> dict:
     found = {name: getattr(run, name) for name in names}
     if run.vit_structured:
         found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
+    if getattr(run, "finish_epochs", None):
+        found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
+        if run.finish_on_all:
+            found |= {"finish_on_all": True, "selection": "none: it is what the finish ended with, on all images"}
     return found
 
 

@@ -8,8 +8,9 @@
     torchrun --nproc_per_node=8 main_imp_fillback.py --dataset imagenet --data /data/imagenet --batch_size 1024
 
 State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
-zero by a growing penalty while the state trains and cuts them when cutting costs nothing. `--dry_run` shows what a
-command would do. What a run leaves behind is described in README.md.
+zero by a growing penalty while the state trains and cuts them when cutting costs nothing. Behind the last state a
+finish may train on what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
+in README.md.
 
 The method is `prune_and_retrain` below; what it calls stands in engine/ (the run, a state's training, the choice).
 Flags and their checks stand in cli/, units, scores and masks in pruning/, what differs between models in families/.
@@ -57,8 +58,9 @@ log = logging.getLogger("main")
 
 
 def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
-    """All states of a run, from where `run.progress` stands; a resumed one may enter in the middle of a `training`."""
-    while run.progress.state < run.states:
+    """All states of a run, and a finish behind them, from where `run.progress` stands; a resumed one may enter in the
+    middle of a `training`."""
+    while run.progress.state < run.rounds:
         if not run.progress.begun:
             run.begin_state()
             if run.prunes():
@@ -83,21 +85,22 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
         run.signals.check()
 
 
-def finish(run: Run) -> None:
-    """All states are trained: tables, the small model with its proof, the report."""
+def conclude(run: Run) -> None:
+    """Everything is trained: tables, the small model with its proof, the report."""
     run.writer.wait()
-    unreadable = sum(data.unreadable for data in (run.train_data, run.val_data, run.test_data))
+    unreadable = set().union(*(data.unreadable_files for data in (run.train_data, run.val_data, run.test_data)))
     if unreadable:
-        log.warning("%d images could not be read and were skipped; their names stand above", unreadable)
+        log.warning("%d images could not be read and were skipped; their names stand above", len(unreadable))
     masks, title = run.progress.masks, run.family.title
     log.info("\n%s", sparsity_report(masks, title), extra=utils.FILE_ONLY)
-    log.info("\n%s\n\n%s\n", sparsity_by_kind(masks, title), journal.states_table(run.progress.states))
+    table = journal.states_table(run.progress.states, run.finish_state)
+    log.info("\n%s\n\n%s\n", sparsity_by_kind(masks, title), table)
     hand_over(run)
     write_report(run)
 
 
 def hand_over(run: Run) -> None:
-    """The last state's selected model, physically small, with its proof; see export.py."""
+    """The selected model of the last state, or of the finish, physically small, with its proof; see export.py."""
     best = utils.load_tensors(run.save_dir / "best.pt", "best.pt")
     run.dense.load_state_dict(best["weights"])
     kept = best["kept"] if run.units else None
@@ -106,6 +109,7 @@ def hand_over(run: Run) -> None:
         return
     last, folder, provenance = run.progress.states[-1], run.save_dir / "model", export.run_provenance(run.args)
     metrics = {"val_accuracy": last["best_accuracy"], "test_accuracy": last["test_accuracy"]}
+    metrics = {name: value for name, value in metrics.items() if value != ""}  # a finish on all images has none
     small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics)
     log.info(f"{export.size_table(run.dense, small)}\n\n{export.proof_line(folder)}")
 
@@ -173,7 +177,7 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         units_of_run(args, model)
         pixels = family_of(model).image_size(model)
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
-        teacher = named_teacher(args, splits.facts, pixels, export.load)
+        teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
     lock = make_save_dir(args) if processes.first else None
     args.save_dir = processes.from_first(args.save_dir)
@@ -193,7 +197,7 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
                 with run.whole_run_bar():
                     prune_and_retrain(run, training)
                 processes.part()
-                run.write(finish, run)
+                run.write(conclude, run)
         finally:
             run.close()
     finally:
@@ -214,7 +218,8 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
         f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
     )
     states, epochs, _ = run_length(args)
-    log.info(f"states 0 to {states - 1} of {epochs} epochs each; files in {args.save_dir}")
+    behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""
+    log.info(f"states 0 to {states - 1} of {epochs} epochs each{behind}; files in {args.save_dir}")
     for note in args.notes:
         log.warning("note: %s", note)
     if args.vit_structured and args.struct == "rsst" and args.prune_type == "lt" and args.ratio_schedule == "constant":

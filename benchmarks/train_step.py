@@ -52,6 +52,7 @@ RECIPES = {
     "drop path": "--drop_path 0.1",
     "average": "--ema_decay 0.999",
     "a teacher of its own size": f"--teacher {Path(__file__).resolve()}",  # any path: the network is handed over
+    "its features, too": f"--teacher {Path(__file__).resolve()} --kd_features 1",
 }
 
 

@@ -10,7 +10,7 @@ import re
 import models
 from dataset import DATASETS
 from engine.capture import GRAPHS
-from engine.distill import SELF
+from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from pruning.scores import CRITERIA
@@ -61,13 +61,13 @@ def _check_numbers(args: argparse.Namespace) -> None:
     if args.checkpoint_every is not None:
         sensible = re.fullmatch(r"[1-9]\d*m?", args.checkpoint_every)
         require(bool(sensible), "--checkpoint_every", args.checkpoint_every, "give steps (500) or minutes (10m)")
-    for name in ("img_size", "patch_size", "train_limit"):
+    for name in ("img_size", "patch_size", "train_limit", "finish_epochs"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}", value, "must be 1 or more")
     for name in ("rate", "mlp_prune_ratio", "label_smoothing", "momentum"):
         value = getattr(args, name)
         require(value is None or 0 <= value < 1, f"--{name}", value, "must lie in [0, 1)")
-    for name in ("lr", "reg_granularity_prune", "exponents", "clip_grad"):
+    for name in ("lr", "finish_lr", "reg_granularity_prune", "exponents", "clip_grad"):
         value = getattr(args, name)
         require(value is None or 0 < value < math.inf, f"--{name}", value, "must be a number above 0")
     _check_recipe_numbers(args)
@@ -101,6 +101,8 @@ def _complete(args: argparse.Namespace) -> None:
     require(args.rewind_epoch >= 0, "--rewind_epoch", args.rewind_epoch, "must be 0 or more")
     if args.decreasing_lr is None:
         args.decreasing_lr = ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
+    if args.finish_epochs and args.finish_lr is None:
+        args.finish_lr = args.lr
     if args.reg_finish is None:
         args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
 
@@ -113,6 +115,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     milestones_of(args)  # raises
     if args.min_lr is not None and args.sched != "cosine":
         raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
+    _check_finish(args)
     require(0 < args.reg_finish <= 1, "--reg_finish", args.reg_finish, "must lie in (0, 1]")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
@@ -137,6 +140,17 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
 
 
+def _check_finish(args: argparse.Namespace) -> None:
+    if args.finish_epochs is None:
+        if args.finish_lr is not None:
+            raise RunError(f"--finish_lr {args.finish_lr}: belongs to --finish_epochs, which says for how long")
+        if args.finish_on_all:
+            raise RunError("--finish_on_all: belongs to --finish_epochs, which says for how long")
+    elif args.min_lr is not None:
+        fits = args.min_lr <= args.finish_lr
+        require(fits, "--finish_lr", args.finish_lr, f"must not lie below --min_lr {args.min_lr}, where it ends")
+
+
 def _check_processes(args: argparse.Namespace) -> None:
     size = world_size()
     shared = f"cannot be shared by {size} processes, each of which takes as many images"
@@ -149,16 +163,15 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 
 def _check_teacher(args: argparse.Namespace) -> None:
-    for name in ("kd_alpha", "kd_temperature"):
+    for name in ("kd_alpha", "kd_temperature", "kd_features"):
         if getattr(args, name) is not None and args.teacher is None:
             raise RunError(f"--{name} {getattr(args, name)}: belongs to --teacher, which says who teaches")
     if args.teacher is None:
+        if args.kd_hard:
+            raise RunError("--kd_hard: belongs to --teacher, which says who teaches")
         return
-    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
-    args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
-    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
-    require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
-    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense"):
+    _complete_teacher(args)
+    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense") and not args.finish_epochs:
         raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
     if args.teacher.startswith(models.TIMM):
         try:
@@ -167,6 +180,18 @@ def _check_teacher(args: argparse.Namespace) -> None:
             raise RunError(f"--teacher {args.teacher}: {error}") from error
     elif args.teacher != SELF and not os.path.exists(args.teacher):
         raise RunError(f"--teacher {args.teacher}: no such file or folder; give self, a path or timm/NAME")
+
+
+def _complete_teacher(args: argparse.Namespace) -> None:
+    args.kd_alpha = 0.5 if args.kd_alpha is None else args.kd_alpha
+    require(0 <= args.kd_alpha <= 1, "--kd_alpha", args.kd_alpha, "must lie in [0, 1]")
+    if args.kd_hard and args.kd_temperature is not None:
+        raise RunError(f"--kd_temperature {args.kd_temperature}: a label has none; leave it or --kd_hard out")
+    if not args.kd_hard:
+        args.kd_temperature = 2.0 if args.kd_temperature is None else args.kd_temperature
+        require(0 < args.kd_temperature < math.inf, "--kd_temperature", args.kd_temperature, "must be a number above 0")
+    value = args.kd_features
+    require(value is None or 0 <= value < math.inf, "--kd_features", value, "must be 0, for off, or more")
 
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:
@@ -185,6 +210,10 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
         notes.append("--patch_embed resample: a conv stem has no patches to resample; no effect here")
     if args.prune_patch_embed and args.vit_structured:
         notes.append("--prune_patch_embed: heads and neurons have no share in it; no effect here")
+    if args.teacher and not wants_teacher(args):
+        notes.append(f"--teacher {args.teacher}: --kd_alpha 0 and no --kd_features leave it no share of the loss")
+    elif args.kd_hard and not args.kd_alpha:
+        notes.append("--kd_hard: has no effect with --kd_alpha 0")
     if "gpu" in given and world_size() > 1:
         notes.append("--gpu: has no effect under torchrun, which gives each process a GPU of its own")
     if args.pruning_times == 1 or args.struct == "dense":

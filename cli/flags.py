@@ -140,6 +140,20 @@ def _train(group: Group) -> None:
     )
     group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
     group.add_argument(
+        "--finish_epochs",
+        type=int,
+        metavar="N",
+        help="behind the last state train its selected model for N epochs more, masks as they are, with warm-up, "
+        "milestones and cosine over these epochs; off",
+    )
+    group.add_argument("--finish_lr", type=float, metavar="LR", help="learning rate of the finish; --lr when not given")
+    _switch(
+        group,
+        "--finish_on_all",
+        "the finish trains on training and validation images; what it ends with is exported, as nothing is left to "
+        "select by",
+    )
+    group.add_argument(
         "--compile",
         nargs="?",
         const="default",
@@ -232,12 +246,26 @@ def _teaching(group: Group) -> None:
     group.add_argument(
         "--teacher",
         metavar="self|PATH|timm/NAME",
-        help="learn from this model's logits, too: self, the selected model of state 0, kept as teacher.pt; an "
+        help="learn from this model, too: self, the selected model of state 0, kept as teacher.pt; an "
         "exported model/ or the run's folder that holds it; a checkpoint, or a file of weights of this architecture; "
         "public weights of timm that know the data set's classes",
     )
     group.add_argument("--kd_alpha", type=float, help="the teacher's share of the loss, in [0, 1]; 0.5 with a teacher")
     group.add_argument("--kd_temperature", type=float, help="divides the logits of both; 2 with a teacher")
+    _switch(
+        group,
+        "--kd_hard",
+        "the teacher's largest logit is a label for its share; else the divergence from all its logits (soft). Of a "
+        "distilled DeiT the head of the distillation token learns from the teacher, the class head from the labels; "
+        "without a teacher both do; evaluation takes the mean of both",
+    )
+    group.add_argument(
+        "--kd_features",
+        type=float,
+        metavar="W",
+        help="add W times the mean squared distance between the normalised output tokens behind the last block, the "
+        "student's and the teacher's, which has the same width and grid; off when not given",
+    )
 
 
 def _tracking(group: Group) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dataset import split_sizes
+from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
@@ -23,8 +24,16 @@ def plan(args: argparse.Namespace) -> str:
         model = make_model(args, weights=False)
     units, family = units_of_run(args, model), family_of(model)
     states, epochs, _ = run_length(args)
+    finish = ""
     train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit, args.data)
     batch = args.batch_size * args.accum_steps
+    if args.finish_epochs:
+        images = finish_images(args, train_images, val_images)
+        finish = (
+            f"then a finish of {args.finish_epochs} epochs x {finish_steps(args, train_images, val_images)} steps of "
+            f"{min(batch, images)} images ({images:,} train, {'none' if args.finish_on_all else f'{val_images:,}'} "
+            f"validate): the last state's model, lr {args.finish_lr:g}\n"
+        )
     layers = family.prunable_layers(model, args.prune_patch_embed)
     prunable = sum(module.weight.numel() for module in layers.values())
     if args.vit_structured and args.struct != "dense":
@@ -48,7 +57,7 @@ def plan(args: argparse.Namespace) -> str:
         f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x "
         f"{max(1, train_images // batch)} steps of {min(batch, train_images)} images "
         f"({train_images:,} train, {val_images:,} validate)\n"
-        f"{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
+        f"{finish}{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
         f"{remark}\n"
         f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk."
     )

@@ -33,6 +33,9 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
     stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
     grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
+    if longer and stored["finish_epochs"] and content["run"]["state"] >= stored["pruning_times"]:
+        more = given["pruning_times"]
+        parser.error(f"--pruning_times {more}: this run is in its finish, which no state can follow; leave it out")
     free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
     other = [f"--{name} {value}" for name, value in given.items() if name not in free and stored.get(name) != value]
     if other:

@@ -4,5 +4,5 @@ model.py builds what a run trains, optimizer.py what trains it, capture.py turns
 measures, checkpoint.py, folder.py and tracking.py keep what is to last, journal.py finds the words and rows for it;
 processes.py is what several processes of torchrun do together.
 What strengthens training: mixing.py mixes images, depth.py drops branches, averaging.py averages weights, distill.py
-asks a teacher, objective.py is the loss of it all.
+asks a teacher, objective.py is the loss of it all; finish.py says what comes behind the last state.
 """

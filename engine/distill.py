@@ -1,14 +1,16 @@
-"""Distillation (Hinton et al. 2015, arXiv:1503.02531): `--teacher` in, its logits for a student's images out.
+"""Distillation (Hinton et al. 2015, arXiv:1503.02531): `--teacher` in, its logits for a student's images out, and with
+`--kd_features` the features behind its last block; `objective.py` says what a student makes of them.
 
 A teacher is in eval mode, has no gradients and computes in the run's precision, once a step. Where images are shown as
-they are (`--aug none`, resident data, nothing mixed), its logits are worked out once for all of them.
+they are (`--aug none`, resident data, nothing mixed), its logits are worked out once for all of them, and its features
+where those of all images take no more than `MOST_KEPT` bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,26 +18,59 @@ from torch import Tensor, nn
 
 import models
 from dataset import Batches, DatasetFacts, FolderBatches
+from engine.objective import Answer
 from engine.processes import ALONE, Processes
+from families import family_of
 from models.vit import PretrainedError
+from pruning.scores import evaluating
+from pruning.units import LayoutError
 from utils import RunError, autocast, load_state_file, load_tensors
 
 log = logging.getLogger(__name__)
 
 SELF = "self"
+MOST_KEPT = 2**30
 
 
 def wants_teacher(args: argparse.Namespace) -> bool:
     """Whether a loss of this run has a teacher's share."""
-    return bool(args.teacher and args.kd_alpha)
+    return bool(args.teacher and (args.kd_alpha or args.kd_features))
+
+
+def is_taught(args: argparse.Namespace, state: int) -> bool:
+    """Whether the loss of this state has a teacher's share; state 0 cannot learn from itself."""
+    return wants_teacher(args) and (args.teacher != SELF or state > 0)
+
+
+class Answering(nn.Module):
+    """A network whose forward pass gives an `Answer`, with its features when asked for them."""
+
+    def __init__(self, model: nn.Module, features: bool = False):
+        super().__init__()
+        self.model, self.tokens = model, _tokens_of(model) if features else None
+
+    def forward(self, images: Tensor) -> Answer:
+        if self.tokens is None:
+            return Answer(_heads(self.model(images)))
+        features = self.model.forward_features(images)
+        return Answer(_heads(self.model.forward_head(features)), self.tokens(features))
+
+
+def _heads(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
+def _tokens_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    return family_of(model.model if isinstance(model, Renormalised) else model).tokens
 
 
 class Teacher:
-    """Logits of a fixed network for the batches of `data`.
+    """What a fixed network says of the batches of `data`: its lessons.
 
     Args:
         shows_as_they_are: images come unchanged, so that each has its logits once and for all.
-        processes: each works out its share of these.
+        features: lessons hold features, too.
+        processes: each works out its share of what is kept.
     """
 
     def __init__(
@@ -45,38 +80,58 @@ class Teacher:
         like: Tensor,
         precision: torch.dtype | None,
         shows_as_they_are: bool = False,
+        features: bool = False,
         processes: Processes = ALONE,
     ):
         self.model = model.to(like.device, like.dtype).eval().requires_grad_(False)
-        self.data, self.precision = data, precision
-        self.table: Tensor | None = None  # logits of all training images
+        self.answers = Answering(self.model, features).eval()
+        self.data, self.precision, self.processes = data, precision, processes
+        self.tables: tuple[Tensor, ...] = ()  # the lesson of all training images, where it is kept
         if shows_as_they_are and isinstance(data, Batches):
-            own = [self._logits(images.to(like.dtype)) for images, _ in data.sequential(whole=False)]
-            self.table = processes.joined_shares(torch.cat(own), len(data))
+            self.tables = self._whole_lesson(like.dtype)
 
-    def logits(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> Tensor:
-        """[B, classes] for the images [B, 3, H, W] of a step, which are looked at in as many parts as the student's."""
-        if self.table is not None:
-            return self.table.index_select(0, self.data.chosen(state, epoch, step))
-        return torch.cat([self._logits(part) for part in images.chunk(parts)])
+    def lesson(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """Logits [B, classes] and, where they are taught, features [B, N, D].
+
+        Args:
+            images: [B, 3, H, W] of this step, which are looked at in as many parts as the student's.
+        """
+        if self.tables:
+            chosen = self.data.chosen(state, epoch, step)
+            return tuple(table.index_select(0, chosen) for table in self.tables)
+        return _joined(self._lesson(part) for part in images.chunk(parts))
 
     @torch.no_grad()
-    def _logits(self, images: Tensor) -> Tensor:
+    def _lesson(self, images: Tensor) -> tuple[Tensor, ...]:
         with autocast(images.device, self.precision):
-            return self.model(images).to(images.dtype)
+            answer = self.answers(images)
+        return tuple(tensor.to(images.dtype) for tensor in (answer.logits, answer.features) if tensor is not None)
+
+    def _whole_lesson(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The lesson of all images in stored order; none where its features are too large to be kept."""
+        lessons = (self._lesson(images.to(dtype)) for images, _ in self.data.sequential(whole=False))
+        first = next(lessons)
+        if sum(features[0].nbytes for features in first[1:]) * len(self.data) > MOST_KEPT:
+            return ()
+        return tuple(self.processes.joined_shares(own, len(self.data)) for own in _joined([first, *lessons]))
+
+
+def _joined(lessons: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*lessons, strict=True))
 
 
 def named_teacher(
-    args: argparse.Namespace, facts: DatasetFacts, pixels: int, load_exported: Callable[[Path], nn.Module]
+    args: argparse.Namespace, facts: DatasetFacts, student: nn.Module, load_exported: Callable[[Path], nn.Module]
 ) -> nn.Module | None:
     """The network that `--teacher` names; None without one, and for `self`, which has to be trained first.
 
     Raises:
-        RunError: it cannot be had, or does not classify these images into these classes.
+        RunError: it cannot be had, does not classify these images into these classes, or has other features than the
+            student, which is to learn them.
     """
     if not wants_teacher(args) or args.teacher == SELF:
         return None
-    flag, path = f"--teacher {args.teacher}", Path(args.teacher)
+    flag, path, pixels = f"--teacher {args.teacher}", Path(args.teacher), family_of(student).image_size(student)
     try:
         with torch.random.fork_rng(devices=[]):  # random weights that are replaced; the run draws what it always does
             if args.teacher.startswith(models.TIMM):
@@ -93,7 +148,28 @@ def named_teacher(
         raise RunError(f"{flag}: cannot teach this run ({reason})") from error
     if shape != (1, facts.classes):
         raise RunError(f"{flag}: has {shape[-1]} outputs, and --dataset {args.dataset} {facts.classes} classes")
+    if args.kd_features:
+        _check_features(args, student, model, pixels)
     return model
+
+
+@torch.no_grad()
+def _check_features(args: argparse.Namespace, student: nn.Module, teacher: nn.Module, pixels: int) -> None:
+    flag = f"--kd_features {args.kd_features:g}"
+    shapes = []
+    for model in (student, teacher):
+        with evaluating(model):
+            try:
+                features = Answering(model, features=True)(torch.zeros(1, 3, pixels, pixels)).features
+            except LayoutError as error:
+                raise RunError(f"{flag}: --teacher {args.teacher}: {error}; leave it out") from error
+        shapes.append(tuple(features.shape[1:]))
+    own, taught = (f"{count} tokens of {width} channels" for count, width in shapes)
+    if own != taught:
+        raise RunError(
+            f"{flag}: {args.arch} has {own} behind its last block and --teacher {args.teacher} {taught}; "
+            "take a teacher of the same width and grid, or leave it out"
+        )
 
 
 def _public_model(name: str, facts: DatasetFacts, pixels: int) -> nn.Module:
@@ -132,3 +208,9 @@ class Renormalised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images * self.scale + self.bias)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images * self.scale + self.bias)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.model.forward_head(features)

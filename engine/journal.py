@@ -26,8 +26,11 @@ def write_states(save_dir: Path, progress: RunState) -> None:
     write_csv(save_dir / "units.csv", progress.units)
 
 
-def check_rows(progress: RunState, steps_per_epoch: int) -> None:
+def check_rows(progress: RunState, steps_per_epoch: int, unvalidated: int | None = None) -> None:
     """A sound checkpoint has all numbers that later lines and tables need.
+
+    Args:
+        unvalidated: the state whose epochs have no validation accuracy, where there is one.
 
     Raises:
         KeyError, TypeError, ValueError: it has not.
@@ -37,15 +40,15 @@ def check_rows(progress: RunState, steps_per_epoch: int) -> None:
     if progress.states:
         states_table(progress.states)
     for row in progress.history:
-        float(row["state"] + row["epoch"] + row["val_accuracy"])
+        float(row["state"] + row["epoch"] + (0 if row["state"] == unvalidated else row["val_accuracy"]))
 
 
-def epoch_line(row: Mapping, epochs: int, penalty_note: str) -> str:
+def epoch_line(row: Mapping, title: str, epochs: int, penalty_note: str) -> str:
     top5 = f" (top-5 {100 * row['val_top5']:.2f}%)" if "val_top5" in row else ""
+    val = f"  val {100 * row['val_accuracy']:.2f}%{top5}" if "val_accuracy" in row else ""
     return (
-        f"state {row['state']} epoch {row['epoch'] + 1}/{epochs}  loss {row['train_loss']:.4f}"
-        f"  train {100 * row['train_accuracy']:.2f}%  val {100 * row['val_accuracy']:.2f}%{top5}  lr {row['lr']:.3g}"
-        f"{penalty_note}  {row['seconds']:.1f} s"
+        f"{title} epoch {row['epoch'] + 1}/{epochs}  loss {row['train_loss']:.4f}"
+        f"  train {100 * row['train_accuracy']:.2f}%{val}  lr {row['lr']:.3g}{penalty_note}  {row['seconds']:.1f} s"
     )
 
 
@@ -58,7 +61,10 @@ def epoch_values(row: Mapping, cost: Mapping, fading: Mapping) -> dict:
 
 
 def state_row(progress: RunState, cost: Mapping, units: Mapping[str, Units], test: Mapping) -> dict:
-    """A state's line of states.csv; `test` as `evaluation.accuracies` returns it."""
+    """A state's line of states.csv; `test` as `evaluation.accuracies` returns it.
+
+    Where nothing validates, cells of validation accuracy are empty.
+    """
     row = {"state": progress.state, "density": density(progress.masks), **cost}
     if not units:
         row["parameters"] -= sum(mask.numel() for mask in progress.masks.values()) - count_kept(progress.masks)
@@ -66,19 +72,21 @@ def state_row(progress: RunState, cost: Mapping, units: Mapping[str, Units], tes
         "accuracy_before_cut": progress.cut.get("before", ""),
         "accuracy_after_cut": progress.cut.get("after", ""),
         "residual": progress.cut.get("residual", ""),
-        "accuracy_trained": progress.history[-1]["val_accuracy"],
+        "accuracy_trained": progress.history[-1].get("val_accuracy", ""),
         "best_epoch": progress.best["epoch"],
-        "best_accuracy": progress.best["accuracy"],
+        "best_accuracy": progress.best.get("accuracy", ""),
     }
     return row | {f"test_{name}": share for name, share in test.items()} | {"seconds": progress.seconds}
 
 
-def state_line(row: Mapping) -> str:
+def state_line(row: Mapping, title: str) -> str:
     top5 = f" (top-5 {100 * row['test_top5']:.2f}%)" if "test_top5" in row else ""
+    selected = "not selected on validation (it trains too)"
+    if row["best_accuracy"] != "":
+        selected = f"best val {100 * row['best_accuracy']:.2f}% (epoch {row['best_epoch'] + 1})"
     return (
-        f"state {row['state']} done: density {100 * row['density']:.2f}%, best val "
-        f"{100 * row['best_accuracy']:.2f}% (epoch {row['best_epoch'] + 1}), test {100 * row['test_accuracy']:.2f}%"
-        f"{top5}, {row['seconds']:.0f} s"
+        f"{title} done: density {100 * row['density']:.2f}%, {selected}, test {100 * row['test_accuracy']:.2f}%{top5}, "
+        f"{row['seconds']:.0f} s"
     )
 
 
@@ -91,14 +99,14 @@ def unit_rows(progress: RunState, units: Mapping[str, Units]) -> list[dict]:
     return [dict(zip(("state", "layer", "kind", "kept", "total"), (progress.state, *row), strict=True)) for row in rows]
 
 
-def states_table(rows: Sequence[Mapping]) -> str:
-    """The table that a run ends with."""
+def states_table(rows: Sequence[Mapping], finish: int | None = None) -> str:
+    """The table that a run ends with; `finish` is the state as which a finish counts."""
 
     def percent(key: str):
         return lambda row: f"{100 * row[key]:.2f}%" if row[key] != "" else "-"
 
     columns = {
-        "state": "state",
+        "state": lambda row: "finish" if row["state"] == finish else row["state"],
         "density": percent("density"),
         **cost_columns(rows[0]),
         "before cut": percent("accuracy_before_cut"),

@@ -26,7 +26,14 @@ def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error
     _check_blocks(args, model)
+    if has_two_heads(model):
+        model.set_distilled_training(True)  # in training it gives the logits of both, in evaluation their mean
     return model
+
+
+def has_two_heads(model: nn.Module) -> bool:
+    """Whether the model has a head that learns from a teacher beside that of the labels: timm's distilled DeiTs."""
+    return hasattr(model, "set_distilled_training")
 
 
 def _check_blocks(args: argparse.Namespace, model: nn.Module) -> None:

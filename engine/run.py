@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import Splits, make_batches
+from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
-from engine.distill import SELF, Teacher, wants_teacher
+from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
+from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
-from engine.model import run_length, units_of_run
+from engine.model import has_two_heads, run_length, units_of_run
 from engine.optimizer import Schedule
 from engine.processes import ALONE, Processes, running_statistics
 from engine.tracking import Tracker
@@ -67,7 +68,8 @@ class Run:
         teacher: nn.Module | None = None,
         processes: Processes = ALONE,
     ):
-        self.args, self.device, self.save_dir, self.processes = args, device, save_dir, processes
+        self.args, self.device, self.save_dir, self.splits = args, device, save_dir, splits
+        self.processes = processes
         self.precision = pick_precision(args.amp, device)
         self.family = family_of(dense)
         self.dense = dense.to(device)
@@ -75,16 +77,14 @@ class Run:
         if layout is not None:
             self.dense.to(memory_format=layout)
         self.units = units_of_run(args, dense)
-        batch, facts, workers = args.batch_size * args.accum_steps, splits.facts, args.workers
-        self.facts = facts
+        self.facts, facts, workers = splits.facts, splits.facts, args.workers
         mixes = bool(args.mixup or args.cutmix)
-        share = replace(processes.share, paired=processes.several and mixes)
-        self.train_data = make_batches(splits.train, facts, batch, device, args.seed, args.aug, workers, share)
-        self.images_a_step = min(batch, len(splits.train.labels))
+        self.share = replace(processes.share, paired=processes.several and mixes)  # of training batches
+        self.train_data = self._training_batches(splits.train)
         self.mixing = None
         if mixes:
             alphas = args.mixup or 0.0, args.cutmix or 0.0
-            self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, share.paired)
+            self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, self.share.paired)
         self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
         if teacher is not None:
             self.be_taught_by(teacher)
@@ -93,7 +93,12 @@ class Run:
         self.test_data = make_batches(splits.test, facts, batch, device, workers=workers, share=share)
         self.states, self.epochs, milestones = run_length(args)
         self.steps_per_epoch = self.train_data.steps_per_epoch
-        self.total_steps = self.steps_per_epoch * self.epochs
+        self.total_steps = self.state_steps = self.steps_per_epoch * self.epochs
+        self.rounds, self.finish_state, self.finish_total = self.states, None, 0
+        if args.finish_epochs:
+            per_epoch = finish_steps(args, len(splits.train.labels), len(splits.val.labels))
+            self.rounds, self.finish_state = self.states + 1, self.states
+            self.finish_total = per_epoch * args.finish_epochs
         self.schedule = Schedule(
             args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
@@ -106,6 +111,11 @@ class Run:
         self.late = False  # the time for a checkpoint has come, as several processes agreed
         self.writer = Background()
         self.tracker: Tracker | None = None
+
+    def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
+        args, batch = self.args, self.args.batch_size * self.args.accum_steps
+        self.images_a_step = min(batch, len(split.labels))  # of all processes
+        return make_batches(split, self.facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
 
     # -- start, go on, end
 
@@ -126,7 +136,9 @@ class Run:
             AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another run, or damaged.
         """
         self.progress = RunState.unpack(content["run"], self.device)
-        journal.check_rows(self.progress, self.steps_per_epoch)
+        if self.finishing:
+            self._enter_finish()
+        journal.check_rows(self.progress, self.steps_per_epoch, self.finish_state if self.args.finish_on_all else None)
         path = self.save_dir / content["rewind_file"]
         self.rewind_weights = load_tensors(path, "--resume")
         self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
@@ -148,7 +160,7 @@ class Run:
         self.write(write_flags, self.save_dir, self.args)  # more states, other devices
         self.write(journal.write, self.save_dir, self.progress)
         self.start_tracking()
-        log.info(f"resumed at state {self.progress.state}, step {self.progress.step} of {self.total_steps}")
+        log.info(f"resumed at {self.title}, step {self.progress.step} of {self.total_steps}")
         self._say_what_counts()
 
     def _say_what_counts(self) -> None:
@@ -175,8 +187,9 @@ class Run:
         self.progress.wandb_id = self.tracker.run_id
 
     def whole_run_bar(self) -> tqdm:
-        """Steps of all states with the time left, on a terminal."""
-        total, done = self.states * self.total_steps, self.progress.state * self.total_steps + self.progress.step
+        """Steps of all states and of the finish with the time left, on a terminal."""
+        total = self.states * self.state_steps + self.finish_total
+        done = min(total, self.progress.state * self.state_steps + self.progress.step)
         quiet = not sys.stdout.isatty()
         self.bar = tqdm(
             total=total, initial=done, desc="run", unit=" steps", position=1, leave=False, disable=quiet
@@ -196,10 +209,12 @@ class Run:
         progress = self.progress
         progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
         progress.cut, progress.best = {}, {}
+        if self.finishing:
+            log.info(finish_line(self.args, len(self.train_data.labels), self.states - 1))
 
     def prunes(self) -> bool:
         """Whether something goes before, or in, the state that begins."""
-        return self.progress.state > 0 and self.args.struct != "dense"
+        return 0 < self.progress.state < self.states and self.args.struct != "dense"
 
     def doom(self, target: Target) -> None:
         """RSST: what goes trains on until the cut, under the penalty; what refill returns comes back now."""
@@ -244,18 +259,23 @@ class Run:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
         as_they_are = args.aug == "none" and self.mixing is None
-        self.teacher = Teacher(model, self.train_data, like, self.precision, as_they_are, self.processes)
+        options = as_they_are, bool(args.kd_features), self.processes
+        self.teacher = Teacher(model, self.train_data, like, self.precision, *options)
 
     def _say_who_teaches(self) -> None:
         args = self.args
+        how = "by its hard labels" if args.kd_hard else f"at temperature {args.kd_temperature:g}"
+        features = f" and its features at weight {args.kd_features:g}" if args.kd_features else ""
+        two = has_two_heads(self.dense) and args.kd_alpha
+        heads = "; only the head of the distillation token sees its logits" if two else ""
+        kept = f"; its logits{' and features' if features else ''} are kept" if self.teacher.tables else ""
         log.info(
-            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss at temperature "
-            f"{args.kd_temperature:g}{'; its logits are kept' if self.teacher.table is not None else ''}"
+            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss {how}{features}{heads}{kept}"
         )
 
     def find_teacher(self) -> None:
         """From state 1 on the selected model of state 0 teaches, with `--teacher self`."""
-        if not (self.args.teacher == SELF and wants_teacher(self.args)) or self.progress.state == 0 or self.teacher:
+        if self.args.teacher != SELF or not is_taught(self.args, self.progress.state) or self.teacher:
             return
         model = copy.deepcopy(self.dense)
         self.write(self._load_teacher, model)
@@ -269,36 +289,76 @@ class Run:
         if sha256(path) != self.teacher_sha256:
             raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
 
+    @property
+    def finishing(self) -> bool:
+        """Whether the round that trains, or is next, is the finish, behind the last state."""
+        return self.progress.state == self.finish_state
+
+    @property
+    def title(self) -> str:
+        """Of the round that trains, for the log."""
+        state = self.progress.state
+        if self.finish_state is None or state < self.finish_state:
+            return f"state {state}"
+        return "finish" if self.finishing else "end"
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether validation images train now, so that they cannot tell how good a model is."""
+        return self.finishing and self.args.finish_on_all
+
+    def _enter_finish(self) -> None:
+        """From now on epochs, rates and, with --finish_on_all, images are those of the finish."""
+        args = self.args
+        if args.finish_on_all:
+            self.train_data.close()
+            self.train_data = self._training_batches(finish_split(args, self.splits))
+            if self.teacher:
+                self.be_taught_by(self.teacher.model)  # about these images
+        self.epochs, self.steps_per_epoch = args.finish_epochs, self.train_data.steps_per_epoch
+        self.total_steps, self.schedule = self.finish_total, finish_schedule(args, self.steps_per_epoch)
+
     def end_state(self) -> None:
-        """Test the selected model, write the state's line; `dense` keeps the weights of the last step."""
-        progress = self.progress
+        """Test the selected model, write the state's line; `dense` keeps the weights of the last step.
+
+        Only a finish goes on with the selected ones: they stand in the checkpoint that is written here, since
+        best.pt may be of the finish already where a killed run goes on from it.
+        """
+        progress, finish_follows = self.progress, self.progress.state + 1 == self.finish_state
         last = weights_of(self.dense)
         for data in (self.train_data, self.val_data, self.test_data):
             for broken in self.processes.gathered(data.broken):
                 data.note(broken.items())
-        self.write(self._load_selected)
+        self.write(self._load_selected, finish_follows)
         self.processes.spread_(self.dense.state_dict().values())
-        if progress.state == 0 and self.args.teacher == SELF:
+        if progress.state == 0 and self.args.teacher == SELF and wants_teacher(self.args):
             self.write(self._keep_teacher)
         test = self.evaluate(self.dense, "test")
-        self.dense.load_state_dict(last)
+        if not finish_follows:
+            self.dense.load_state_dict(last)
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
         progress.states.append(row)
-        progress.units += journal.unit_rows(progress, self.units)
+        if not self.finishing:  # which changes no unit
+            progress.units += journal.unit_rows(progress, self.units)
         self.write(journal.write_states, self.save_dir, progress)
         test_values = {f"test/{name}": value for name, value in test.items()}
-        self.track(test_values | {"val/best_accuracy": progress.best["accuracy"]}, after=1)
-        log.info(journal.state_line(row))
+        selected = {"val/best_accuracy": progress.best["accuracy"]} if "accuracy" in progress.best else {}
+        self.track(test_values | selected, after=1)
+        log.info(journal.state_line(row, self.title))
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
+        if finish_follows:
+            self._enter_finish()
         self.checkpoint()
 
-    def _load_selected(self) -> None:
+    def _load_selected(self, finish_follows: bool) -> None:
         self.writer.wait()
         best = load_tensors(self.save_dir / "best.pt", "best.pt")
         if best["state"] == self.progress.state:
             self.dense.load_state_dict(best["weights"])
         else:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+            if finish_follows:
+                log.warning("the finish goes on from them, too")
 
     def _keep_teacher(self) -> None:
         save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
@@ -334,7 +394,7 @@ class Run:
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
-        self.tracker.log(values, self.progress.state * (self.total_steps + 1) + self.progress.step + after)
+        self.tracker.log(values, self.progress.state * (self.state_steps + 1) + self.progress.step + after)
 
     def keep_for_rewind(self, name: str) -> None:
         """The weights of now are those that later states start from."""

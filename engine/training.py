@@ -22,7 +22,8 @@ from engine import journal
 from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
 from engine.depth import StochasticDepth
-from engine.objective import count_right, cross_entropy, distillation
+from engine.distill import Answering, is_taught
+from engine.objective import Objective, count_right
 from engine.optimizer import (
     laid_out_like,
     load_moments,
@@ -108,6 +109,10 @@ class StateTraining:
         self.wrapped = self._shared()
         self.forward = self._compiled()
         self.statistics = running_statistics(self.model) if run.processes.several else []
+        self.objective = Objective(
+            self.args.label_smoothing, self.args.kd_alpha or 0.0, self.args.kd_temperature, self.args.kd_hard,
+            self.args.kd_features or 0.0,
+        )  # fmt: skip
         self.captured = CapturedStep(self.device_step) if self.args.compile in GRAPHS else None
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
@@ -143,18 +148,19 @@ class StateTraining:
         return self.average.model if self.average else self.model
 
     def _shared(self) -> nn.Module:
-        """The network as all processes train it together; alone, the network itself."""
+        """The network as all processes train it together, whose forward pass gives an `Answer`."""
         run, like = self.run, next(self.model.parameters())
-        pixels = run.family.image_size(run.dense)
+        taught, pixels = is_taught(self.args, self.progress.state), run.family.image_size(run.dense)
+        network = Answering(self.model, features=taught and bool(self.args.kd_features))
         emptied = any(not ids for ids in self.model_kept.values())
-        return run.processes.wrap(self.model, like.new_zeros(1, 3, pixels, pixels), emptied)
+        return run.processes.wrap(network, like.new_zeros(1, 3, pixels, pixels), emptied)
 
     def _compiled(self) -> nn.Module:
-        mode, model = self.args.compile, self.wrapped
+        mode, network = self.args.compile, self.wrapped
         if not mode or mode == "graph":
-            return model
+            return network
         torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
-        return torch.compile(model, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+        return torch.compile(network, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
 
     def _plan_penalty(self) -> None:
         args, run = self.args, self.run
@@ -223,7 +229,7 @@ class StateTraining:
             self.penalty.set_(self.ramp.exponent_at(progress.step + 1) if decays else self.strength)
         taught = ()
         if run.teacher:
-            taught = (run.teacher.logits(images, self.args.accum_steps, progress.state, epoch, batch),)
+            taught = run.teacher.lesson(images, self.args.accum_steps, progress.state, epoch, batch)
         update = self.captured or self.device_step
         update(images, targets, *taught)
         run.processes.mean_each_(self.statistics)
@@ -245,7 +251,7 @@ class StateTraining:
         self.sums.copy_(torch.tensor(self.progress.sums if batch else [0.0, 0.0], dtype=self.sums.dtype))
         self.finite_steps.zero_()
         self.epoch_started, self.first_batch, self.first_step = time.perf_counter(), batch, self.progress.step
-        title, quiet = f"state {self.progress.state} epoch {epoch + 1}/{run.epochs}", not sys.stdout.isatty()
+        title, quiet = f"{run.title} epoch {epoch + 1}/{run.epochs}", not sys.stdout.isatty()
         self.bar = tqdm(
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
@@ -258,7 +264,7 @@ class StateTraining:
         Args:
             images: [B, 3, H, W], B = batch_size * accum_steps / processes.
             targets: labels [B], or the shares of all classes [B, classes] when images are mixed.
-            taught: a teacher's logits [B, classes], when there is one.
+            taught: a teacher's logits [B, classes], when there is one, and its features [B, N, D], when they count.
         """
         args, optimizer, scaler = self.args, self.optimizer, self.run.scaler
         whole = self.run.images_a_step / self.run.processes.size
@@ -267,14 +273,11 @@ class StateTraining:
             if self.depth:
                 self.depth.show(start, start := start + len(part))
             with autocast(self.run.device, self.run.precision):
-                logits = self.forward(part)
-                loss = cross_entropy(logits, truth, args.label_smoothing)
-                for wanted in lesson:
-                    own_share, taught_share = 1 - args.kd_alpha, args.kd_alpha
-                    loss = own_share * loss + taught_share * distillation(logits, wanted, args.kd_temperature)
+                answer = self.forward(part)
+                loss = self.objective(answer, truth, *lesson)
             loss = loss * (len(truth) / whole)
             scaler.scale(loss).backward()
-            self._count(loss.detach(), count_right(logits.detach(), truth) / whole)
+            self._count(loss.detach(), count_right(answer.logits.detach(), truth) / whole)
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
         self.mask_gradients()  # before clipping: dead weights have no say in the norm
@@ -344,19 +347,21 @@ class StateTraining:
         self.bar = None
         self.check_finite()
         seconds = time.perf_counter() - self.epoch_started
-        val, fading = run.evaluate(self.selected, "val"), self._fading()
+        val = {} if run.trains_on_all else run.evaluate(self.selected, "val")
+        fading = self._fading()
         cost = run.family.cost(run.dense, progress.kept)
         row = self._epoch_row(epoch, val, cost, fading, seconds)
         progress.history.append(row)
         progress.sums = []
         self._record_residuals()
-        log.info(journal.epoch_line(row, run.epochs, self._fading_note(fading)))
+        log.info(journal.epoch_line(row, run.title, run.epochs, self._fading_note(fading)))
         run.track(journal.epoch_values(row, cost, fading))
         self.sync_dense()
         self.check_weights()
-        # before the cut the model is not yet what the state ends with
-        if not self.penalty and val["accuracy"] > progress.best.get("accuracy", -1.0):
-            progress.best = {"epoch": epoch, "accuracy": val["accuracy"]}
+        # before the cut the model is not yet what the state ends with; with nothing to select by the last one counts
+        best = val["accuracy"] > progress.best.get("accuracy", -1.0) if val else self.finished
+        if best and not self.penalty:
+            progress.best = {"epoch": epoch, **{name: share for name, share in val.items() if name == "accuracy"}}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
             run.write(run.writer.submit, save_tensors, run.save_dir / "best.pt", best)
@@ -398,7 +403,7 @@ class StateTraining:
         if not finite:
             step = self.first_step + steps
             raise RunError(
-                f"the loss is not finite at step {step} of state {self.progress.state}; the last checkpoint is good: "
+                f"the loss is not finite at step {step} of {self.run.title}; the last checkpoint is good: "
                 "lower --lr, add --clip_grad 1 or use --amp off",
                 code=1,
             )
@@ -407,7 +412,7 @@ class StateTraining:
         """The last step of a state may break weights without a loss that shows it."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.run.dense.parameters()):
             raise RunError(
-                f"weights are not finite after step {self.progress.step} of state {self.progress.state}; the last "
+                f"weights are not finite after step {self.progress.step} of {self.run.title}; the last "
                 "checkpoint is good: lower --lr, add --clip_grad 1 or use --amp off",
                 code=1,
             )
@@ -438,7 +443,7 @@ class StateTraining:
         mean_loss, accuracy = (self._mean_sums() / (batch + 1)).tolist()
         fading = self._fading()
         log.info(
-            f"state {self.progress.state} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
+            f"{run.title} epoch {epoch + 1}/{run.epochs} batch {batch + 1}/{run.steps_per_epoch}"
             f"  loss {mean_loss:.4f}  accuracy {100 * accuracy:.2f}%  lr {rate:.3g}{self._fading_note(fading)}"
         )
         if batch + 1 < run.steps_per_epoch:  # the last one is logged with its epoch

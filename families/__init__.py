@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from families.resnet import CNN
 from families.swin import SWIN
@@ -51,6 +51,9 @@ class Family(Protocol):
 
     def image_size(self, model: nn.Module) -> int:
         """Pixels a side of the images that the model is built for."""
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """What a model's `forward_features` gives behind its last block, as tokens [B, N, D]."""
 
     def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
         """The faster layout of weights to train in, None as they are; `removed`: units are cut out of the model."""

@@ -18,7 +18,7 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from families.parts import EVA_HEADS, HEADS, NEURONS, Branch, class_name
 from families.transformers import TransformerFamily, cost_of, describe_units, kept_of, timm_model
@@ -281,6 +281,9 @@ class SwinFamily(TransformerFamily):
 
     def prunable_suffixes(self, model: nn.Module) -> tuple[str, ...]:
         return PRUNABLE_SUFFIXES
+
+    def tokens(self, features: Tensor) -> Tensor:
+        return features.flatten(1, 2)  # [B, H', W', D]
 
 
 SWIN = SwinFamily()

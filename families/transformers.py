@@ -125,6 +125,9 @@ class TransformerFamily:
     def image_size(self, model: nn.Module) -> int:
         return model.patch_embed.img_size[0]
 
+    def tokens(self, features: Tensor) -> Tensor:
+        return features
+
     def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
         return None
 

@@ -194,8 +194,8 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
     for key, group in units.items():
         left = group.count if counts is None else counts.get(key, group.count)
         total += left * group.macs(model, group)
-    if isinstance(model.head, nn.Linear):
-        total += model.head.weight.numel()
+    heads = (model.head, getattr(model, "head_dist", None))
+    total += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
     return total + _pool_macs(model)
 
 

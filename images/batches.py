@@ -49,6 +49,7 @@ class Batches:
     """
 
     unreadable, broken = 0, {}  # `FolderBatches` counts files that are no images
+    unreadable_files: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -86,6 +86,11 @@ class FolderBatches:
         """Files found so far that are no images."""
         return len(self.broken)
 
+    @property
+    def unreadable_files(self) -> frozenset[str]:
+        """Their paths."""
+        return frozenset(map(self._split.path, self.broken))
+
     def batch(self, state: int, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Training batch: images float32 [B, 3, H, W], labels int64 [B]; a pure function of its arguments, the
         seed and the files. Raises IndexError for a step outside 0..steps_per_epoch-1."""

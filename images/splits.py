@@ -4,9 +4,11 @@ In come a name, the data folder, the validation fraction and a limit; out go `Sp
 their sizes and facts.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -79,6 +81,14 @@ def dataset_facts(name: str, data_dir: str | Path | None = None) -> DatasetFacts
     """
     facts, tree = known_facts(name), tree_if_there(name, data_dir)
     return found_facts(facts, tree) if tree else facts
+
+
+def joined(first: Split | FolderSplit, second: Split | FolderSplit) -> Split | FolderSplit:
+    """The images of both, of one data set, those of `second` behind those of `first`."""
+    labels = torch.cat([first.labels, second.labels])
+    if isinstance(first, FolderSplit):
+        return dataclasses.replace(first, paths=np.concatenate([first.paths, second.paths]), labels=labels)
+    return Split(torch.cat([first.images, second.images]), labels)
 
 
 def _check_arguments(val_fraction: float, train_limit: int | None) -> None:

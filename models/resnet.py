@@ -95,9 +95,17 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The map [B, C, H', W'] of the last stage; named as timm's, as is `forward_head`."""
         x = F.relu(self.bn1(self.conv1(images)))
         for stage in range(len(self.depths)):
             x = getattr(self, f"layer{stage + 1}")(x)
+        return x
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of the map's mean."""
         return self.fc(x.mean(dim=(2, 3)))
 
 

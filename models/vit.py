@@ -164,9 +164,16 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Tokens [B, 1 + patches, D] behind the last block and its norm; named as timm's, as is `forward_head`."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        x = self.norm(self.blocks(x))
+        return self.norm(self.blocks(x))
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of the class token."""
         return self.head(x[:, 0])
 
 

@@ -33,7 +33,10 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
     runs = [load_run(folder) for folder in places]
     notes = [
-        f"{run.name}: not finished ({len(run.states)} of {run.length[0]} states)" for run in runs if not run.finished
+        f"{run.name}: not finished ({len(run.states)} of {run.length[0]} states"
+        f"{', then a finish' if run.finish_epochs else ''})"
+        for run in runs
+        if not run.finished
     ]
     runs = [run for run in runs if run.finished]
     if not runs:
@@ -81,7 +84,7 @@ def compare_rows(data: str, group: Group) -> list[dict]:
     rows = []
     for point in group.points:
         accuracies = zip(("val_mean", "val_sd", "test_mean", "test_sd"), (*point.val, *point.test), strict=True)
-        row = {"dataset": data, "label": group.label, "n": point.n, "state": point.state, "density": point.density}
+        row = {"dataset": data, "label": group.label, "n": point.n, "state": point.title, "density": point.density}
         row |= {**point.counts, **dict(accuracies)}
         if math.isfinite(point.top5[0]):
             row |= {"test_top5_mean": point.top5[0], "test_top5_sd": point.top5[1]}
@@ -122,6 +125,8 @@ def comparison_text(blocks: Sequence[tuple[str, list[Group]]], notes: Sequence[s
         "differ in their seeds only. Accuracies are of the model that validation selects in each state. sd is the "
         'sample standard deviation over seeds, in percentage points; with n = 1 there is none, shown as "-".',
     ]
+    if any(run.args.get("finish_on_all") for _, groups in blocks for group in groups for run in group.runs):
+        parts.append("> A finish on all images has no validation accuracy: what its last step leaves is tested.")
     if any(len(group.runs) == 1 for _, groups in blocks for group in groups):
         parts.append("> Groups with n = 1 show one seed: no ranking of methods follows from them.")
     if len(blocks) > 1:
@@ -152,7 +157,7 @@ def _data_set_text(data: str, groups: Sequence[Group]) -> list[str]:
     counts = [name for name in COUNTS if any(name in point.counts for group in groups for point in group.points)]
     columns = {
         "group": lambda row: row[0].label,
-        "state": lambda row: row[1].state,
+        "state": lambda row: row[1].title,
         "density": lambda row: percent(row[1].density),
         **{name: lambda row, name=name: thousands(row[1].counts.get(name)) for name in counts},
         **_accuracy_columns(groups),
@@ -176,15 +181,13 @@ def _equal_density_text(groups: Sequence[Group]) -> list[str]:
         columns = {
             "density level": lambda row: row[2],
             "method": lambda row: row[0].label,
-            "state": lambda row: row[1].state,
+            "state": lambda row: row[1].title,
             "its density": lambda row: percent(row[1].density),
             **_accuracy_columns(groups),
         }
-        reference = (
-            " A dense run spends all its epochs on one schedule; it stands in every block to compare with."
-            if dense
-            else ""
-        )
+        spent = "the epochs of all states" if any(point.finish for _, point in dense) else "all its epochs"
+        reference = f" A dense run spends {spent} on one schedule; it stands in every block to compare with."
+        reference *= bool(dense)
         parts += [f"Densities within {100 * SAME_DENSITY:g} percentage point count as equal.{reference}"]
         parts += [md_table(rows, columns, left=2)]
     if not any(point.density < 1 for members in levels for _, point in members):

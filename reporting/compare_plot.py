@@ -10,6 +10,7 @@ from reporting.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, dens
 from reporting.groups import Group
 
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
+STAR = "stars: after the finish"
 
 
 def plot_compare(blocks: Sequence[tuple[str, list[Group]]]) -> bytes:
@@ -39,6 +40,8 @@ def _paint_compare(panel, data: str, groups: Sequence[Group], columns: int) -> N
     lowest = min((point.density for group in pruned for point in group.points), default=1.0)
     for index, group in enumerate(pruned):
         points = [point for point in group.points if math.isfinite(point.density) and math.isfinite(point.test[0])]
+        finish = [point for point in points if point.finish]  # at the density of the last state
+        points = [point for point in points if not point.finish]
         ax.errorbar(
             [100 * point.density for point in points],
             [100 * point.test[0] for point in points],
@@ -53,6 +56,11 @@ def _paint_compare(panel, data: str, groups: Sequence[Group], columns: int) -> N
             elinewidth=1.1,
             label=_legend_label(group),
         )
+        for point in finish:
+            mean, sd = (100 * value for value in point.test)
+            look = {"marker": "*", "markersize": 12, "capsize": 3.5, "linestyle": "none"}
+            words = None if any(line.get_label() == STAR for line in ax.containers) else STAR
+            ax.errorbar([100 * point.density], [mean], [sd], color=colors[index % len(colors)], label=words, **look)
     for index, group in enumerate(group for group in groups if group.method == "dense"):
         mean, sd = group.points[-1].test
         style = (0, (6, 2, 1, 2)) if index == 0 else (0, (1 + index, 1.5))

@@ -75,7 +75,8 @@ def band_states(ax, run: Run, labels: bool = True) -> None:
         for state, before, rows in spans[::step]:
             density = tested.get(state, rows[-1].get("density", math.nan))
             middles.append(before + len(rows) / 2)
-            names.append(f"state {state}\n{100 * density:.3g}%" if math.isfinite(density) else f"state {state}")
+            name = "finish" if state == run.finish else f"state {state}"
+            names.append(f"{name}\n{100 * density:.3g}%" if math.isfinite(density) else name)
         top = ax.secondary_xaxis("top")
         top.set_xticks(middles, names, fontsize=8.5)
         top.tick_params(length=0)

@@ -27,6 +27,11 @@ class Point:
     val: tuple[float, float]
     test: tuple[float, float]
     top5: tuple[float, float] = (math.nan, math.nan)  # of the test images; NaN where not measured
+    finish: bool = False  # not a state, but the finish behind the last one
+
+    @property
+    def title(self) -> int | str:
+        return "finish" if self.finish else self.state
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Group:
                     mean_and_sd(row.get("best_accuracy", math.nan) for row in rows),
                     mean_and_sd(row.get("test_accuracy", math.nan) for row in rows),
                     mean_and_sd(row.get("test_top5", math.nan) for row in rows),
+                    rows[0]["state"] == self.runs[0].finish,
                 )
             )
         return points

@@ -70,6 +70,8 @@ def plot_density(run: Run) -> bytes:
     def paint(figure) -> None:
         ax = figure.add_subplot()
         rows = [row for row in run.states if math.isfinite(row.get("density", math.nan))]
+        finish = [row for row in rows if row["state"] == run.finish]  # at the density of the last state
+        rows = [row for row in rows if row["state"] != run.finish]
         densities = [row["density"] for row in rows]
         for key, label, color, line, marker in (
             ("best_accuracy", "validation, selected model", BLUE, "-", "o"),
@@ -77,6 +79,11 @@ def plot_density(run: Run) -> bytes:
         ):
             values = [100 * row.get(key, math.nan) for row in rows]
             ax.plot([100 * d for d in densities], values, line, color=color, marker=marker, label=label, linewidth=1.5)
+            for row in finish:
+                value, look = 100 * row.get(key, math.nan), {"linestyle": "none", "marker": "*", "markersize": 11}
+                if math.isfinite(value):
+                    words = f"{label.partition(',')[0]}, after the finish"
+                    ax.plot([100 * row["density"]], [value], color=color, label=words, **look)
         density_axis(ax, min(densities, default=1.0))
         percent_axis(ax.yaxis)
         ax.margins(x=0.06, y=0.12)

@@ -16,7 +16,7 @@ def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
     counts = {name: lambda row, name=name: thousands(row.get(name)) for name in run.counts}
     top5 = {"top-5": lambda row: percent(row.get("test_top5"))} if run.has_top5 else {}
     return {
-        "state": lambda row: row["state"],
+        "state": lambda row: "finish" if row["state"] == run.finish else row["state"],
         "density": lambda row: percent(row.get("density")),
         **counts,
         "parameters": lambda row: thousands(row.get("parameters")),
@@ -44,7 +44,18 @@ def legend(run: Run) -> str:
     return (
         f"Accuracy is on validation images, but for the test column. {cut}Trained: after the last epoch; selected: "
         f"after the epoch that is best on validation, the model whose test accuracy is shown.{top5}{counts}"
+        f"{_finish(run)}"
     )
+
+
+def _finish(run: Run) -> str:
+    """What the row of the finish means."""
+    if run.finish is None or len(run.states) <= run.finish:
+        return ""
+    begins = " The finish goes on from the selected model of the last state, with its masks"
+    if not run.args.get("finish_on_all"):
+        return f"{begins}."
+    return f"{begins}, on training and validation images: none is held out, and what its last step leaves is tested."
 
 
 def key_results(run: Run) -> list[str]:
@@ -86,10 +97,11 @@ def _dense_and_last(run: Run) -> str:
             return f"{100 * (b - a):+.2f} points"
         return "same" if a == b else f"{a / b:.2f}x {'less' if key == 'density' else 'fewer'}" if b > 0 else "all gone"
 
+    shown = "finish" if last["state"] == run.finish else f"state {last['state']}"
     columns = {
         "measure": lambda row: row[0],
         f"dense (state {first['state']})": lambda row: row[2](first.get(row[1])),
-        f"{'final' if run.finished else 'so far'} (state {last['state']})": lambda row: row[2](last.get(row[1])),
+        f"{'final' if run.finished else 'so far'} ({shown})": lambda row: row[2](last.get(row[1])),
         "change": lambda row: change(row[1]),
     }
     return md_table(rows, columns, left=1)

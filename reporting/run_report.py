@@ -65,8 +65,10 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
     states = run.length[0]
     if not run.finished:
         epochs = plural(len(run.history), "epoch")
+        behind = ", the finish not" if run.finish is not None else ""
         parts.append(
-            f"> **This run is not finished:** {len(run.states)} of {plural(states, 'state')} done, {epochs} trained. "
+            f"> **This run is not finished:** {len(run.states)} of {plural(states, 'state')} done{behind}, {epochs} "
+            "trained. "
             "What follows is what there is so far."
         )
     parts.append(describe(run))
@@ -77,9 +79,13 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
         parts.append("No epoch has been trained yet.")
     if run.latency:
         parts += ["Speed of the small model, measured by `export.py --latency`:", code(run.latency)]
+    more, star = (" The finish goes on from the last.", " Stars: after the finish.") if run.finish else ("", "")
     captions = {
-        "plots/accuracy.png": ("Accuracy over epochs", "Every state trains anew; above it stands its density."),
-        "plots/density.png": ("Accuracy over density", "The model selected on validation in each state."),
+        "plots/accuracy.png": (
+            "Accuracy over epochs",
+            f"Every state trains anew; above it stands its density.{more}",
+        ),
+        "plots/density.png": ("Accuracy over density", f"The model selected on validation in each state.{star}"),
         "plots/penalty.png": ("Penalty", "Its strength, and how much of the doomed weights it leaves."),
         "plots/units.png": ("Units kept per layer", "Percent of each layer that every state ends with."),
     }
@@ -126,6 +132,8 @@ def describe(run: Run) -> str:
     if run.method != "dense":
         sentences.append(_pruning_words(run))
     sentences.append(_training_words(run))
+    if run.finish is not None:
+        sentences.append(_finish_words(run))
     if run.environment:
         sentences.append(_machine_words(run.environment))
     sentences.append(f"Training took {duration(run.seconds)}{'' if run.finished else ' so far'}.")
@@ -142,6 +150,18 @@ def _training_words(run: Run) -> str:
     training += [str(run.environment["precision"])] if run.environment.get("precision") else []
     training += [f"{args['train_limit']:,} training images"] if isinstance(args.get("train_limit"), int) else []
     return f"Training: {escaped(', '.join(filter(None, training)))}."
+
+
+def _finish_words(run: Run) -> str:
+    rate, on_all = run.args.get("finish_lr"), run.args.get("finish_on_all")
+    words = f"A finish of {plural(run.finish_epochs, 'epoch')} behind the last state trains its selected model further"
+    words += f" at learning rate {rate:g}" if isinstance(rate, int | float) else ""
+    if not on_all:
+        return f"{words}; its best epoch on validation is the final model."
+    return (
+        f"{words}, on training and validation images together: nothing is left to select by, the final model is what "
+        f"its last step leaves{', averaged' if run.args.get('ema_decay') else ''}."
+    )
 
 
 def _machine_words(machine: Mapping) -> str:

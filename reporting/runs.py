@@ -56,8 +56,18 @@ class Run:
         return (1, states * epochs) if self.args["struct"] == "dense" else (states, epochs)
 
     @property
+    def finish_epochs(self) -> int:
+        """Of the finish behind the last state; 0 without one."""
+        return self.args.get("finish_epochs") or 0
+
+    @property
+    def finish(self) -> int | None:
+        """The number as which the finish counts among the states; None without one."""
+        return self.length[0] if self.finish_epochs else None
+
+    @property
     def finished(self) -> bool:
-        return len(self.states) >= self.length[0]
+        return len(self.states) >= self.length[0] + bool(self.finish_epochs)
 
     @property
     def seconds(self) -> float:
@@ -122,7 +132,9 @@ def _parse_args_file(text: str) -> dict:
     for name in ("epochs", "pruning_times"):
         if not isinstance(args[name], int) or args[name] < 1:
             raise ValueError(f"{name} is {args[name]!r}")
-    for name in ("fillback_rate", "lr", "mlp_prune_ratio", "rate", "reg_finish"):
+    if not isinstance(args.get("finish_epochs"), int | None):
+        raise ValueError(f"finish_epochs is {args['finish_epochs']!r}")
+    for name in ("fillback_rate", "finish_lr", "lr", "mlp_prune_ratio", "rate", "reg_finish"):
         if not isinstance(args.get(name, 0.0), int | float | None):
             raise ValueError(f"{name} is {args[name]!r}")
     return args

@@ -605,9 +605,9 @@ def test_who_can_teach(kind, train, tmp_path):
         "exported": (folder / "model", small),
         "run": (folder, small),
     }[kind]
-    args = parse("--teacher", path)
+    args, student = parse("--teacher", path), vit_micro()
     generator = torch.get_rng_state()
-    teacher = named_teacher(args, DATASETS["digits"], 16, export.load)
+    teacher = named_teacher(args, DATASETS["digits"], student, export.load)
     assert torch.equal(torch.get_rng_state(), generator)
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(teacher(images), expected.eval()(images))
@@ -615,7 +615,7 @@ def test_who_can_teach(kind, train, tmp_path):
 
 def test_a_teacher_of_another_architecture_in_its_checkpoint(train):
     folder = train("--arch res20s --pruning_times 1 --epochs 1", "cnn")
-    found = named_teacher(parse("--teacher", folder / "checkpoint.pt"), DATASETS["digits"], 16, export.load)
+    found = named_teacher(parse("--teacher", folder / "checkpoint.pt"), DATASETS["digits"], vit_micro(), export.load)
     assert hasattr(found, "layer1")
 
 
@@ -623,12 +623,13 @@ def test_logits_that_are_kept_are_those_of_each_batch(house, tmp_path):
     run = make_run(tmp_path / "run", "--aug", "none")
     model = vit_micro()
     kept, fresh = (Teacher(model, run.train_data, torch.zeros(1), None, table) for table in (True, False))
-    assert kept.table is not None
+    assert kept.tables
+    assert not fresh.tables
     for step in range(3):
         images, labels = run.train_data.batch(1, 1, step)
         assert torch.equal(run.train_data.labels[run.train_data.chosen(1, 1, step)], labels)
-        torch.testing.assert_close(kept.logits(images, 2, 1, 1, step), model(images))
-        torch.testing.assert_close(fresh.logits(images, 2, 1, 1, step), model(images))
+        torch.testing.assert_close(kept.lesson(images, 2, 1, 1, step), (model(images),))
+        torch.testing.assert_close(fresh.lesson(images, 2, 1, 1, step), (model(images),))
     run.close()
 
 
@@ -664,13 +665,15 @@ PARTS = {
     "average": "--ema_decay 0.9",
     "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
+    "features": "--teacher self --kd_features 0.7 --kd_hard",
     "scale": "--layer_scale 0.1",
     "stem": "--stem conv",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
 }
 ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
-STOPS = {"before the cut": (1, 4), "after the cut": (1, 10)}
+STOPS = {"before the cut": (1, 4), "after the cut": (1, 10), "in the finish": (2, 4)}
+FINISH = "--finish_epochs 2 --finish_on_all"
 
 
 def left_by(folder):
@@ -713,7 +716,7 @@ def stopped(house, tmp_path, monkeypatch):
     ("part", "stop"), [*((part, "after the cut") for part in PARTS), *(("all", stop) for stop in STOPS)]
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(part, stop, stopped):
-    flags = ALL if part == "all" else PARTS[part]
+    flags = (ALL if part == "all" else PARTS[part]) + (f" {FINISH}" if stop == "in the finish" else "")
     (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {flags} --pruning_times 2", *STOPS[stop])
     assert_same_tensors(found, expected)
     assert rows == expected_rows
@@ -730,10 +733,11 @@ def picture_folder(path):
     return path
 
 
-def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(stopped, tmp_path):
+@pytest.mark.parametrize(("finish", "stop"), [("", (1, 3)), (FINISH, (2, 3))])
+def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(finish, stop, stopped, tmp_path):
     data = picture_folder(tmp_path / "pictures")
     base = [*MICRO, "--dataset", "folder", "--data", str(data), "--workers", "0", "--img_size", "16"]
-    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {ALL} --pruning_times 2", 1, 3, base)
+    (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {ALL} {finish} --pruning_times 2", *stop, base)
     assert_same_tensors(found, expected)
     assert rows == expected_rows
 

@@ -270,6 +270,35 @@ def test_dense_run_has_one_state_and_no_penalty(tmp_path, figures, flags):
     assert not (folder / "plots" / "penalty.png").exists()
 
 
+def test_a_finish_is_called_so_and_stands_apart_from_the_states(tmp_path, figures):
+    flags, densities = {"finish_epochs": 4, "finish_lr": 0.001}, (1.0, 0.7, 0.4, 0.4)
+    tested = {"test": [0.5, 0.5, 0.5, 0.58], "val": [0.6, 0.6, 0.6, 0.63]}
+    text = written(make_run(tmp_path / "held out", densities, **flags, **tested))
+    assert "3 states of 4 epochs each" in text
+    assert "A finish of 4 epochs behind the last state" in text
+    assert "at learning rate 0.001; its best epoch on validation is the final model." in text
+    assert [row["state"] for row in table_rows(text, "state")] == ["0", "1", "2", "finish"]
+    assert table_rows(text, "measure")[0]["final (finish)"] == "58.00%"
+    accuracy, density, *_ = figures
+    assert accuracy.axes[0].child_axes[0].get_xticklabels()[-1].get_text() == "finish\n40%"
+    assert curves(density.axes[0]) == [([100, 70, 40], [60, 60, 60]), ([100, 70, 40], [50, 50, 50])]
+    assert labelled(density.axes[0], "test, after the finish") == ([40], [58])
+    unfinished = written(make_run(tmp_path / "unfinished", densities, done=3, **flags))
+    assert "3 of 3 states done, the finish not, 12 epochs trained" in unfinished
+
+    folder = make_run(tmp_path / "on all", densities, finish_on_all=True, ema_decay=0.9, **flags, **tested)
+    change_states(folder, {}, {}, {}, {"accuracy_trained": "", "best_accuracy": ""})
+    text = written(folder)
+    assert "nothing is left to select by, the final model is what its last step leaves, averaged." in text
+    row = table_rows(text, "state")[-1]
+    assert (row["trained"], row["selected"], row["test"]) == ("-", "-", "58.00%")
+    assert table_rows(text, "measure")[1]["final (finish)"] == "-"
+    out = report.compare([tmp_path / "held out", folder], tmp_path / "compare")
+    states = [row["state"] for row in rows_of(out / "compare.csv")]
+    assert states == ["0", "1", "2", "finish"] * 2
+    assert "A finish on all images has no validation accuracy" in (out / "compare.md").read_text()
+
+
 def test_names_are_shown_literally(tmp_path, figures):
     name = "<b>a|b*c*_d_[x](y)`z` &amp; $t$"
     folder = make_run(tmp_path / name, pretrained_note="<script>alert(1)</script> | *random* weights", criteria="<i>")

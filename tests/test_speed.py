@@ -281,7 +281,7 @@ def test_a_tape_repeats_what_a_graph_would(tapes):
 
 
 CAPTURED = {
-    "rsst": (*RAMP, *words("--sched cosine --momentum 0.8")),
+    "rsst, a teacher": (*RAMP, *words("--sched cosine --momentum 0.8 --teacher self --kd_features 1")),
     "bf16, gradient form": (
         *RAMP,
         *IN_PARTS,
