@@ -230,8 +230,7 @@ class StateTraining:
         taught = ()
         if run.teacher:
             taught = run.teacher.lesson(images, self.args.accum_steps, progress.state, epoch, batch)
-        update = self.captured or self.device_step
-        update(images, targets, *taught)
+        self.update(images, targets, *taught)
         run.processes.mean_each_(self.statistics)
         progress.step += 1
         if self.average:
@@ -255,6 +254,10 @@ class StateTraining:
         self.bar = tqdm(
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
+
+    def update(self, *tensors: Tensor) -> None:
+        """`device_step`, as a CUDA graph where one was asked for."""
+        (self.captured or self.device_step)(*tensors)
 
     def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.
