@@ -427,6 +427,24 @@ def test_a_signal_to_any_process_is_one_checkpoint_and_one_code(first, second, l
 
 
 @pytest.mark.slow
+def test_all_wait_for_the_first_to_have_written(start, tmp_path):
+    """torchrun ends the others when one process has left."""
+    patches = {0: [(close_slowly, tmp_path / "closed")], 1: [(at, "step", 1, 3, send, "SIGTERM")]}
+    group = start(2, [*BASE, *RSST, "--save_dir", tmp_path / "run"], patches_of=patches)
+    group.processes[1].join(120)
+    assert (tmp_path / "closed").exists()
+    assert finished(group).codes == [143, 143]
+
+
+def close_slowly(note):
+    def close(_):
+        time.sleep(1)
+        note.touch()
+
+    wrap(HERE, "close", after=close)
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(launch, tmp_path):
     done = launch(2, [*BASE, *RSST, "--save_dir", tmp_path / "run"], patches_of={1: [(spoil,)]})
     assert_one_line(done, [1, 1], "the loss is not finite at step 2 of state 0")
