@@ -70,7 +70,7 @@ class Teacher:
     Args:
         shows_as_they_are: images come unchanged, so that each has its logits once and for all.
         features: lessons hold features, too.
-        processes: each works out its share of these.
+        processes: each works out its share of what is kept.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Teacher:
     ):
         self.model = model.to(like.device, like.dtype).eval().requires_grad_(False)
         self.answers = Answering(self.model, features).eval()
-        self.data, self.precision = data, precision
+        self.data, self.precision, self.processes = data, precision, processes
         self.tables: tuple[Tensor, ...] = ()  # the lesson of all training images, where it is kept
         if shows_as_they_are and isinstance(data, Batches):
-            self.tables = self._whole_lesson(like.dtype, processes)
+            self.tables = self._whole_lesson(like.dtype)
 
     def lesson(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> tuple[Tensor, ...]:
         """Logits [B, classes] and, where they are taught, features [B, N, D].
@@ -107,14 +107,13 @@ class Teacher:
             answer = self.answers(images)
         return tuple(tensor.to(images.dtype) for tensor in (answer.logits, answer.features) if tensor is not None)
 
-    def _whole_lesson(self, dtype: torch.dtype, processes: Processes) -> tuple[Tensor, ...]:
+    def _whole_lesson(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The lesson of all images in stored order; none where its features are too large to be kept."""
         lessons = (self._lesson(images.to(dtype)) for images, _ in self.data.sequential(whole=False))
         first = next(lessons)
         if sum(features[0].nbytes for features in first[1:]) * len(self.data) > MOST_KEPT:
             return ()
-        own = _joined([first, *lessons])
-        return tuple(processes.joined_shares(table, len(self.data)) for table in own)
+        return tuple(self.processes.joined_shares(own, len(self.data)) for own in _joined([first, *lessons]))
 
 
 def _joined(lessons: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

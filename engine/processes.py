@@ -155,20 +155,20 @@ class Processes:
         rows[self.share.of(count)] = own
         return self.sum_(rows)
 
-    def wrap(self, model: nn.Module, image: Tensor, unused: bool) -> nn.Module:
-        """The network whose backward pass averages gradients over all processes; alone, the model itself.
+    def wrap(self, network: nn.Module, image: Tensor, unused: bool) -> nn.Module:
+        """The network with a backward pass that averages gradients over all processes; alone, the network itself.
 
         Starts from the first process's weights and buffers; later each has buffers of its own.
 
         Args:
-            model: gives `objective.Answer`s.
+            network: gives an `objective.Answer`.
             image: [1, ...], any that the model takes.
             unused: some parameters have no effect, as those of layers whose units are all gone.
         """
         if not self.several:
-            return model
+            return network
         wrapped = DistributedDataParallel(
-            model,
+            network,
             process_group=self._device_group,
             find_unused_parameters=unused,
             gradient_as_bucket_view=True,
@@ -178,9 +178,9 @@ class Processes:
         if not unused:
             # After its first backward pass it lays its messages out anew. That shall be this one, since the order of
             # sums goes by the layout, and a resumed run has the bits of an unbroken one.
-            with evaluating(model):
+            with evaluating(network):
                 wrapped(image).logits.sum().backward()
-            model.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
         return wrapped
 
     def _group_of(self, tensor: Tensor) -> dist.ProcessGroup | None:

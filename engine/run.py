@@ -79,12 +79,12 @@ class Run:
         self.units = units_of_run(args, dense)
         self.facts, facts, workers = splits.facts, splits.facts, args.workers
         mixes = bool(args.mixup or args.cutmix)
-        self.train_share = replace(processes.share, paired=processes.several and mixes)
+        self.share = replace(processes.share, paired=processes.several and mixes)  # of training batches
         self.train_data = self._training_batches(splits.train)
         self.mixing = None
         if mixes:
             alphas = args.mixup or 0.0, args.cutmix or 0.0
-            self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, self.train_share.paired)
+            self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, self.share.paired)
         self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
         if teacher is not None:
             self.be_taught_by(teacher)
@@ -114,10 +114,8 @@ class Run:
 
     def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
         args, batch = self.args, self.args.batch_size * self.args.accum_steps
-        self.images_a_step = min(batch, len(split.labels))
-        return make_batches(
-            split, self.facts, batch, self.device, args.seed, args.aug, args.workers, self.train_share
-        )  # fmt: skip
+        self.images_a_step = min(batch, len(split.labels))  # of all processes
+        return make_batches(split, self.facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
 
     # -- start, go on, end
 
@@ -261,9 +259,8 @@ class Run:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
         as_they_are = args.aug == "none" and self.mixing is None
-        self.teacher = Teacher(
-            model, self.train_data, like, self.precision, as_they_are, bool(args.kd_features), self.processes
-        )  # fmt: skip
+        options = as_they_are, bool(args.kd_features), self.processes
+        self.teacher = Teacher(model, self.train_data, like, self.precision, *options)
 
     def _say_who_teaches(self) -> None:
         args = self.args
@@ -332,7 +329,7 @@ class Run:
         for data in (self.train_data, self.val_data, self.test_data):
             for broken in self.processes.gathered(data.broken):
                 data.note(broken.items())
-        self.write(self._load_selected)
+        self.write(self._load_selected, finish_follows)
         self.processes.spread_(self.dense.state_dict().values())
         if progress.state == 0 and self.args.teacher == SELF and wants_teacher(self.args):
             self.write(self._keep_teacher)
@@ -353,14 +350,14 @@ class Run:
             self._enter_finish()
         self.checkpoint()
 
-    def _load_selected(self) -> None:
+    def _load_selected(self, finish_follows: bool) -> None:
         self.writer.wait()
         best = load_tensors(self.save_dir / "best.pt", "best.pt")
         if best["state"] == self.progress.state:
             self.dense.load_state_dict(best["weights"])
         else:
             log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
-            if self.progress.state + 1 == self.finish_state:
+            if finish_follows:
                 log.warning("the finish goes on from them, too")
 
     def _keep_teacher(self) -> None:

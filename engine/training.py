@@ -108,11 +108,11 @@ class StateTraining:
         self.wrapped = self.forward = None  # what went round the network before goes first
         self.wrapped = self._shared()
         self.forward = self._compiled()
+        self.statistics = running_statistics(self.model) if run.processes.several else []
         self.objective = Objective(
             self.args.label_smoothing, self.args.kd_alpha or 0.0, self.args.kd_temperature, self.args.kd_hard,
             self.args.kd_features or 0.0,
         )  # fmt: skip
-        self.statistics = running_statistics(self.model) if run.processes.several else []
         self.captured = CapturedStep(self.device_step) if self.args.compile in GRAPHS else None
         masks = {name: laid_out_like(parameters[name], mask) for name, mask in masks.items() if not mask.all()}
         self.masked, self.masks = [parameters[name] for name in masks], list(masks.values())
@@ -148,19 +148,19 @@ class StateTraining:
         return self.average.model if self.average else self.model
 
     def _shared(self) -> nn.Module:
-        """What answers for the network, as all processes train it together; alone, as it is."""
-        run, args, like = self.run, self.args, next(self.model.parameters())
-        pixels = run.family.image_size(run.dense)
+        """The network as all processes train it together, whose forward pass gives an `Answer`."""
+        run, like = self.run, next(self.model.parameters())
+        taught, pixels = is_taught(self.args, self.progress.state), run.family.image_size(run.dense)
+        network = Answering(self.model, features=taught and bool(self.args.kd_features))
         emptied = any(not ids for ids in self.model_kept.values())
-        answering = Answering(self.model, features=is_taught(args, self.progress.state) and bool(args.kd_features))
-        return run.processes.wrap(answering, like.new_zeros(1, 3, pixels, pixels), emptied)
+        return run.processes.wrap(network, like.new_zeros(1, 3, pixels, pixels), emptied)
 
     def _compiled(self) -> nn.Module:
-        mode = self.args.compile
+        mode, network = self.args.compile, self.wrapped
         if not mode or mode == "graph":
-            return self.wrapped
+            return network
         torch.compiler.reset()  # or the networks of many states pass the limit of recompilations
-        return torch.compile(self.wrapped, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
+        return torch.compile(network, mode="default" if mode == "compiled-graph" else mode, dynamic=False)
 
     def _plan_penalty(self) -> None:
         args, run = self.args, self.run
@@ -230,8 +230,7 @@ class StateTraining:
         taught = ()
         if run.teacher:
             taught = run.teacher.lesson(images, self.args.accum_steps, progress.state, epoch, batch)
-        update = self.captured or self.device_step
-        update(images, targets, *taught)
+        self.update(images, targets, *taught)
         run.processes.mean_each_(self.statistics)
         progress.step += 1
         if self.average:
@@ -255,6 +254,10 @@ class StateTraining:
         self.bar = tqdm(
             total=run.steps_per_epoch, initial=batch, desc=title, unit=" steps", leave=False, disable=quiet
         )  # fmt: skip
+
+    def update(self, *tensors: Tensor) -> None:
+        """`device_step`, as a CUDA graph where one was asked for."""
+        (self.captured or self.device_step)(*tensors)
 
     def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
         """All that the device does for one optimizer step; see `capture.CapturedStep` for what may stand here.

@@ -152,7 +152,7 @@ def test_on_all_every_training_and_validation_image_is_seen_once_an_epoch(kind, 
     run.begin_state()
     training = StateTraining(run)
     shown = []
-    training.device_step = lambda images, _: shown.append(images.clone())
+    training.update = lambda images, _: shown.append(images.clone())
     for epoch in range(2):
         training.bar = None
         for _ in range(run.steps_per_epoch):
