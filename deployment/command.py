@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
     parser = utils.OneLineParser(description=what)
     parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
-    parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
+    parser.add_argument("--out", help="where the model goes, written anew by each call; RUN_DIR/model when not given")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
     parser.add_argument(
         "--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write"
