@@ -4,6 +4,9 @@
     python export.py results/NAME                              writes results/NAME/model/
     python export.py results/NAME --onnx --latency             and model.onnx, and a table of speeds
     python export.py results/NAME --fold --torch_export        a variant for inference, and model.pt2
+    python export.py results/NAME --onnx --int8                8-bit weights, and a table of what they cost and save
+    python export.py results/NAME --demo                       a web page that shows the model
+    python export.py results/NAME --hf DIR                     a folder for the Hugging Face hub
     python export.py results/NAME --evaluate                   accuracy on the run's test images
     python export.py --from_checkpoint model.pth.tar --arch vit_small --out model
 

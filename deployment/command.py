@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import logging
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 import utils
-from dataset import DATASETS, DataError, load_dataset, make_batches
-from deployment.compaction import compact
+from dataset import DATASETS, DataError, DatasetFacts, load_dataset, make_batches
+from deployment.compaction import affordable, compact
 from deployment.compiled import aot_package, check_compiler, compiled, torch_export
 from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_words, runtime_files, write_demo
-from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, write, write_folded
+from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, read_config, write, write_folded
 from deployment.hub import check_hub, write_hub
 from deployment.onnx_file import OPSET, check_onnx, to_onnx
-from deployment.quantise import INT8_FILES, write_int8
+from deployment.quantise import INT8_FILES, better_form, write_int8
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
 from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
@@ -192,7 +195,8 @@ def _export(args: argparse.Namespace) -> None:
     name, full = "masked", copy.deepcopy(masked).cpu()
     if args.run_dir and (args.int8 or args.demo is not None):
         name, full = full_network(run_dir, full, run, args.dense, size)
-    runtime = runtime_files(args.ort_web) if args.demo is not None else {}
+    if args.demo is not None:
+        runtime = runtime_files(args.ort_web)
     if args.evaluate:
         test = make_batches(splits.test, facts, 256, device, workers=workers)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
@@ -206,26 +210,46 @@ def _export(args: argparse.Namespace) -> None:
         variants["folded"] = write_folded(folder, masked, kept, proving())
         log.info(proof_line(folder / FOLDED))
     _write_programs(args, folder)
-    if args.int8:
-        rows = write_int8(folder, full, name, splits, workers, args.opset)
-        log.info(f"\n{utils.format_table(rows, onnx_columns(rows))}\n")
     if args.compile:
         variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
         table = latency_table(masked, small, variants=variants)
         log.info(table)
         utils.write_text(folder / "latency.txt", table + "\n")
-    classes = class_names(dataset, data, facts.classes) if facts else ()
-    if args.demo is not None:
-        shown = [Shown(TITLES[name], full), Shown("Pruned", load(folder), folder / "model.onnx" if args.onnx else None)]
-        shown += [Shown("Pruned, int8", shown[1].model, folder / INT8_FILES["static"])] if args.int8 else []
-        words = page_words(provenance["arch"], dataset, name)
-        page = _demo_folder(args)
-        write_demo(page, shown, words, dataset, facts, size, classes, runtime, args.opset)
-        log.info(f"{page}: the page; python -m http.server --directory {page}, then open http://localhost:8000")
+    if args.int8 or args.demo is not None:
+        with tempfile.TemporaryDirectory(prefix="full-") as drafts:
+            shown = Shown(name, full, Path(drafts) / "full.onnx")
+            to_onnx(full, shown.file, args.opset)
+            if args.int8:
+                rows = write_int8(folder, shown.file, name, affordable(full), splits, workers, args.opset)
+                log.info(f"\n{utils.format_table(rows, onnx_columns(rows))}\n")
+            if args.demo is not None:
+                _write_page(args, folder, shown, runtime, dataset, data, facts)
     if args.hf:
+        classes = class_names(dataset, data, facts.classes) if facts else ()
         write_hub(folder, Path(args.hf), dataset, size, classes)
         log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
+
+
+def _write_page(
+    args: argparse.Namespace,
+    folder: Path,
+    full: Shown,
+    runtime: Mapping[str, bytes],
+    dataset: str,
+    data: str,
+    facts: DatasetFacts,
+) -> None:
+    """The folder of --demo: `full` beside the exported model of `folder`, and with --int8 its int8 file."""
+    small, arch = load(folder), read_config(folder)["provenance"]["arch"]
+    shown = [dataclasses.replace(full, name=TITLES[full.name])]
+    shown += [Shown("Pruned", small, folder / "model.onnx" if args.onnx else None)]
+    if args.int8:
+        shown.append(Shown("Pruned, int8", small, folder / INT8_FILES[better_form(folder / "model.onnx")]))
+    page, size = _demo_folder(args), family_of(small).image_size(small)
+    words, classes = page_words(arch, dataset, full.name), class_names(dataset, data, facts.classes)
+    write_demo(page, shown, words, dataset, facts, size, classes, runtime, args.opset)
+    log.info(f"{page}: the page; python -m http.server --directory {page}, then open http://localhost:8000")
 
 
 def _write_programs(args: argparse.Namespace, folder: Path) -> None:

@@ -41,7 +41,7 @@ _FASHION = ("T-shirt", "Trousers", "Pullover", "Dress", "Coat", "Sandal", "Shirt
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CLASSES = {"digits": tuple("0123456789"), "fashionmnist": _FASHION, "cifar10": _CIFAR10}
 # how an image of another size becomes one of the data set's: see `seen` in demo_page/image.mjs
-FITS = {"digits": "ink", "fashionmnist": "contain", "cifar10": "square", "cifar100": "square"}
+FITS = {"digits": "ink", "fashionmnist": "trim", "cifar10": "square", "cifar100": "square"}
 
 
 TITLES = {"dense": "Dense", "masked": "Full size"}  # of the network beside the pruned one
@@ -141,7 +141,6 @@ def write_demo(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
             draft = Path(staging) / folder.name
             (draft / "ort").mkdir(parents=True)
-            draft.chmod(0o755)
             for name in PAGE_FILES:
                 shutil.copyfile(PAGE / name, draft / name)
             for name, content in runtime.items():
@@ -211,7 +210,7 @@ def class_names(dataset: str, data: str | Path, classes: int) -> list[str]:
 def _described(names: list[str]) -> list[str]:
     """ImageNet's folders by the words that timm knows for them; others as they are."""
     try:
-        known = importlib.import_module("timm.data").ImageNetInfo("imagenet-22k")
+        known = importlib.import_module("timm.data").ImageNetInfo()
     except (AssertionError, AttributeError, ImportError, OSError):
         return names
     return [_first_words(known, name) for name in names]

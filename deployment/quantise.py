@@ -18,12 +18,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 import utils
 from dataset import Splits, make_batches
-from deployment.compaction import affordable
-from deployment.onnx_file import OPSET, open_session, to_onnx
+from deployment.onnx_file import OPSET, open_session
 from deployment.onnx_table import onnx_rows, onnx_section
 from utils import RunError
 
@@ -32,12 +31,13 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 32
 
 
 def write_int8(
-    folder: Path, full: nn.Module, name: str, splits: Splits, workers: int = 0, opset: int = OPSET
+    folder: Path, full: Path, name: str, most: int, splits: Splits, workers: int = 0, opset: int = OPSET
 ) -> list[dict]:
     """Both int8 files beside the model.onnx of an exported model, onnx.csv, and a section in the card.
 
     Args:
-        full: the network of full size, which the table's first row, `name`, is about.
+        full: the ONNX file of the network of full size, which the table's first row, `name`, is about.
+        most: images of the larger batch that is timed; one image is, too.
         splits: what the models were made for; training images calibrate, test images judge.
 
     Returns:
@@ -46,14 +46,13 @@ def write_int8(
     calibration = make_batches(splits.train, splits.facts, CALIBRATION_BATCH, "cpu", workers=workers)
     images = (batch for batch, _ in calibration.sequential(CALIBRATION_IMAGES // CALIBRATION_BATCH))
     with tempfile.TemporaryDirectory(prefix="int8-") as drafts:
-        files = {name: Path(drafts) / "full.onnx", "removed": folder / "model.onnx"}
+        files = {name: full, "removed": folder / "model.onnx"}
         files |= {"removed int8": Path(drafts) / INT8_FILES["static"]}
         files |= {"removed int8 dynamic": Path(drafts) / INT8_FILES["dynamic"]}
         to_int8(files["removed"], files["removed int8"], "static", images)
         to_int8(files["removed"], files["removed int8 dynamic"], "dynamic")
-        to_onnx(full, files[name], opset)
         test = make_batches(splits.test, splits.facts, 250, "cpu", workers=workers)
-        rows = onnx_rows(files, test, (1, max(2, affordable(full))))
+        rows = onnx_rows(files, test, tuple(sorted({1, most})))
         for file in INT8_FILES.values():
             content = (Path(drafts) / file).read_bytes()
             utils.write_atomic(folder / file, lambda target, content=content: target.write(content))
@@ -83,6 +82,12 @@ def to_int8(source: Path, target: Path, form: str, images: Iterable[Tensor] = ()
         if not np.isfinite(open_session(draft)(_noise(draft))).all():
             raise RunError(f"--int8: the {form} file gives logits that are not finite; not written", code=1)
         utils.write_atomic(target, lambda file: file.write(draft.read_bytes()))
+
+
+def better_form(path: Path) -> str:
+    """The form that is faster for an ONNX file's network: "static" where most layers are convolutions, which have fast
+    int8 kernels only when all scales are known beforehand; "dynamic" for matrix products, which gain more that way."""
+    return "static" if "Conv" in _layers(path)[0] else "dynamic"
 
 
 def _prepare(source: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ async function start() {
 function viewOf(model) {
   const view = find("model").content.firstElementChild.cloneNode(true);
   view.querySelector("h2").textContent = model.name;
-  const facts = [`${short(model.parameters)} parameters`, `${short(model.macs)} MACs an image`];
+  const facts = [`${short(model.parameters)} parameters`, `${short(model.macs)} MACs`];
   facts.push(`${(model.bytes / 1e6).toFixed(2)} MB`);
   view.querySelector(".facts").replaceChildren(...facts.map((fact) => element("span", fact)));
   find("models").append(view);
@@ -69,6 +69,7 @@ function clearAnswers() {
     view.querySelector(".time strong").textContent = "–";
     view.querySelector(".gain").textContent = "";
   }
+  say("");
   find("seen").getContext("2d").clearRect(0, 0, find("seen").width, find("seen").height);
   find("note").textContent = demo.draw ? "Draw a digit, or choose an image of one." : "Drop or choose an image.";
 }
@@ -118,7 +119,10 @@ function showTimes(times) {
 async function classify(picture) {
   const mine = ++latest;
   const shown = seen(picture, demo.image);
-  if (!shown) return clearAnswers();
+  if (!shown) {
+    clearAnswers();
+    return say("There is nothing to see in this image.");
+  }
   showSeen(shown);
   const { size } = demo.image;
   const feeds = { images: new ort.Tensor("float32", inputOf(shown, demo.image), [1, 3, size, size]) };

@@ -88,18 +88,25 @@ function onBlack(picture) {
   return { ...picture, planes: picture.planes.map((plane) => plane.map((value) => 255 - value)) };
 }
 
-/** A drawn digit as the digits of the data set were made from forms: the box of its ink, fitted into 32 x 32 places
- *  that are ink or not, counted in blocks of 4 x 4. Returns 8 x 8 values of 0..255, or null where there is no ink. */
-export function digitOf(picture) {
-  const { width, height, planes: [ink] } = picture;
-  let [left, top, right, bottom] = [width, height, -1, -1];
-  ink.forEach((value, i) => {
-    if (value <= 127) return;
-    const [x, y] = [i % width, Math.floor(i / width)];
+/** The smallest part of a picture that holds every value above `level`, in the middle of a black square; null when
+ *  there is none. */
+function trimmed(picture, level) {
+  let [left, top, right, bottom] = [picture.width, picture.height, -1, -1];
+  picture.planes[0].forEach((value, i) => {
+    if (value <= level) return;
+    const [x, y] = [i % picture.width, Math.floor(i / picture.width)];
     [left, right, top, bottom] = [Math.min(left, x), Math.max(right, x), Math.min(top, y), Math.max(bottom, y)];
   });
   if (right < 0) return null;
-  const box = squared(crop(picture, left, top, right - left + 1, bottom - top + 1), Math.max(right - left, bottom - top) + 1);
+  const [width, height] = [right - left + 1, bottom - top + 1];
+  return squared(crop(picture, left, top, width, height), Math.max(width, height));
+}
+
+/** A drawn digit as the digits of the data set were made from forms: the box of its ink, fitted into 32 x 32 places
+ *  that are ink or not, counted in blocks of 4 x 4. Returns 8 x 8 values of 0..255, or null where there is no ink. */
+function digitOf(picture) {
+  const box = trimmed(picture, 127);
+  if (!box) return null;
   const places = resize(box, 32, 32).planes[0];
   const counts = new Float64Array(64);
   places.forEach((value, i) => (counts[8 * (i >> 7) + ((i & 31) >> 2)] += value > 127));
@@ -117,7 +124,7 @@ export function seen(picture, spec) {
   }
   if (picture.width !== native || picture.height !== native) {
     if (fit === "ink") picture = digitOf(onBlack(picture));
-    else if (fit === "contain") picture = squared(onBlack(picture), Math.max(picture.width, picture.height));
+    else if (fit === "trim") picture = trimmed(onBlack(picture), 25);
     else picture = squared(picture, Math.min(picture.width, picture.height));
     if (!picture) return null;
     picture = resize(picture, native, native);
