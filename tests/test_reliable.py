@@ -228,7 +228,9 @@ def _process(argv, output, patches):
 def server():
     context = multiprocessing.get_context("forkserver")
     # what the command imports late
-    context.set_forkserver_preload([__name__, "sklearn.datasets", "timm.data", "torch._dynamo"])
+    context.set_forkserver_preload(
+        [__name__, "sklearn.datasets", "timm.data", "torchvision.transforms.v2", "torch._dynamo"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         # the server finds the module nowhere else: Python 3.11's does not take over sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, [SCRIPT.parent, Path(__file__).parent])))
