@@ -21,7 +21,7 @@ from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_w
 from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, read_config, write, write_folded
 from deployment.hub import check_hub, write_hub
 from deployment.onnx_file import OPSET, check_onnx, to_onnx
-from deployment.quantise import INT8_FILES, write_int8
+from deployment.quantise import INT8_FILES, better_form, write_int8
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
 from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
     parser = utils.OneLineParser(description=what)
     parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
-    parser.add_argument("--out", help="where the model goes; RUN_DIR/model when not given")
+    parser.add_argument("--out", help="where the model goes, written anew by each call; RUN_DIR/model when not given")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
     parser.add_argument(
         "--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write"
@@ -244,7 +244,8 @@ def _write_page(
     small, arch = load(folder), read_config(folder)["provenance"]["arch"]
     shown = [dataclasses.replace(full, name=TITLES[full.name])]
     shown += [Shown("Pruned", small, folder / "model.onnx" if args.onnx else None)]
-    shown += [Shown("Pruned, int8", small, folder / INT8_FILES["static"])] if args.int8 else []
+    if args.int8:
+        shown.append(Shown("Pruned, int8", small, folder / INT8_FILES[better_form(folder / "model.onnx")]))
     page, size = _demo_folder(args), family_of(small).image_size(small)
     words, classes = page_words(arch, dataset, full.name), class_names(dataset, data, facts.classes)
     write_demo(page, shown, words, dataset, facts, size, classes, runtime, args.opset)

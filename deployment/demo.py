@@ -141,7 +141,6 @@ def write_demo(
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
             draft = Path(staging) / folder.name
             (draft / "ort").mkdir(parents=True)
-            draft.chmod(0o755)
             for name in PAGE_FILES:
                 shutil.copyfile(PAGE / name, draft / name)
             for name, content in runtime.items():
@@ -211,7 +210,7 @@ def class_names(dataset: str, data: str | Path, classes: int) -> list[str]:
 def _described(names: list[str]) -> list[str]:
     """ImageNet's folders by the words that timm knows for them; others as they are."""
     try:
-        known = importlib.import_module("timm.data").ImageNetInfo("imagenet-22k")
+        known = importlib.import_module("timm.data").ImageNetInfo()
     except (AssertionError, AttributeError, ImportError, OSError):
         return names
     return [_first_words(known, name) for name in names]

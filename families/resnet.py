@@ -18,6 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.resnet import ResNet
 from pruning.units import Kept, Layout, Tap, Units
 
+NARROW = 64  # channels of a residual stream; see fold_norms_
+
+
 # ----------------------------------------------------------------------------------------------- filters as units
 
 
@@ -109,9 +112,9 @@ def find_working_filters(model: nn.Module) -> dict[str, list[int]]:
 def fold_norms_(model: ResNet) -> list[str]:
     """Fold batch norms into convolutions and the places of a block's last filters into zero filters, in place.
 
-    A block whose second convolution is shortened adds its channels to single ones of the residual stream, which took
-    longer on a CPU than the zero filters of a convolution of full width: those fill registers that would else be empty.
-    Weights are left in channels-last order, in which the images come out of the first convolution, too.
+    A block whose second convolution is shortened adds its channels to single ones of the residual stream. Up to
+    `NARROW` channels that takes longer on a CPU than the zero filters of a convolution of full width, which fill
+    registers that would else be empty; with more channels the zeros cost more. Weights are left in channels-last order.
     """
     model.eval()
     gone, modules = [], dict(model.named_modules())
@@ -125,9 +128,11 @@ def fold_norms_(model: ResNet) -> list[str]:
             gone.append(norm)
     for name, block in model.named_modules():
         if getattr(block, "out_index", None) is not None:
-            block.conv2 = _in_place(block.conv2, block.out_index, model.widths[int(name[len("layer")]) - 1])
-            block.out_index = None
-            gone.append(f"{name}.out_index")
+            width = model.widths[int(name[len("layer")]) - 1]
+            if width <= NARROW:
+                block.conv2 = _in_place(block.conv2, block.out_index, width)
+                block.out_index = None
+                gone.append(f"{name}.out_index")
     model.to(memory_format=torch.channels_last)
     return gone
 
@@ -206,7 +211,7 @@ class CnnFamily:
         loading += 'model = export.load("model")\n```\n'
         if "folded" in config:
             left += "\n\nBatch norms are folded into the convolutions before them; the last convolution of a block has "
-            left += "zero filters where the residual stream has other channels than those that are left."
+            left += f"zero filters for the other channels of a residual stream of {NARROW} or fewer."
             loading = loading.replace('"model"', '"model/folded"')
         return f"Filters per convolution:\n\n{left}", loading
 

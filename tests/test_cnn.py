@@ -432,16 +432,18 @@ def test_export_and_back_and_in_onnx_runtime(make_micro, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("projected", [False, True])
-def test_folded_networks_have_no_norm_and_no_place_and_compute_the_same(make_micro, projected, tmp_path):
+@pytest.mark.parametrize(("projected", "narrow"), [(False, 64), (True, 64), (False, 4)])
+def test_folded_networks_have_no_norm_and_compute_the_same(make_micro, projected, narrow, tmp_path, monkeypatch):
+    monkeypatch.setattr("families.resnet.NARROW", narrow)  # the micro network's streams have 4 and 7 channels
     model, (images, labels) = make_micro(projected=projected), images_of(5)
     kept = some_kept(model)
     masked = zero_filters(model, kept)
     small = export.write(tmp_path, masked, kept, [(images, labels)], None, {}, {})
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in small.modules())
     placed = [name for name, block in small.named_modules() if getattr(block, "out_index", None) is not None]
+    wide = [name for name in placed if name.startswith("layer2") and narrow == 4]
     assert norms
-    assert placed
+    assert len(placed) > len(wide)
     folded = export.write_folded(tmp_path, masked, kept, [(images, labels)])
     exact = copy.deepcopy(small).double()
     CNN.fold_(exact)
@@ -449,9 +451,9 @@ def test_folded_networks_have_no_norm_and_no_place_and_compute_the_same(make_mic
         assert (folded(images) - masked(images)).abs().max() <= 1e-5
         assert (exact(images.double()) - copy.deepcopy(masked).double()(images.double())).abs().max() <= 1e-12
     config = export.read_config(tmp_path / "folded")
-    assert len(config["folded"]) == norms + len(placed)
+    assert len(config["folded"]) == norms + len(placed) - len(wide)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    assert all(getattr(block, "out_index", None) is None for block in folded.modules())
+    assert wide == [name for name, block in folded.named_modules() if getattr(block, "out_index", None) is not None]
     assert config["macs"]["removed"] == counted(folded, 8) > export.read_config(tmp_path)["macs"]["removed"]
     assert config["parameters"]["removed"] == parameters_of(folded)
     loaded = export.load(tmp_path / "folded")

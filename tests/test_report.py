@@ -463,6 +463,8 @@ DAMAGE = [
     ("penalty.csv", "state,step,lambda,residual\n1,1,0.1,1.0\n"),
     ("penalty.csv", "state,epoch,step,lambda,residual\n1,,1,0.1,1.0\n"),
     ("environment.json", "{"), ("model/parity.json", "[]"), ("model/config.json", '{"parameters": '),
+    ("model/onnx.csv", "model,megabytes\nremoved,1.5\n"),
+    ("model/onnx.csv", "model,megabytes,test_accuracy\nremoved,x,1\n"),
 ]  # fmt: skip
 REFUSED = [
     ("nothing", "nothing: not the folder of a run (no args.yaml in it)"),

@@ -20,7 +20,8 @@ import models
 import report
 from dataset import DATASETS, load_dataset, make_batches
 from deployment import demo, onnx_file
-from deployment.quantise import to_int8
+from deployment.hub import write_hub
+from deployment.quantise import better_form, to_int8
 from images.splits import _resize
 from models.resnet import ResNet
 from utils import RunError
@@ -155,6 +156,7 @@ def test_convolutions_are_int8_but_the_first(tmp_path):
         model(images)  # statistics of the batch norms
     model.eval()
     export.to_onnx(model, tmp_path / "a.onnx")
+    assert better_form(tmp_path / "a.onnx") == "static"
     with torch.no_grad():
         expected = model(images)
     for form in ("static", "dynamic"):
@@ -282,7 +284,7 @@ def test_the_folder_of_the_page_holds_all_it_needs(shipped, test_digits):
         assert model == {"name": name, "file": path.name, "parameters": parameters[size], "macs": macs[size]} | {
             "bytes": path.stat().st_size
         }
-    assert (shipped.demo / "model_2.onnx").read_bytes() == (shipped.model / "model_int8.onnx").read_bytes()
+    assert (shipped.demo / "model_2.onnx").read_bytes() == (shipped.model / "model_int8_dynamic.onnx").read_bytes()
     found = [logits_of(shipped.demo / f"model_{number}.onnx", test_digits[0][:3]) for number in (0, 1)]
     assert (found[0] - found[1]).abs().max() <= 1e-4
     page = (shipped.demo / "index.html").read_text()
@@ -463,6 +465,26 @@ def test_the_hub_folder_loads_by_the_lines_of_its_card(shipped, tmp_path):
         assert (export.load(folder)(images) - expected).abs().max() == 0
     assert (torch.load(folder / "logits.pt", weights_only=True) - expected).abs().max() <= 1e-5
     assert not {path.name for path in folder.parent.iterdir()} - {"hub", "cwd"}
+
+
+@torch.no_grad()
+def test_a_model_without_its_data_set_goes_to_the_hub_and_loads(tmp_path, monkeypatch):
+    """A ResNet, whose card loads it by this program."""
+    torch.manual_seed(1)
+    model = ResNet(depths=[1, 1, 1], widths=[4, 4, 4], projected=True, num_classes=3, img_size=8).eval()
+    images = torch.randn(4, 3, 8, 8)
+    kept = {"layer1.0.conv1": [0, 1, 2, 3]}
+    export.write(tmp_path / "model", model, kept, [(images, torch.zeros(4))], None, {"arch": "res20s"}, {})
+    write_hub(tmp_path / "model", tmp_path / "hub", None, 8, ())
+    text = (tmp_path / "hub" / "README.md").read_text()
+    head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
+    assert (head["library_name"], head["license"]) == ("pytorch", "mit")
+    assert not {"datasets", "model-index"} & set(head)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path / "hub")
+    space = {}
+    exec(code, space)
+    assert (space["model"](images) - model(images)).abs().max() <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
