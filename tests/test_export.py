@@ -748,7 +748,8 @@ def test_without_a_compiler_is_one_line_before_any_file(run_copy, command, monke
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_forms_compute_the_same_and_are_timed(run_copy, command):
     code, out, err = command(run_copy, "--aot", "--latency", "--compile")
-    assert (code, err) == (0, "")
+    assert code == 0, err  # PyTorch may say there that it found no CUDA
+    assert "AOTInductor's code differs by" in out
     masked, _ = masked_of(run_copy)
     package = torch._inductor.aoti_load_package(str(run_copy / "model" / "model_aot.pt2"))
     for batch in (1, 2, 5):
