@@ -38,6 +38,7 @@ from engine.training import StateTraining
 from families import family_of
 from models.resnet import ResNet
 from pruning.removal import remove_units
+from utils import RunError
 
 TEACHING = "--struct refill --vit_structured --rate 0.5 --pruning_times 2"
 DISTILLED = "deit_tiny_distilled_patch16_224"
@@ -229,7 +230,7 @@ def test_features_that_cannot_be_are_refused(refused, tmp_path):
         deit_micro(): "5 tokens of 24 channels .* 6 tokens of 24 channels",
         timm.create_model("test_resnet", num_classes=10): "no transformer blocks",
     }.items():
-        with pytest.raises(export.RunError, match=f"--kd_features 2: .*{words}"):
+        with pytest.raises(RunError, match=f"--kd_features 2: .*{words}"):
             named_teacher(args, DATASETS["digits"], vit_micro(), lambda _, found=teacher: found)
     args.kd_features = None
     assert named_teacher(args, DATASETS["digits"], vit_micro(), lambda _: vit_micro(embed_dim=12)) is not None
