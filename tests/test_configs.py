@@ -45,9 +45,10 @@ READY |= {
     "recipe_finetune_cifar": f"{TUNED}, arch: vit_small, batch_size: 128, lr: 0.0003, ema_decay: 0.999",
     "recipe_finetune_imagenet": f"{TUNED}, dataset: imagenet, arch: timm/vit_small_patch16_224, batch_size: 256, "
     "pretrained_tag: augreg_in21k, accum_steps: 4, lr: 0.0005, ema_decay: 0.9995",
-    "recipe_prune_deit_imagenet_30": f"{DEIT}, pruning_times: 3, epochs: 10, aug: basic, ema_decay: 0.999",
-    "recipe_prune_deit_imagenet_100": f"{DEIT}, pruning_times: 5, epochs: 20, aug: rand, mixup: 0.8, cutmix: 1.0, "
-    "ema_decay: 0.9999",
+    "recipe_prune_deit_imagenet_30": f"{DEIT}, pruning_times: 3, epochs: 8, finish_epochs: 6, aug: basic, "
+    "ema_decay: 0.999",
+    "recipe_prune_deit_imagenet_100": f"{DEIT}, pruning_times: 5, epochs: 16, finish_epochs: 20, aug: rand, "
+    "mixup: 0.8, cutmix: 1.0, ema_decay: 0.9999",
 }
 # Share of the weights that is left, of the heads and of the neurons of vit_tiny
 LEFT = {
@@ -126,7 +127,7 @@ def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
     dataset = ["--dataset", "cifar10"] if expected["dataset"] == "cifar10" else []
     plain, found = flags("--dataset", "cifar10"), flags(*dataset, "--config", CONFIGS / f"{name}.yaml")
     plan = capsys.readouterr().out.split("disk.")[1]
-    follows = {"config", "notes", "warmup", "decreasing_lr", "rewind_epoch"}  # these follow from the epochs
+    follows = {"config", "notes", "warmup", "decreasing_lr", "rewind_epoch", "finish_lr"}  # from epochs and rate
     assert {flag for flag in found.keys() - follows if found[flag] != plain[flag]} <= expected.keys()
     assert {flag: found[flag] for flag in expected} == expected
     told = [] if expected["pruning_times"] > 1 else ["nothing is pruned in this run: it trains dense"]

@@ -712,9 +712,10 @@ def stopped(house, tmp_path, monkeypatch):
     return look
 
 
-@pytest.mark.parametrize(
-    ("part", "stop"), [*((part, "after the cut") for part in PARTS), *(("all", stop) for stop in STOPS)]
-)
+ALONE = [pytest.param(part, "after the cut", marks=pytest.mark.slow) for part in PARTS]
+
+
+@pytest.mark.parametrize(("part", "stop"), [*ALONE, *(("all", stop) for stop in STOPS)])
 def test_a_stopped_run_goes_on_to_the_same_bits(part, stop, stopped):
     flags = (ALL if part == "all" else PARTS[part]) + (f" {FINISH}" if stop == "in the finish" else "")
     (found, rows), (expected, expected_rows) = stopped(f"{UNITS} {flags} --pruning_times 2", *STOPS[stop])

@@ -148,6 +148,7 @@ def test_static_scales_are_those_of_the_images_shown(shipped, tmp_path, test_dig
     assert [path.name for path in tmp_path.glob("*.onnx*")] == ["a.onnx"]
 
 
+@pytest.mark.slow
 def test_convolutions_are_int8_but_the_first(tmp_path):
     torch.manual_seed(0)
     model = ResNet(depths=[1, 1, 1], widths=[8, 8, 8], projected=False, num_classes=10, img_size=8)
