@@ -59,5 +59,4 @@ def test_groups_of_processes_are_measured_in_turns():
     flags = shlex.split("--processes 2 --batch_size 4 --steps 1 --repeats 1")
     command = [sys.executable, "benchmarks/scaling.py", *flags]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert [row[:3] for row in cells(out)] == [["2", "4", "2"], ["2", "8", "4"]]
-    assert re.search(r"^ +1 +4 +4 ", out, re.MULTILINE)
+    assert [row[:3] for row in cells(out)] == [["1", "4", "4"], ["2", "4", "2"], ["2", "8", "4"]]
