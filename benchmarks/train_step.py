@@ -196,7 +196,7 @@ def recipes(args: argparse.Namespace) -> None:
             given = f"--arch {arch} --batch_size {args.batch_size} --no-compact_training --amp {args.amp} {flags}"
             steps[name] = OurStep(given.split())
             if "--teacher" in flags:
-                run = steps[name].run
+                run = steps[name].training.run
                 run.be_taught_by(copy.deepcopy(run.dense))
             steps[name]()
         times = common.interleaved({name: partial(common.seconds, each) for name, each in steps.items()}, args.repeats)
