@@ -11,6 +11,7 @@ from vit_structured_pruning import count_vit_parameters, prune_attention_heads_h
 
 # name: img, patch, dim, depth, heads, mlp ratio, classes, parameters, forward GMACs, prunable weights (SPEC 3)
 TABLE = {
+    "vit_mini": (32, 4, 96, 6, 3, 2, 10, 460_906, "0.0339", 442_368),
     "vit_tiny": (32, 4, 192, 9, 3, 2, 10, 2_697_610, "0.1877", 2_654_208),
     "vit_small": (32, 4, 384, 12, 6, 4, 10, 21_342_346, "1.4203", 21_233_664),
     "vit_base": (32, 4, 768, 12, 12, 4, 10, 85_152_010, "5.6010", 84_934_656),
