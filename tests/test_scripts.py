@@ -23,7 +23,8 @@ from benchmarks.compare_commits import differences
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
 COMPARISONS = [
-    "compare_criteria", "compare_distillation", "compare_methods", "compare_recipes", "compare_variants", "vit_vs_cnn",
+    "compare_budgets", "compare_criteria", "compare_distillation", "compare_methods", "compare_recipes",
+    "compare_variants", "vit_vs_cnn",
 ]  # fmt: skip
 
 SHOW = """
@@ -430,7 +431,13 @@ BOTH = [*UNITS, "both"]
 DENSE = ["--struct", "dense", "--pruning_times", "1"]
 ADAMW = [*DENSE, "--batch_size", "32", "--opt", "adamw", "--lr", "0.0005", "--weight_decay", "0.05"]
 BASE = [*ADAMW, "--sched", "cosine", "--min_lr", "1e-5"]
+BUDGET = ["--struct", "refill", "--vit_structured", "--target_macs", "0.5", "--vit_prune_target"]
 RUNS = {
+    "compare_budgets": {
+        name: [*BUDGET, "both", "--ratio_allocation", name] for name in ("uniform", "global", "sensitivity")
+    }
+    | {target: [*BUDGET, target] for target in ("branch", "block", "all")}
+    | {"tokens": [*BUDGET, "both", "--ratio_allocation", "uniform", "--token_merge", "2"]},
     "compare_criteria": {
         name: ["--struct", "refill", *BOTH, "--criteria", name]
         for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
