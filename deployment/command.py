@@ -22,6 +22,7 @@ from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, 
 from deployment.hub import check_hub, write_hub
 from deployment.onnx_file import OPSET, check_onnx, to_onnx
 from deployment.quantise import INT8_FILES, better_form, write_int8
+from deployment.semi_structured import semi_structured_table
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
 from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
@@ -214,6 +215,8 @@ def _export(args: argparse.Namespace) -> None:
         variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
         table = latency_table(masked, small, variants=variants)
+        if "nm" in provenance:
+            table += f"\n{semi_structured_table(masked, small)}"
         log.info(table)
         utils.write_text(folder / "latency.txt", table + "\n")
     if args.int8 or args.demo is not None:
