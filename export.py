@@ -28,6 +28,7 @@ from deployment.compaction import compact, macs, parity
 from deployment.compiled import aot_package, compiled, torch_export
 from deployment.folder import check_folder, describe, load, proof_line, read_config, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
+from deployment.semi_structured import semi_structured_
 from deployment.source import run_provenance
 from deployment.speed import latency_table, size_table, throughput
 from engine.evaluation import accuracy
@@ -51,6 +52,7 @@ __all__ = [
     "proof_line",
     "read_config",
     "run_provenance",
+    "semi_structured_",
     "size_table",
     "throughput",
     "to_onnx",

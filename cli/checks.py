@@ -13,6 +13,7 @@ from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
+from pruning.nm import parse_pattern
 from pruning.scores import CRITERIA
 from utils import RunError
 
@@ -124,6 +125,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     _check_teacher(args)
+    _check_pattern(args)
     if args.layer_scale and args.pretrained:
         raise RunError(
             f"--layer_scale {args.layer_scale}: pretrained weights were trained without; leave one of them out"
@@ -142,6 +144,19 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
+
+
+def _check_pattern(args: argparse.Namespace) -> None:
+    if args.nm is None:
+        return
+    try:
+        parse_pattern(args.nm)
+    except ValueError as error:
+        raise RunError(f"--nm {args.nm}: {error}") from error
+    if args.vit_structured:
+        raise RunError(f"--nm {args.nm}: is a pattern of single weights; leave it or --vit_structured out")
+    if args.fillback_rate:
+        raise RunError(f"--fillback_rate {args.fillback_rate}: would fill groups beyond --nm {args.nm}; leave it out")
 
 
 def _check_finish(args: argparse.Namespace) -> None:
@@ -207,6 +222,10 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     without_effect = [] if args.vit_structured else [name for name in ONLY_STRUCTURED if name in given]
     if not args.vit_structured and not args.refill:
         without_effect.append("no-refill")
+    if args.nm:
+        without_effect = [name for name in without_effect if name != "ratio_schedule"]
+        if "rate" in given:
+            notes.append(f"--rate: --nm {args.nm} says how many weights stay; no effect here")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")

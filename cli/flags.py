@@ -185,6 +185,12 @@ def _prune(group: Group) -> None:
     group.add_argument("--pruning_times", type=int, default=20, help="states S; there are S - 1 prunings between them")
     group.add_argument("--rate", type=float, default=0.2, help="of the weights left, per state; heads: of all heads")
     group.add_argument(
+        "--nm",
+        metavar="N:M",
+        help="element-wise, in the place of --rate: in the end N of every M consecutive weights of a row stay, as in "
+        "2:4; --ratio_schedule says how many stay before that; off when not given",
+    )
+    group.add_argument(
         "--prune_type",
         choices=["lt", "rewind_lt", "pt", "finetune"],
         default="lt",
@@ -208,7 +214,7 @@ def _prune(group: Group) -> None:
         "--ratio_schedule",
         choices=["geometric", "linear", "constant"],
         default="geometric",
-        help="how the shares of units grow over the states; the last pruning reaches them",
+        help="how the shares of units, and of --nm, grow over the states; the last pruning reaches them",
     )
     group.add_argument(
         "--rank_by",

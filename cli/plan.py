@@ -12,6 +12,7 @@ from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
+from pruning.nm import parse_pattern, scheduled_keep, weights_left
 from pruning.ranking import filter_count, target_ratios
 from pruning.rounding import fitting_count
 from pruning.units import count_parameters, unit_weights
@@ -50,7 +51,10 @@ def plan(args: argparse.Namespace) -> str:
         rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
     remark = ""
-    if args.rank_by == "score_per_mac":
+    if args.nm and states > 1:
+        counts = ", ".join(str(_keep(args, state)[0]) for state in range(states))
+        remark = f"\nOf every {_keep(args, 0)[1]} consecutive weights of a row {counts} stay.\n"
+    elif args.rank_by == "score_per_mac":
         remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
     elif units and family.counts_by == "density":
         remark = "\nHow many filters a layer keeps follows its density; here all layers are taken as equally dense.\n"
@@ -62,6 +66,12 @@ def plan(args: argparse.Namespace) -> str:
         f"{remark}\n"
         f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk."
     )
+
+
+def _keep(args: argparse.Namespace, state: int) -> tuple[int, int]:
+    """How many weights of a group stay in a state of --nm, and how many a group has."""
+    keep, group = parse_pattern(args.nm)
+    return scheduled_keep(keep, group, args.ratio_schedule, state, run_length(args)[0]), group
 
 
 def _disk(args: argparse.Namespace, parameters: int, prunable: int) -> float:
@@ -76,6 +86,9 @@ def _state_by_density(
 ) -> dict:
     """Density and cost of a state whose masks come from the element-wise step, every layer taken as equally dense."""
     left = round(prunable * (1 - args.rate) ** state)
+    if args.nm:
+        layers = family.prunable_layers(model, args.prune_patch_embed).values()
+        left = weights_left((layer.weight.shape for layer in layers), *_keep(args, state))
     if units and state:
         wanted = {key: filter_count(group.count, left / prunable, args.fillback_rate) for key, group in units.items()}
         counts = {

@@ -80,7 +80,7 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
         raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
     stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
-    grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
+    grows = (stored["vit_structured"] or stored["nm"]) and stored["ratio_schedule"] != "constant"
     if longer and stored["finish_epochs"] and content["run"]["state"] >= stored["pruning_times"]:
         more = given["pruning_times"]
         parser.error(f"--pruning_times {more}: this run is in its finish, which no state can follow; leave it out")

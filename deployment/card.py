@@ -24,10 +24,21 @@ def model_card(config: Mapping, proof: Mapping) -> str:
         normalisation = "How its images are normalised is not known: the weights came without their data set."
     which = "folded" if "folded" in config else "removed"
     left, loading = family_of_config(config).card(config)
+    if "nm" in provenance:
+        left += f"\n\n{_pattern_words(*provenance['nm'].split(':'))}"
     return (
         f"# Pruned {provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
         f"The {which} model computes what the masked one does: largest difference "
         f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
         f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
         f"{facts}\n\n{normalisation}\n\n{loading}"
+    )
+
+
+def _pattern_words(keep: str, group: str) -> str:
+    return (
+        f"Of every {group} consecutive weights of a row of the pruned layers at most {keep} are not zero. The others "
+        "are stored as zeros, and zeros as such make no product faster, least of all on a CPU. NVIDIA GPUs of compute "
+        "capability 8.0 and more multiply 2:4, and what fits into it, in float16 and bfloat16 by kernels of their own; "
+        "there `export.semi_structured_(model)` has them used, and says for how many layers."
     )

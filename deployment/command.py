@@ -22,6 +22,7 @@ from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, 
 from deployment.hub import check_hub, write_hub
 from deployment.onnx_file import OPSET, check_onnx, to_onnx
 from deployment.quantise import INT8_FILES, better_form, write_int8
+from deployment.semi_structured import semi_structured_table
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
 from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
@@ -213,9 +214,9 @@ def _export(args: argparse.Namespace) -> None:
     if args.compile:
         variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
-        table = latency_table(masked, small, variants=variants)
-        log.info(table)
-        utils.write_text(folder / "latency.txt", table + "\n")
+        tables = [latency_table(masked, small, variants=variants)]
+        tables += [semi_structured_table(masked, small)] if "nm" in provenance else []
+        _write_latency(folder, "\n".join(tables))
     if args.int8 or args.demo is not None:
         with tempfile.TemporaryDirectory(prefix="full-") as drafts:
             shown = Shown(name, full, Path(drafts) / "full.onnx")
@@ -229,6 +230,11 @@ def _export(args: argparse.Namespace) -> None:
         classes = class_names(dataset, data, facts.classes) if facts else ()
         write_hub(folder, Path(args.hf), dataset, size, classes)
         log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
+
+
+def _write_latency(folder: Path, text: str) -> None:
+    log.info(text)
+    utils.write_text(folder / "latency.txt", f"{text}\n")
 
 
 def _write_page(

@@ -91,6 +91,8 @@ def run_provenance(run: argparse.Namespace) -> dict:
     """What made a model, for its config.json and card."""
     names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed")
     found = {name: getattr(run, name) for name in names}
+    if getattr(run, "nm", None) and run.struct != "dense" and run.pruning_times > 1:
+        found["nm"] = run.nm
     if run.vit_structured:
         found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
     if getattr(run, "finish_epochs", None):

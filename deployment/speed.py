@@ -84,8 +84,9 @@ def latency_table(
                 **{f"{name} faster": f"{speed[name] / speed['dense']:.2f}x" for name in variants},
             }
         )
-    device = next(dense.parameters()).device
-    head = f"float32 on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, interleaved medians"
+    parameter = next(dense.parameters())
+    device, precision = parameter.device, str(parameter.dtype).removeprefix("torch.")
+    head = f"{precision} on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, interleaved medians"
     return f"{head}\n{utils.format_table(rows, {title: title for title in rows[0]})}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.checkpoint import Target
 from engine.run import Run
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
+from pruning.nm import nm_step, parse_pattern, scheduled_keep
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
 from pruning.reports import units_report
 from pruning.scores import score_units
@@ -35,6 +36,8 @@ def choose_target(run: Run) -> Target:
 
 
 def _choose(run: Run) -> Target:
+    if run.args.nm:
+        return _choose_of_groups(run)
     if not run.units:
         return _choose_weights(run)
     if run.family.counts_by == "density":
@@ -50,6 +53,15 @@ def _choose_weights(run: Run) -> Target:
         target = refill_rows(target, _score(run, rows), args.fillback_rate)
     mask_density, trained_density = 100 * density(progress.elementwise), 100 * density(target)
     log.info(f"state {progress.state} prunes to density {mask_density:.2f}%, trains {trained_density:.2f}%")
+    return target, {}
+
+
+def _choose_of_groups(run: Run) -> Target:
+    args, progress = run.args, run.progress
+    keep, group = parse_pattern(args.nm)
+    keep = scheduled_keep(keep, group, args.ratio_schedule, progress.state, run.states)
+    progress.elementwise = target = nm_step(run.prunable(), progress.elementwise, keep, group)
+    log.info(f"state {progress.state} prunes to {keep}:{group}, density {100 * density(target):.2f}%")
     return target, {}
 
 

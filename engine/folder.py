@@ -99,6 +99,8 @@ def named_dir(name: str) -> Path:
 def run_name(args) -> str:
     """method_arch_dataset_criterion_rate[_pretrained][_struct_target]_monthday_hourminute."""
     parts = [args.struct, args.arch.replace("/", "-"), args.dataset, "crit", args.criteria, "rate", f"{args.rate:g}"]
+    if args.nm:
+        parts[-2:] = "nm", args.nm.replace(":", "-")
     if args.pretrained:
         parts.append("pretrained")
     if args.vit_structured:

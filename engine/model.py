@@ -88,6 +88,11 @@ def _units_that_go(args: argparse.Namespace, model: nn.Module, family: Family) -
             raise RunError(
                 f"--struct oneshot: removes heads and neurons; {args.arch} has filters, use --struct refill or rsst"
             )
+        if args.nm and args.struct in ("refill", "rsst"):
+            raise RunError(
+                f"--nm {args.nm}: --struct {args.struct} removes whole filters of {args.arch}, which leaves no such "
+                "pattern; use --struct imp"
+            )
         return family.units(model, first=args.prune_patch_embed) if args.struct in ("refill", "rsst") else {}
     if not args.vit_structured:
         if args.struct == "oneshot":

@@ -3,6 +3,7 @@
     units.py       what a unit is: its parts in each tensor, what follows it, what one of it weighs
     masks.py       masks as values, their element-wise step and refill; models under `torch.nn.utils.prune`
     threshold.py   the one global threshold of the element-wise step
+    nm.py          N of every M consecutive weights, in its place
     scores.py      how much each unit matters: the criteria and the one scorer
     ranking.py     which units stay: quotas, schedules, the one ranking rule
     removal.py     units cut out of tensors and models, and put back

@@ -24,7 +24,7 @@ _PENALTY = {
 }  # fmt: skip
 _PRUNING = {
     "rate", "prune_type", "rewind_epoch", "criteria", "score_batches", "fillback_rate", "prune_patch_embed", "fc",
-    "vit_structured", "round_to",
+    "vit_structured", "round_to", "nm",
 }  # fmt: skip
 _NEGATED = {"export", "refill"}  # true unless --no-NAME is given
 _TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
@@ -37,7 +37,9 @@ def flags_without_effect(run: Run) -> set[str]:
     if run.method == "dense":
         without_effect |= _PRUNING | _STRUCTURED | _PENALTY | {"units"}
     if not structured:
-        without_effect |= _STRUCTURED
+        without_effect |= _STRUCTURED - {"ratio_schedule"} if args.get("nm") else _STRUCTURED
+    if args.get("nm"):
+        without_effect.add("rate")
     elif args.get("vit_prune_target") == "head":
         without_effect.add("mlp_prune_ratio")
     heads_only = structured and args.get("vit_prune_target") == "head"

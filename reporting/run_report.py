@@ -184,6 +184,10 @@ def _pruning_words(run: Run) -> str:
     if not args.get("vit_structured"):
         prunings = f"Each of {run.length[0] - 1} prunings" if run.length[0] > 2 else "The pruning"
         cut = f"{prunings} takes {percent(rate)} of the prunable weights that are left"
+        if args.get("nm"):  # in the place of the rate
+            keep, _, group = str(args["nm"]).partition(":")
+            schedule = f", on a {escaped(args.get('ratio_schedule', ''))} schedule" if run.length[0] > 2 else ""
+            cut = f"Of every {escaped(group)} consecutive weights of a row {escaped(keep)} stay in the end{schedule}"
         chooses = args.get("fillback_rate") or has_filters(run)
         if chooses and "criteria" not in flags_without_effect(run):
             back = f", and refill gives back {percent(args.get('fillback_rate'))}" if args.get("fillback_rate") else ""

@@ -23,7 +23,7 @@ from benchmarks.compare_commits import differences
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
 COMPARISONS = [
-    "compare_budgets", "compare_criteria", "compare_distillation", "compare_methods", "compare_recipes",
+    "compare_budgets", "compare_criteria", "compare_distillation", "compare_methods", "compare_nm", "compare_recipes",
     "compare_variants", "vit_vs_cnn",
 ]  # fmt: skip
 
@@ -460,6 +460,11 @@ RUNS = {
         }.items()
     },
     "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
+    "compare_nm": {
+        f"{method}_{name}": ["--struct", method, "--pruning_times", "3", *flags]
+        for method in ("imp", "rsst")
+        for name, flags in (("global", ["--rate", "0.29289322"]), ("2-4", ["--nm", "2:4"]))
+    },
     "compare_variants": {"weights": ["--struct", "rsst"]}
     | {target: ["--struct", "rsst", *UNITS, target] for target in ("head", "mlp", "both")},
     "vit_vs_cnn": {
