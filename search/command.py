@@ -80,6 +80,6 @@ def _planned(args: argparse.Namespace, space: Space, folder: Path) -> str:
     largest = plan(argparse.Namespace(**{**vars(args), **space.largest()}))
     return (
         f"search in {folder}: {args.search} trials drawn by multi-objective TPE with seed {args.seed}, for validation "
-        f"accuracy and {args.search_objective}\n\n{_space_table(space)}\n\n{args.search} times a trial, here one that keeps "
-        f"as much as any:\n\n{largest}"
+        f"accuracy and {args.search_objective}\n\n{_space_table(space)}\n\n{args.search} times a trial, here one that "
+        f"keeps as much as any:\n\n{largest}"
     )

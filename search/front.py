@@ -110,8 +110,8 @@ def _report(study, rows: list[dict], front: list[dict], columns: dict) -> str:
         f"{len(rows)} trials ({', '.join(f'{count} {state}' for state, count in counts.items())}), drawn by "
         f"multi-objective TPE with seed {args.seed}; given by hand: `{given}`.\n\n## The front\n\n"
         f"{md_table(front, columns)}\n\nNo other trial is better in one of validation accuracy and cost and at least "
-        "as good in the other. Test accuracy chose nothing. Validation accuracy is here that of the best of many, hence "
-        "too good; quote test accuracy, of several seeds.\n\n![front](pareto.png)\n\nA point runs again by "
+        "as good in the other. Test accuracy chose nothing. Validation accuracy is here that of the best of many, "
+        "hence too good; quote test accuracy, of several seeds.\n\n![front](pareto.png)\n\nA point runs again by "
         f"`{again}`; its run is in the folder of its trial.\n\n## What was searched\n\n"
         f"{md_table(searched, columns_of_space, 2)}\n"
     )
