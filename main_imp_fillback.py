@@ -50,6 +50,7 @@ from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
+from search.command import search
 from utils import RunError
 
 log = logging.getLogger("main")
@@ -141,6 +142,8 @@ def command(argv: list[str] | None, processes: Processes) -> int:
         args = parse_args(argv)
     utils.start_logging(verbose=args.verbose)
     try:
+        if args.search:
+            return search(args)
         if args.dry_run:
             print(plan(args))
         else:

@@ -37,6 +37,37 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     return _notes(args, given)
 
 
+def check_search(args: argparse.Namespace) -> None:
+    """What a search cannot do together with other flags."""
+    if args.search is None:
+        for name in ("search_space", "search_objective", "search_patience"):
+            if getattr(args, name) is not None:
+                raise RunError(f"--{name} {getattr(args, name)}: belongs to --search, which says how many trials")
+        return
+    require(args.search >= 1, "--search", args.search, "must be 1 or more")
+    args.search_patience = 5 if args.search_patience is None else args.search_patience
+    require(args.search_patience >= 0, "--search_patience", args.search_patience, "must be 0 or more")
+    refused = {
+        "--resume": "the same command goes on with a search, and with the trials that it has begun",
+        "--checkpoint": "every trial starts anew",
+        "--overwrite": "a search goes on with what its folder holds; choose another --save_dir",
+        "--finish_on_all": "leaves no images on which trials could be compared",
+    }
+    for flag, reason in refused.items():
+        if getattr(args, flag.removeprefix("--")):
+            raise RunError(f"{flag}: has no place beside --search: {reason}; leave it out")
+    if not (args.save_dir or args.exp_name):
+        raise RunError(
+            f"--search {args.search}: needs --save_dir DIR or --exp_name NAME, where the same command goes on"
+        )
+    if args.search_objective == "latency" and not args.export:
+        raise RunError("--search_objective latency: measures the small model; leave --no-export out")
+    if world_size() > 1:
+        raise RunError(
+            f"--search {args.search}: is no work for torchrun; start the same command once for each process instead"
+        )
+
+
 def require(fine: bool, flag: str, value, way_out: str) -> None:
     if not fine:
         raise RunError(f"{flag} {value}: {way_out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -25,6 +26,18 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise RunError(f"--config {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
+    return typed_out(parser, content, f"--config {path}")
+
+
+def typed_out(parser: OneLineParser, content: Mapping, source: str) -> list[str]:
+    """Flags and their values, as YAML holds them, as they would be typed out.
+
+    Args:
+        source: what an error begins with.
+
+    Raises:
+        RunError: no such flag, or no value of it.
+    """
     actions = {action.dest: action for action in parser._actions}
     actions |= {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
     flags = []
@@ -33,14 +46,14 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
             continue
         action = actions.get(name) if isinstance(name, str) else None
         if action is None or action.dest == "help" or (action.dest == "config" and value is not None):
-            raise RunError(f"--config {path}: unknown flag {name!r}; see --help")
+            raise RunError(f"{source}: unknown flag {name!r}; see --help")
         if value is None:
             continue
         option = action.option_strings[0]
         if isinstance(value, list):
             value = ",".join(map(str, value))
         if isinstance(value, dict) or (action.nargs == 0 and not isinstance(value, bool)):
-            raise RunError(f"--config {path}: {name}: {value!r} is not a value of {option}; see --help")
+            raise RunError(f"{source}: {name}: {value!r} is not a value of {option}; see --help")
         if isinstance(action, argparse.BooleanOptionalAction):
             flags.append(action.option_strings[value == name.startswith("no-")])
         elif action.nargs == 0:

@@ -301,6 +301,34 @@ def _tracking(group: Group) -> None:
     group.add_argument("--wandb_entity", help="user or team of the project")
 
 
+def _search(group: Group) -> None:
+    group.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="try N sets of the flags of pruning that are left alone, each as a run in --save_dir, and end with those "
+        "that no other beats in validation accuracy and cost; the same command goes on, or helps in another shell",
+    )
+    group.add_argument(
+        "--search_space",
+        metavar="FILE",
+        help="a YAML file of the flags to search instead: a list of values, or {low: 0.1, high: 1, log: true}",
+    )
+    group.add_argument(
+        "--search_objective",
+        choices=["macs", "params", "latency"],
+        help="the cost: MACs or parameters of the last state, or milliseconds of the small model for one image on this "
+        "device; macs, and params where only single weights go",
+    )
+    group.add_argument(
+        "--search_patience",
+        type=int,
+        metavar="K",
+        help="stop a trial that is worse than the median of K or more complete ones that cost no more; 0 stops none; "
+        "5 when not given",
+    )
+
+
 GROUPS = {
     "run": _run,
     "data": _data,
@@ -310,6 +338,7 @@ GROUPS = {
     "rsst": _penalty,
     "distillation": _teaching,
     "tracking": _tracking,
+    "search": _search,
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cli.archs import list_archs
-from cli.checks import check_and_complete
+from cli.checks import check_and_complete, check_search
 from cli.config import config_flags
 from cli.flags import AUTO, build_parser
 from cli.resume import finds_run, is_complete, resumed_args
@@ -17,8 +17,9 @@ from utils import RunError
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Flags, with everything left to itself filled in; contradictions end here, before any work.
 
-    `notes` holds what should be said in the log about flags that have no effect. `--list_archs` answers here and
-    leaves, as `--help` does; so does `--resume auto` on a run that is complete.
+    `notes` holds what should be said in the log about flags that have no effect, and `given`, for a search, what was
+    given by hand. `--list_archs` answers here and leaves, as `--help` does; so does `--resume auto` on a run that is
+    complete.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -41,11 +42,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     resumes, auto = bool(args.resume or args.checkpoint), args.resume == AUTO
     try:
+        check_search(args)
         if auto:
             resumes = finds_run(args)
         if resumes:
             args, given = resumed_args(parser, args, given), {}
         args.notes = check_and_complete(args, given)
+        if args.search:
+            args.given = given
         if auto and not resumes:
             args.notes.append(f"--resume auto: {args.save_dir} holds no checkpoint yet; the run starts")
         ends_here = auto and resumes and not args.dry_run and is_complete(args)

@@ -36,17 +36,7 @@ def plan(args: argparse.Namespace) -> str:
             f"{min(batch, images)} images ({images:,} train, {'none' if args.finish_on_all else f'{val_images:,}'} "
             f"validate): the last state's model, lr {args.finish_lr:g}\n"
         )
-    layers = family.prunable_layers(model, args.prune_patch_embed)
-    prunable = sum(module.weight.numel() for module in layers.values())
-    if args.vit_structured and args.struct != "dense":
-        ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
-        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
-        rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units, args.round_to)
-    else:
-        rows = [
-            {"state": state, **_state_by_density(args, model, family, units, prunable, state)}
-            for state in range(states)
-        ]
+    prunable, rows = _prunable(args, model, family), _rows(args, model, units, family)
     table = format_table(
         rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
@@ -72,6 +62,28 @@ def _keep(args: argparse.Namespace, state: int) -> tuple[int, int]:
     """How many weights of a group stay in a state of --nm, and how many a group has."""
     keep, group = parse_pattern(args.nm)
     return scheduled_keep(keep, group, args.ratio_schedule, state, run_length(args)[0]), group
+
+
+def planned_states(args: argparse.Namespace) -> list[dict]:
+    """A row a state: density and what its model costs."""
+    with torch.device("meta"):
+        model = make_model(args, weights=False)
+    return _rows(args, model, units_of_run(args, model), family_of(model))
+
+
+def _prunable(args: argparse.Namespace, model: nn.Module, family: Family) -> int:
+    return sum(module.weight.numel() for module in family.prunable_layers(model, args.prune_patch_embed).values())
+
+
+def _rows(args: argparse.Namespace, model: nn.Module, units: dict, family: Family) -> list[dict]:
+    states, prunable = run_length(args)[0], _prunable(args, model, family)
+    if args.vit_structured and args.struct != "dense":
+        ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+        return plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units, args.round_to)
+    return [
+        {"state": state, **_state_by_density(args, model, family, units, prunable, state)} for state in range(states)
+    ]
 
 
 def _disk(args: argparse.Namespace, parameters: int, prunable: int) -> float:

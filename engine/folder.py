@@ -44,8 +44,8 @@ class RunLock:
         RunError: another process has it; the message names its number and host.
     """
 
-    def __init__(self, save_dir: Path):
-        self.file = (save_dir / "run.lock").open("a+", encoding="utf-8")
+    def __init__(self, save_dir: Path, name: str = "run.lock"):
+        self.file = (save_dir / name).open("a+", encoding="utf-8")
         try:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,8 +139,9 @@ def environment(device: torch.device, amp: str) -> dict:
 
 
 def plain_args(args) -> dict:
-    """The flags, without what only this process knows."""
-    return {name: value for name, value in vars(args).items() if name not in ("notes", "resumed_from")}
+    """The flags of a run, without what only this process knows and those of a search, whose trial it may be."""
+    own = {name: value for name, value in vars(args).items() if name not in ("notes", "resumed_from")}
+    return {name: value for name, value in own.items() if name.split("_")[0] != "search"}
 
 
 def write_flags(save_dir: Path, args) -> None:

@@ -16,6 +16,7 @@ FLOORS = [
     {"engine", "report"},
     {"deployment"},
     {"cli", "export"},
+    {"search"},
     {"main_imp_fillback"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
