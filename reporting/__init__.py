@@ -5,7 +5,7 @@ flags         which of its flags matter                    words         numbers
 figures       what all pictures share                      plots         the pictures of one run
 page          HTML, and files that appear all at once      run_report    the report of one run
 groups        runs that differ in their seed               compare       several runs, and compare_plot their picture
-paired        differences over seeds, their intervals
+paired        differences, their intervals, claims     compare_paired    which of them a comparison makes
 """
 
 from __future__ import annotations
