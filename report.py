@@ -2,10 +2,12 @@
 """What runs did, from the CSV and JSON files that they left: plots, a report, a comparison of several.
 
     python report.py results/NAME                          writes report.md, report.html and plots/ into the run
-    python report.py results/A results/B [--out DIR]       compares them: compare.csv, .png, .md and .html
+    python report.py results/A results/B [--out DIR]       compares them: compare.csv, .png, .md and .html,
+                                                           and compare_paired.csv where groups share seeds
 
 No weights are loaded. Runs that differ only in their seed are one group: its mean and sample standard deviation are
-shown, and methods are held against each other where they reach the same density. Each HTML file carries its pictures.
+shown, and methods are held against each other where they reach the same density: means side by side, and where they
+share seeds, differences with intervals. Each HTML file carries its pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 from pathlib import Path
 
 import utils
-from reporting.compare import compare
+from reporting.compare import PAIRED, compare
 from reporting.flags import command, flags_without_effect
 from reporting.groups import Point, equal_density, group_runs
 from reporting.results import state_columns
@@ -49,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if len(args.run_dirs) > 1:
             out = compare(args.run_dirs, args.out)
-            print(f"comparison in {out}: compare.md, compare.html, compare.png, compare.csv")
+            differences = f", {PAIRED}" if (out / PAIRED).exists() else ""
+            print(f"comparison in {out}: compare.md, compare.html, compare.png, compare.csv{differences}")
             return 0
         run = load_run(Path(args.run_dirs[0]))
         write_report(run)

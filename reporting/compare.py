@@ -1,4 +1,4 @@
-"""The comparison of several runs: from their folders to compare.csv, compare.md, compare.html and compare.png."""
+"""The comparison of several runs: from their folders to compare.csv, .md, .html, .png and compare_paired.csv."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import utils
 from reporting import need
+from reporting.compare_paired import Comparison, paired_comparisons, paired_rows, paired_text
 from reporting.compare_plot import plot_compare
 from reporting.groups import SAME_DENSITY, Group, data_of, equal_density, group_runs
 from reporting.page import publish, to_html, write_bytes
@@ -19,9 +20,13 @@ from reporting.runs import COUNTS, Run, load_run
 from reporting.words import duration, escaped, giga, md_table, percent, plural, thousands
 from utils import RunError
 
+PAIRED = "compare_paired.csv"
+
 
 def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write compare.csv, compare.png, compare.md and compare.html about several runs; returns their folder.
+
+    Where two groups share two seeds or more, compare_paired.csv has their differences.
 
     Args:
         out: where to; `compare` in the folder that the runs share when None, else results/compare.
@@ -56,18 +61,20 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: is a file; give a folder")
     rows = [row for data, groups in blocks for group in groups for row in compare_rows(data, group)]
+    pairs = [paired_comparisons(groups) for _, groups in blocks]
+    differences = [row for (data, _), (found, _) in zip(blocks, pairs, strict=True) for row in paired_rows(data, found)]
     png = plot_compare(blocks)
-    text = comparison_text(blocks, notes)
+    text = comparison_text(blocks, notes, pairs)
     page = to_html("Comparison of runs", text, {"compare.png": png})
-    publish(
-        out,
-        {
-            "compare.csv": partial(utils.write_csv, rows=rows),
-            "compare.png": partial(write_bytes, content=png),
-            "compare.md": partial(utils.write_text, text=text),
-            "compare.html": partial(utils.write_text, text=page),
-        },
-    )
+    files = {
+        "compare.csv": partial(utils.write_csv, rows=rows),
+        "compare.png": partial(write_bytes, content=png),
+        "compare.md": partial(utils.write_text, text=text),
+        "compare.html": partial(utils.write_text, text=page),
+    }
+    if any(row["n"] > 1 for row in differences):
+        files[PAIRED] = partial(utils.write_csv, rows=differences)
+    publish(out, files, stale={PAIRED} - set(files))
     for note in notes:
         print(f"left out: {note}", file=sys.stderr)
     return out
@@ -116,8 +123,12 @@ def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence],
     }
 
 
-def comparison_text(blocks: Sequence[tuple[str, list[Group]]], notes: Sequence[str]) -> str:
-    """compare.md."""
+def comparison_text(
+    blocks: Sequence[tuple[str, list[Group]]],
+    notes: Sequence[str],
+    pairs: Sequence[tuple[list[Comparison], list[str]]],
+) -> str:
+    """compare.md; `pairs` has for each block its comparisons and the seeds without a partner."""
     runs = sum(len(group.runs) for _, groups in blocks for group in groups)
     parts = [
         "# Comparison of runs",
@@ -134,15 +145,15 @@ def comparison_text(blocks: Sequence[tuple[str, list[Group]]], notes: Sequence[s
     if notes:
         parts.append("Left out:\n\n" + "\n".join(f"- {escaped(note)}" for note in notes))
     parts.append("![Test accuracy over density](compare.png)")
-    for data, groups in blocks:
+    for (data, groups), (comparisons, lonely) in zip(blocks, pairs, strict=True):
         if len(blocks) > 1:
             parts.append(f"## Data set: {escaped(data)}")
-        parts += _data_set_text(data, groups)
+        parts += _data_set_text(data, groups, paired_text(data, groups, comparisons, lonely))
     return "\n\n".join(parts) + "\n"
 
 
-def _data_set_text(data: str, groups: Sequence[Group]) -> list[str]:
-    """Its groups, who reaches which density, and all states."""
+def _data_set_text(data: str, groups: Sequence[Group], differences: Sequence[str]) -> list[str]:
+    """Its groups, who reaches which density, the paragraphs about differences, and all states."""
     columns = {
         "group": lambda group: group.label,
         "runs": lambda group: ", ".join(run.name for run in group.runs),
@@ -153,7 +164,7 @@ def _data_set_text(data: str, groups: Sequence[Group]) -> list[str]:
     parts = [f"### Groups: {escaped(data)}", md_table(groups, columns, left=2)]
     noted = [run for group in groups for run in group.runs if run.args.get("pretrained_note")]
     parts += [f"> **Note:** {escaped(run.name)}: {escaped(run.args['pretrained_note'])}" for run in noted]
-    parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups)]
+    parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups), *differences]
     counts = [name for name in COUNTS if any(name in point.counts for group in groups for point in group.points)]
     columns = {
         "group": lambda row: row[0].label,

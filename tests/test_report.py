@@ -19,6 +19,7 @@ from micro import rows_of
 import main_imp_fillback as entry
 import report
 import rsst
+from reporting.compare_paired import paired_comparisons
 from utils import RunError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -647,7 +648,8 @@ def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     assert report.main(["../runs/r1", *(str(runs / name) for name in ("r2", "f1", "d1", "d2"))]) == 0
     out = (runs / "compare").resolve()
     assert str(out) in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["compare.csv", "compare.html", "compare.md", "compare.png"]
+    files = ["compare.csv", "compare.html", "compare.md", "compare.png", "compare_paired.csv"]
+    assert sorted(path.name for path in out.iterdir()) == files
     rows = rows_of(out / "compare.csv")
     assert list(rows[0]) == [
         "dataset", "label", "n", "state", "density", "heads", "neurons", "parameters", "macs",
@@ -673,7 +675,7 @@ def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     assert "no ranking of methods follows" in text
     page = Page(out / "compare.html")
     assert [attrs["src"][:22] for tag, attrs in page.tags if tag == "img"] == ["data:image/png;base64,"]
-    assert page.boxed_tables() == 3
+    assert page.boxed_tables() == 4
 
     ax = figures[0].subfigs[0].axes[0]
     assert ax.xaxis_inverted()
@@ -719,3 +721,117 @@ def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, figures, 
     row = rows_of(tmp_path / "out" / "compare.csv")[0]
     assert row["n"] == "2"
     assert float(row["test_mean"]) == pytest.approx(0.6)
+
+
+# ------------------------------------------------------------------------------------------------ paired differences
+
+
+def make_seeds(folder, name, accuracies, **flags):
+    """A run a seed, with that test accuracy in its last state, or in all where it is a tuple."""
+    for seed, value in accuracies.items():
+        test = value if isinstance(value, tuple) else (0.9, 0.9, value)
+        make_run(folder / f"{name}{seed}", test=test, seed=seed, **flags)
+    return [folder / f"{name}{seed}" for seed in accuracies]
+
+
+def test_differences_by_hand(tmp_path, figures, capsys):
+    rsst = make_seeds(tmp_path, "rsst", {0: 0.62, 1: 0.66, 2: 0.67, 9: 0.99})
+    refill = make_seeds(tmp_path, "refill", {2: 0.64, 1: 0.64, 0: 0.61}, struct="refill")
+    dense = make_seeds(tmp_path, "dense", {0: (0.80,), 1: (0.80,)}, struct="dense", densities=(1.0,))
+    assert report.main([*map(str, [*rsst, *refill, *dense]), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("compare.csv, compare_paired.csv\n")
+    rows = rows_of(tmp_path / "out" / "compare_paired.csv")
+    assert [[row[name] for name in ("level", "a", "a_state", "b", "b_state", "seeds")] for row in rows] == [
+        ["0.7", "RSST", "1", "Refill", "1", "0 1 2"], ["0.7", "RSST", "1", "Dense", "0", "0 1"],
+        ["0.7", "Refill", "1", "Dense", "0", "1 0"], ["0.4", "RSST", "2", "Refill", "2", "0 1 2"],
+        ["0.4", "RSST", "2", "Dense", "0", "0 1"], ["0.4", "Refill", "2", "Dense", "0", "1 0"],
+    ]  # fmt: skip
+    assert [row["verdict"] for row in rows[:3]] == ["the same in every pair"] + ["no interval (no spread)"] * 2
+    row = rows[3]
+    # differences of 1, 2 and 3 points: sd 1; two degrees of freedom have (2 q - 1) / sqrt(2 q (1 - q)) as quantiles
+    assert (float(row["mean"]), float(row["sd"])) == pytest.approx((0.02, 0.01))
+    for name, q in (("t", 0.975), ("corrected", 1 - 0.025 / 6)):
+        reach = 0.01 / math.sqrt(3) * (2 * q - 1) / math.sqrt(2 * q * (1 - q))
+        assert (float(row[f"{name}_low"]), float(row[f"{name}_high"])) == pytest.approx((0.02 - reach, 0.02 + reach))
+    assert (row["n"], row["comparisons"]) == ("3", "6")
+    assert (rows[0]["t_low"], rows[0]["p"], rows[0]["sd"]) == ("", "1.0", "0.0")
+
+    text = (tmp_path / "out" / "compare.md").read_text()
+    table = table_rows(text, "equal in")
+    assert table[3] == {
+        "equal in": "density 40.00%", "A - B": "RSST - Refill", "states": "2, 2", "n": "3", "difference": "+2.00",
+        "95% interval": "-0.48 to +4.48", "corrected": "-4.28 to +8.28", "bootstrap": "+1.00 to +3.00",
+        "A is": "not told apart (t and bootstrap disagree about zero)",
+    }  # fmt: skip
+    assert (table[0]["difference"], table[0]["95% interval"]) == ("+0.00", "-")
+    assert "(6 have two pairs or more)" in text
+    for words in ("RSST against Refill: 9", "RSST against Dense: 2, 9", "Refill against Dense: 2"):
+        assert f"- {words}\n" in text
+    assert (tmp_path / "out" / "compare.html").read_text().count("not told apart (t and bootstrap disagree") == 3
+
+    # without shared seeds there is no table, and that of an earlier comparison goes
+    assert report.main([str(rsst[0]), str(refill[1]), str(refill[2]), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.endswith("compare.csv\n")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "share two seeds: their differences have no interval" in text
+    assert "| equal in |" not in text
+    assert not (tmp_path / "out" / "compare_paired.csv").exists()
+
+
+def differences_of(*folders):
+    groups = report.group_runs([report.load_run(folder) for runs in folders for folder in runs])
+    found, lonely = paired_comparisons(groups)
+    return [f"{each.place}: {each.name}" for each in found], lonely
+
+
+def test_a_claim_needs_enough_seeds_and_the_same_images(tmp_path):
+    points = [0.010, 0.011, 0.012, 0.009, 0.010, 0.011]
+    ours = {seed: 0.6 + 0.02 * seed + gain for seed, gain in enumerate(points)}  # seeds differ more than methods do
+    theirs = {seed: 0.6 + 0.02 * seed for seed in ours}
+    first = make_seeds(tmp_path, "a", ours)
+    second = make_seeds(tmp_path, "b", theirs, struct="refill")
+    fewer = make_seeds(tmp_path, "c", theirs, struct="imp", train_limit=100)
+    groups = report.group_runs([report.load_run(folder) for folder in [*first, *second, *fewer]])
+    found, lonely = paired_comparisons(groups)
+    assert [each.difference.verdict for each in found] == ["the same in every pair", "better"]
+    (backwards,) = [each for each in paired_comparisons(groups[1::-1])[0] if each.level < 0.5]
+    assert backwards.difference.verdict == "worse"
+    assert len(lonely) == 4  # each of two groups with the third, which sees fewer images, and the other way round
+    assert all(words.endswith(": 0, 1, 2, 3, 4, 5") and "IMP" in words for words in lonely)
+
+
+def test_groups_meet_at_equal_macs_too_and_never_twice(tmp_path):
+    heads = make_seeds(tmp_path, "heads", {0: 0.5, 1: 0.6}, vit_prune_target="head")
+    neurons = make_seeds(tmp_path, "neurons", {0: 0.4, 1: 0.6}, vit_prune_target="mlp", densities=(1.0, 0.6, 0.4))
+    for folder in neurons:  # 28 and 16 million in the other: one within 2%, and one that meets at its density
+        change_states(folder, {}, {"macs": 27_500_000}, {"macs": 16_000_000})
+    rsst, other = "RSST (heads)", "RSST (neurons)"
+    assert differences_of(heads, neurons)[0] == [
+        f"density 40.00%: {rsst} - {other}",
+        f"MACs 0.0278 G: {rsst} - {other}",
+    ]
+    for folder in neurons:
+        change_states(folder, {}, {"macs": 27_000_000}, {"macs": 40_000_000, "density": 0.3})
+    assert differences_of(heads, neurons)[0] == []  # 27 and 28 million differ, and 40 million are the whole network
+    masks = [
+        make_seeds(tmp_path, name, {0: 0.5, 1: 0.6}, densities=each, **flags)
+        for name, each, flags in (("imp", (1, 0.5, 0.4), IMP), ("weights", (1, 0.8, 0.6), WEIGHTS))
+    ]
+    for folder in [path for runs in masks for path in runs]:
+        change_states(folder, *[{"macs": 40_000_000}] * 3)
+    assert differences_of(*masks)[0] == []  # zeros save no MACs
+
+
+def test_many_groups_are_held_against_the_first_and_dense_ones_against_each_other(tmp_path):
+    many = [make_seeds(tmp_path, f"r{i}", {0: 0.5, 1: 0.6}, densities=(1, 0.5), lr=i) for i in range(1, 6)]
+    dense = [
+        make_seeds(tmp_path, f"d{i}", {0: (0.8,), 1: (0.7,)}, densities=(1,), struct="dense", lr=i) for i in (1, 2)
+    ]
+    found, lonely = differences_of(*many, *dense)
+    others = [f"RSST (lr {i})" for i in range(2, 6)] + ["Dense (lr 1)", "Dense (lr 2)"]
+    expected = ["dense: Dense (lr 2) - Dense (lr 1)", *(f"density 50.00%: {name} - RSST (lr 1)" for name in others)]
+    assert (found, lonely) == (expected, [])
+    found, _ = differences_of(*many[:4], *dense)
+    assert len(found) == 1 + 6 + 8  # dense; each pair of four; each with two dense ones
+    assert found[0] == "dense: Dense (lr 1) - Dense (lr 2)"
+    assert differences_of(many[0], dense[0])[0] == ["density 50.00%: RSST - Dense"]  # no other group is needed

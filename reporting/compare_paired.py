@@ -1,0 +1,185 @@
+"""Groups of runs held against each other seed by seed: from groups to the rows and the text of paired differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from reporting.groups import Group, Point, equal_density, equal_levels
+from reporting.paired import Difference, corrected, paired
+from reporting.words import escaped, giga, md_table, percent
+
+ALL_PAIRS = 6  # so many groups are compared each with each; more, each with the first one
+SAME_MACS = 0.02  # MACs this close, relative to each other, count as equal
+Member = tuple[Group, Point]
+
+
+@dataclass
+class Comparison:
+    """Two groups where they reach the same: A - B of the test accuracies of those seeds that both have."""
+
+    equal: str  # in what: `density`, `MACs`, or `nothing pruned`
+    level: float  # mean of all that meet there: a share for densities, a number for MACs
+    a: Member
+    b: Member
+    seeds: list[str]
+    difference: Difference
+
+    @property
+    def place(self) -> str:
+        """Where they meet, in words."""
+        if self.equal == "nothing pruned":
+            return "dense"
+        return f"density {percent(self.level)}" if self.equal == "density" else f"MACs {giga(self.level)}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.a[0].label} - {self.b[0].label}"
+
+
+def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[str]]:
+    """All comparisons of one data set, corrected for their number, and who has seeds without a partner.
+
+    Two groups meet where they reach the same density below 100%, and where they reach the same MACs at different
+    densities, as heads and neurons do; dense runs meet each other, and every pruned state of the others. Up to
+    ALL_PAIRS groups are compared each with each, more with the first of their level, so that the number of comparisons,
+    which widens the corrected intervals, grows no faster than the groups. No two states are compared twice.
+    """
+    found: list[Comparison] = []
+    lonely: dict[str, None] = {}
+    made = set()
+    for equal, members in _levels(groups):
+        pairs = [(a, b) for place, a in enumerate(members) for b in members[place + 1 :]]
+        if len(groups) > ALL_PAIRS:
+            pairs = [(a, members[0]) for a in members[1:]]
+        reached = [_measure(equal, point) for group, point in members if group.method != "dense"]
+        level = statistics.fmean(reached or [1.0])
+        for a, b in pairs:
+            states = frozenset((id(group), point.state) for group, point in (a, b))
+            if states in made:
+                continue
+            made.add(states)
+            left, right = _accuracies(a), _accuracies(b)
+            shared = [key for key in left if key in right]
+            for (group, _), own, other in ((a, left, b), (b, right, a)):
+                alone = ", ".join(key[0] for key in own if key not in shared)
+                if alone:
+                    lonely[f"{group.label} against {other[0].label}: {alone}"] = None
+            if shared:
+                difference = paired([left[key] - right[key] for key in shared])
+                found.append(Comparison(equal, level, a, b, [key[0] for key in shared], difference))
+    for comparison, difference in zip(found, corrected([each.difference for each in found]), strict=True):
+        comparison.difference = difference
+    return found, list(lonely)
+
+
+def _levels(groups: Sequence[Group]) -> Iterable[tuple[str, list[Member]]]:
+    """What can be held against each other, with in what it is equal; dense runs stand last in each level."""
+    dense = [(group, group.points[-1]) for group in groups if group.method == "dense"]
+    pruned = [group for group in groups if group.method != "dense"]
+    yield "nothing pruned", dense
+    levels = [[each for each in members if each[1].density < 1] for members in equal_density(pruned)]
+    met = {(id(group), point.state) for members in levels for group, point in members}
+    points = [(group, point) for group in pruned for point in group.points if point.density < 1]
+    levels += [[each] for each in points if (id(each[0]), each[1].state) not in met]
+    for members in sorted((members for members in levels if members), key=lambda members: -members[0][1].density):
+        yield "density", members + dense
+    for members in equal_levels(pruned, _log_macs, math.log(1 + SAME_MACS)):
+        smaller = [(group, point) for group, point in members if _measure("MACs", point) < _whole_macs(group)]
+        yield "MACs", smaller
+
+
+def _measure(equal: str, point: Point) -> float:
+    return point.counts.get("macs", math.nan) if equal == "MACs" else point.density
+
+
+def _log_macs(point: Point) -> float:
+    macs = _measure("MACs", point)
+    return math.log(macs) if macs > 0 else math.nan
+
+
+def _whole_macs(group: Group) -> float:
+    """MACs below which something has been saved; single weights that are zero save none."""
+    return _measure("MACs", group.points[0]) / (1 + SAME_MACS)
+
+
+def _accuracies(member: Member) -> dict[tuple, float]:
+    """Test accuracies in that state, by what makes runs of two groups a pair: seed, training and validation images."""
+    group, point = member
+    found = {}
+    for run in group.runs:
+        key = (str(run.args["seed"]), run.args.get("train_limit"), run.args.get("val_fraction"))
+        for row in run.states:
+            if row["state"] == point.state and math.isfinite(row.get("test_accuracy", math.nan)):
+                found[key] = row["test_accuracy"]
+    return found
+
+
+def paired_rows(data: str, comparisons: Iterable[Comparison]) -> list[dict]:
+    """Rows of compare_paired.csv: accuracies as fractions, as in compare.csv; cells that do not exist are empty."""
+    rows = []
+    for each in comparisons:
+        found = each.difference
+        row = {"dataset": data, "equal": each.equal, "level": each.level}
+        for name, (group, point) in (("a", each.a), ("b", each.b)):
+            row |= {name: group.label, f"{name}_state": point.title}
+        row |= {"n": found.n, "seeds": " ".join(each.seeds), "mean": found.mean, "sd": found.sd}
+        for name, interval in _intervals(found).items():
+            row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+        row |= {"p": found.p, "p_holm": found.p_holm, "comparisons": found.comparisons, "verdict": found.verdict}
+        empty = {name: "" for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
+        rows.append(row | empty)
+    return rows
+
+
+def _intervals(found: Difference) -> dict[str, tuple[float, float]]:
+    return {"t": found.interval, "corrected": found.corrected, "bootstrap": found.bootstrap}
+
+
+def paired_text(data: str, groups: Sequence[Group], comparisons: Sequence[Comparison], lonely: Sequence[str]) -> list:
+    """Paragraphs of compare.md about the differences; none where nothing can be compared."""
+    if not comparisons and not lonely:
+        return []
+    parts = [f"### Paired differences: {escaped(data)}"]
+    tested = sum(each.difference.n > 1 for each in comparisons)
+    if tested:
+        parts += [_rules(tested, len(groups)), _table(comparisons)]
+    else:
+        parts.append("No two groups that can be compared share two seeds: their differences have no interval.")
+    if lonely:
+        parts.append("Seeds left out here, without a partner of the same training and validation images:")
+        parts.append("\n".join(f"- {escaped(words)}" for words in lonely))
+    return parts
+
+
+def _rules(tested: int, groups: int) -> str:
+    against = f" More than {ALL_PAIRS} groups: each is held against the first of its level." * (groups > ALL_PAIRS)
+    return (
+        "A - B is the difference of test accuracies in percentage points, pair by pair: two runs of one seed, with the "
+        "same training and validation images. The 95% interval is Student's t; the corrected one is wider, such that "
+        f"those of all comparisons of this table ({tested} have two pairs or more) hold together at 95% (Bonferroni). "
+        "A is called better or worse than B only where the corrected interval excludes zero. The bootstrap's 95% "
+        f"interval (BCa) is a second opinion, too narrow with few seeds.{against}"
+    )
+
+
+def _table(comparisons: Sequence[Comparison]) -> str:
+    columns = {
+        "equal in": lambda each: each.place,
+        "A - B": lambda each: each.name,
+        "A is": lambda each: each.difference.verdict,
+        "states": lambda each: f"{each.a[1].title}, {each.b[1].title}",
+        "n": lambda each: each.difference.n,
+        "difference": lambda each: f"{100 * each.difference.mean:+.2f}",
+        "95% interval": lambda each: _points(each.difference.interval),
+        "corrected": lambda each: _points(each.difference.corrected),
+        "bootstrap": lambda each: _points(each.difference.bootstrap),
+    }
+    return md_table(comparisons, columns, left=3)
+
+
+def _points(interval: tuple[float, float]) -> str:
+    low, high = (100 * end for end in interval)
+    return f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "-"
