@@ -191,16 +191,21 @@ class Study:
         self.waiting = [run for run in self.waiting if run.name not in self.failures]
 
     def _left_complete(self, run: Planned) -> bool:
-        """Whether an earlier call made the run by the same command; its row may be missing."""
-        note = run.folder / "command.txt"
-        if note.exists() and note.read_text().strip() != run.command:
-            self.failures[run.name] = f"{run.folder} was made by another command; remove it, or choose another --out"
-            return False
+        """Whether an earlier call made the run, by the same command; its row may be missing."""
         if not is_complete(run):
+            return False
+        if self._noted(run) not in (None, run.command):
+            self.failures[run.name] = f"{run.folder} was made by another command; remove it, or choose another --out"
             return False
         if not self.table.has(run):
             self.table.add(row_of(run, None))
         return True
+
+    @staticmethod
+    def _noted(run: Planned) -> str | None:
+        """The command that the run was started by."""
+        note = run.folder / "command.txt"
+        return note.read_text(encoding="utf-8").strip() if note.exists() else None
 
     def make(self, signals: StopSignals) -> None:
         """Start what can start until nothing is left, or a signal asks to stop; a run that fails stops no other."""
@@ -234,12 +239,12 @@ class Study:
 
     def _start(self, run: Planned) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(run.folder / "command.txt", run.command + "\n")
-        argv = [sys.executable, *run.argv]
-        if any((run.folder / name).is_file() for name in ("checkpoint.pt", "checkpoint.prev.pt")):
+        argv, has_checkpoint = [sys.executable, *run.argv], any(run.folder.glob("checkpoint*.pt"))
+        if has_checkpoint and self._noted(run) == run.command:
             argv = [sys.executable, run.program, "--resume", "--save_dir", str(run.folder)]
         elif run.program == MAIN:
             argv.append("--overwrite")
+        write_text(run.folder / "command.txt", run.command + "\n")
         threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {"WANDB_MODE": "disabled", **os.environ, **threads, "OMP_WAIT_POLICY": "passive"}
         with (run.folder / "output.log").open("a", encoding="utf-8") as output:
