@@ -5,6 +5,7 @@ flags         which of its flags matter                    words         numbers
 figures       what all pictures share                      plots         the pictures of one run
 page          HTML, and files that appear all at once      run_report    the report of one run
 groups        runs that differ in their seed               compare       several runs, and compare_plot their picture
+paired        differences over seeds, their intervals
 """
 
 from __future__ import annotations
@@ -22,4 +23,4 @@ def need(name: str):
         return __import__(name, fromlist=["x"])
     except ImportError as error:
         package = name.partition(".")[0]
-        raise RunError(f"reports need {package} ({error}): pip install matplotlib markdown") from error
+        raise RunError(f"reports need {package} ({error}): pip install matplotlib markdown scipy") from error

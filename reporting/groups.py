@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,26 +117,33 @@ def _flag_words(name: str, value) -> str:
 
 
 def equal_density(groups: Sequence[Group]) -> list[list[tuple[Group, Point]]]:
-    """Levels of density that two groups or more reach within SAME_DENSITY of each other, dense first.
+    """Levels of density that two groups or more reach within SAME_DENSITY of each other, dense first."""
+    return equal_levels(groups, lambda point: point.density, SAME_DENSITY)
+
+
+def equal_levels(
+    groups: Sequence[Group], measure: Callable[[Point], float], tolerance: float
+) -> list[list[tuple[Group, Point]]]:
+    """Levels of a measure that two groups or more reach within the tolerance of each other, largest first.
 
     A level holds a group once. The closest points find each other first; a point left over still gets a level with
-    whatever lies close enough.
+    whatever lies close enough. Points whose measure is NaN are left out.
     """
     points = [
-        (index, point) for index, group in enumerate(groups) for point in group.points if math.isfinite(point.density)
+        (index, point) for index, group in enumerate(groups) for point in group.points if math.isfinite(measure(point))
     ]
 
     def near(members: Sequence[tuple[int, Point]]) -> bool:
-        densities = [point.density for _, point in members]
+        reached = [measure(point) for _, point in members]
         once = len({index for index, _ in members}) == len(members)
-        return once and max(densities) - min(densities) <= SAME_DENSITY + 1e-9
+        return once and max(reached) - min(reached) <= tolerance + 1e-9
 
     level = {id(point): [(index, point)] for index, point in points}
     pairs = [
-        (abs(a.density - b.density), -a.density, i, a.state, j, b.state, a, b)
+        (abs(measure(a) - measure(b)), -measure(a), i, a.state, j, b.state, a, b)
         for position, (i, a) in enumerate(points)
         for j, b in points[position + 1 :]
-        if i != j and abs(a.density - b.density) <= SAME_DENSITY + 1e-9
+        if i != j and abs(measure(a) - measure(b)) <= tolerance + 1e-9
     ]
     for *_, a, b in sorted(pairs, key=lambda pair: pair[:6]):
         if level[id(a)] is not level[id(b)] and near(level[id(a)] + level[id(b)]):
@@ -147,10 +154,10 @@ def equal_density(groups: Sequence[Group]) -> list[list[tuple[Group, Point]]]:
     for index, point in points:
         if len(level[id(point)]) == 1:
             members = [(index, point)]
-            for other in sorted(points, key=lambda entry: abs(entry[1].density - point.density)):
+            for other in sorted(points, key=lambda entry: abs(measure(entry[1]) - measure(point))):
                 if near([*members, other]):
                     members.append(other)
             if len(members) > 1:
                 levels.append(members)
-    levels.sort(key=lambda members: -statistics.fmean(point.density for _, point in members))
+    levels.sort(key=lambda members: -statistics.fmean(measure(point) for _, point in members))
     return [[(groups[index], point) for index, point in sorted(members, key=lambda m: m[0])] for members in levels]
