@@ -99,13 +99,16 @@ def row_of(run: Planned, wall_seconds: float | None) -> dict:
 
 
 def _naming(run: Planned) -> dict:
-    """The cells of a row that the study itself knows; `asked` is the share that is to be left."""
+    """The cells of a row that the study itself knows.
+
+    `method` is what the mappings of `each` chose, `asked` the share that is to be left, `variant` all but the seed.
+    """
     axes = run.axes
     return {
         "name": run.name,
         "cell": run.cell,
         "variant": run.variant,
-        "method": axes.get("method", run.flags.get("struct", "rsst")),
+        "method": run.kind.removeprefix(run.cell).strip("_") or run.flags.get("struct", "rsst"),
         "asked": axes.get("macs", axes.get("density", "")),
         "seed": axes.get("seed", run.flags.get("seed", "")),
     }

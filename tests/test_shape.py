@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -68,13 +69,13 @@ def test_the_shape_is_the_exported_one_and_can_be_exported_again(tmp_path, name)
         assert {key: found[key] for key in found.keys() - classifier} == {
             key: expected[key] for key in expected.keys() - classifier
         }
-        assert model(torch.zeros(1, 3, 32, 32) if name != "vit" else torch.zeros(1, 3, 16, 16)).shape == (1, 10)
     own = family_of(model)
     everything = {key: list(range(group.count)) for key, group in own.units(model).items()}
     again, left = own.rebuild(describe(model, everything, None))
     remove_units(again, own.units(again), left)
     again.load_state_dict(model.state_dict())
     images = torch.rand(2, 3, own.image_size(model), own.image_size(model))
+    assert model(images).shape == (2, 10)
     assert torch.equal(again.eval()(images), model.eval()(images))
 
 
@@ -100,7 +101,7 @@ def test_a_small_network_trains_resumes_and_exports_as_any_other(house, tmp_path
     flags = [flag for flag in MICRO if flag != "--no-export"]
     flags += ["--struct", "dense", "--arch", shape, "--pruning_times", "1", "--save_dir"]
     assert call([*flags, tmp_path / "plan", "--dry_run"]) == 0
-    assert "4  " in capsys.readouterr().out  # heads left: 2 of the first block and none of the second, as below
+    assert re.search(r" 2 +58 ", capsys.readouterr().out)  # heads and neurons, as below
     assert call([*flags, tmp_path / "whole"]) == 0
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
     assert (config["heads"], config["neurons"]) == ([2, 0], [10, 48])

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import study  # noqa: E402
+from benchmarks import study, study_tables  # noqa: E402
 from benchmarks.grid import Planned, check, checked, read_study  # noqa: E402
 from utils import RunError  # noqa: E402
 
@@ -242,3 +242,55 @@ def test_bad_grids_name_the_file(tmp_path):
         (tmp_path / "grid.yaml").write_text(content)
         with pytest.raises(RunError, match=r"grid\.yaml"):
             read_study(tmp_path / "grid.yaml", tmp_path)
+
+
+def row(method, seed, test, asked="0.5", cell="both", command="--struct refill", **others):
+    cut = {"cuts": "0", "before_cut_mean": "", "after_cut_mean": "", "before_cut_worst": "", "after_cut_worst": ""}
+    counts = {"density": "0.5", "parameters": "100", "macs": str(float(asked or 1) * 1e6), "seconds": "1"}
+    naming = {"name": f"{method}_{asked}_{seed}", "cell": cell, "method": method, "asked": asked, "seed": str(seed)}
+    return {**naming, "target": "both", "test": test, "failure": "", "command": command, **cut, **counts, **others}
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_methods_are_compared_by_seed_at_the_share_they_were_asked_for(tmp_path):
+    rows = [row("refill", seed, 0.5 + seed / 10, share) for seed in range(3) for share in ("0.5", "0.2")]
+    # half a point, one and one and a half above refill at 50%; no run of seed 1 at 20%
+    rows += [row("rsst", seed, 0.505 + seed / 10 + seed / 200) for seed in range(3)]
+    rows += [row("rsst", seed, 0.4 + seed / 10, "0.2") for seed in (0, 2)]
+    rows += [row("dense", seed, 0.9, "", cell="dense") for seed in range(3)]
+    rows += [row("broken", 0, "", failure="exit status 1")]
+    write_rows(tmp_path / "study.csv", rows)
+    entries, failed = study_tables.read_entries(tmp_path / "study.csv")
+    assert failed == ["broken_0.5_0"]
+    references = [entry for entry in entries if entry.method == "refill"]
+    found = {(a.method, b.asked): difference for a, b, difference in study_tables.differences(entries, references)}
+    assert found.keys() == {("rsst", "0.5"), ("rsst", "0.2"), ("dense", "0.5"), ("dense", "0.2")}
+    assert found["rsst", "0.5"].mean == pytest.approx(0.01)
+    # t(0.975, 2) = 4.302653, sd = 0.005
+    assert found["rsst", "0.5"].interval[0] == pytest.approx(0.01 - 4.302653 * 0.005 / 3**0.5)
+    assert (found["rsst", "0.2"].n, found["rsst", "0.2"].mean) == (2, pytest.approx(-0.1))
+    assert found["dense", "0.2"].mean == pytest.approx(0.3)
+
+
+def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
+    cut = {"cuts": "2", "before_cut_mean": "0.75", "after_cut_mean": "0.74"}
+    cuts = [{**cut, "before_cut_worst": "0.8", "after_cut_worst": worst} for worst in ("0.79", "0.75")]
+    rows = [row("refill", seed, 0.5 + seed / 100) for seed in (0, 1)]
+    rows += [row("rsst", seed, 0.6, command="--struct rsst --rate 0", **cuts[seed]) for seed in (0, 1)]
+    write_rows(tmp_path / "study.csv", rows)
+    assert study_tables.main([str(tmp_path / "study.csv")]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert "| both | decay | 4 | 1.00 | 5.00 |" in text
+    # of 50% and 51%: 50.5 -+ t(0.975, 1) = 12.7062 times 0.5
+    assert "| refill | 50% | 2 | 50.50 ± 6.35 | 50.0% | 100 | 0.50 M | 1 |" in text
+    assert "| rsst | 50% | 2 | +9.50 |" in text
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        study_tables.main([str(tmp_path / "study.md")])
+    assert capsys.readouterr().err.count("\n") == 1
