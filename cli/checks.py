@@ -13,6 +13,7 @@ from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
+from engine.shape import check_arch
 from pruning.nm import parse_pattern
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -75,10 +76,7 @@ def require(fine: bool, flag: str, value, way_out: str) -> None:
 
 def _check_names(args: argparse.Namespace) -> None:
     require(args.dataset in DATASETS, "--dataset", args.dataset, f"unknown; choose from {', '.join(DATASETS)}")
-    try:
-        models.check_arch(args.arch)
-    except ValueError as error:
-        raise RunError(f"--arch {args.arch}: {error}") from error
+    check_arch(args.arch)
     check_run_name(args)
 
 

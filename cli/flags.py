@@ -77,7 +77,12 @@ def _data(group: Group) -> None:
 
 
 def _model(group: Group) -> None:
-    group.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME (--list_archs)")
+    group.add_argument(
+        "--arch",
+        default="vit_tiny",
+        help=f"one of {', '.join(BUILDERS)}, timm/NAME (--list_archs), or the folder of an exported model: its shape, "
+        "with fresh weights",
+    )
     group.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
     group.add_argument(
         "--pretrained",

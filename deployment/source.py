@@ -16,7 +16,8 @@ import utils
 from dataset import dataset_facts
 from deployment.folder import load
 from engine.distill import named_teacher
-from models import from_flags, from_weights, load_weights
+from engine.shape import model_from_flags
+from models import from_weights, load_weights
 from models.vit import MisfitError
 from pruning.masks import plain_weights
 from utils import RunError
@@ -43,7 +44,7 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
 
 def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
     """The model that the run's flags describe, with these weights."""
-    model = from_flags(args, dataset_facts(args.dataset, args.data), weights=False)
+    model = model_from_flags(args, dataset_facts(args.dataset, args.data), weights=False)
     try:
         load_weights(model, args.arch, weights)
     except MisfitError as error:

@@ -20,6 +20,7 @@ import models
 from dataset import Batches, DatasetFacts, FolderBatches
 from engine.objective import Answer
 from engine.processes import ALONE, Processes
+from engine.shape import model_from_flags
 from families import family_of
 from models.vit import PretrainedError
 from pruning.scores import evaluating
@@ -189,7 +190,7 @@ def _model_of_file(args: argparse.Namespace, facts: DatasetFacts, path: Path) ->
     content = {} if path.suffix == ".safetensors" else load_tensors(path, "--teacher")
     weights = content.get("weights")
     flags = argparse.Namespace(**{**dict.fromkeys(vars(args)), **content["args"]}) if "args" in content else args
-    model = models.from_flags(flags, facts, weights=False)
+    model = model_from_flags(flags, facts, weights=False)
     model.load_state_dict(load_state_file(path, "--teacher") if weights is None else weights)
     return model
 

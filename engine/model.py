@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-import models
 from dataset import dataset_facts
 from engine.depth import has_branches
 from engine.optimizer import milestones_of
+from engine.shape import model_from_flags
 from families import Family, family_of
 from models.vit import PretrainedError, import_timm
 from pruning.ranking import KINDS
@@ -23,7 +23,7 @@ def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
     try:
         if args.mixup or args.cutmix:
             import_timm("--mixup and --cutmix")
-        model = models.from_flags(args, dataset_facts(args.dataset, args.data), weights)
+        model = model_from_flags(args, dataset_facts(args.dataset, args.data), weights)
     except (ValueError, PretrainedError) as error:
         raise RunError(str(error)) from error
     _check_blocks(args, model)

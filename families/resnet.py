@@ -151,7 +151,12 @@ def _in_place(convolution: nn.Conv2d, index: torch.Tensor, width: int) -> nn.Con
 
 
 def describe(small: ResNet, kept: Kept) -> dict:
-    """The architecture of a removed model as plain values: the arguments of ResNet and the filters that stayed."""
+    """The architecture of a removed model as plain values: the arguments of ResNet and the filters that stayed.
+
+    Filters whose place in the residual stream matters have its number, also where filters had been removed before.
+    """
+    blocks = {name: getattr(block, "out_index", None) for name, block in small.named_modules()}
+    places = {f"{name}.conv2": index.tolist() for name, index in blocks.items() if index is not None}
     return {
         "resnet": {
             "depths": list(small.depths),
@@ -160,7 +165,7 @@ def describe(small: ResNet, kept: Kept) -> dict:
             "num_classes": small.num_classes,
             "img_size": small.img_size,
         },
-        "kept_filters": dict(kept),
+        "kept_filters": {**kept, **places},
     }
 
 

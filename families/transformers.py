@@ -120,7 +120,10 @@ def timm_model(arguments: Mapping) -> nn.Module:
         import timm
     except ImportError as error:
         raise RunError("this model was made from a timm model: pip install timm") from error
-    return timm.create_model(**arguments)
+    model = timm.create_model(**arguments)
+    rest = {name: value for name, value in arguments.items() if name != "model_name"}
+    model.arch_name, model.arch_args = f"timm/{arguments['model_name']}", rest  # so that it can be described again
+    return model
 
 
 class TransformerFamily:

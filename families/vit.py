@@ -290,7 +290,9 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
     if "vit" in config:
-        model = VisionTransformer(**config["vit"], stem="conv" if "stem" in config else "patch")
+        # blocks of as many neurons as the widest has: how many there were in the dense model is not written
+        ratio = max(2.0, (max(config["neurons"]) + 0.5) / config["vit"]["embed_dim"])
+        model = VisionTransformer(**config["vit"], mlp_ratio=ratio, stem="conv" if "stem" in config else "patch")
     else:
         model = timm_model(config["timm"])
     return model, kept_of(config, vit_units(model))
