@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dataset import split_sizes
+from engine.allocation import allocates, planned_counts, target_of
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
@@ -44,6 +45,8 @@ def plan(args: argparse.Namespace) -> str:
     if args.nm and states > 1:
         counts = ", ".join(str(_keep(args, state)[0]) for state in range(states))
         remark = f"\nOf every {_keep(args, 0)[1]} consecutive weights of a row {counts} stay.\n"
+    elif allocates(args):
+        remark = _remark_on_counts(args)
     elif args.rank_by == "score_per_mac":
         remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
     elif units and family.counts_by == "density":
@@ -77,6 +80,10 @@ def _prunable(args: argparse.Namespace, model: nn.Module, family: Family) -> int
 
 def _rows(args: argparse.Namespace, model: nn.Module, units: dict, family: Family) -> list[dict]:
     states, prunable = run_length(args)[0], _prunable(args, model, family)
+    if allocates(args) and args.struct != "dense":
+        return [
+            {"state": state, **_state_by_counts(args, model, family, units, prunable, state)} for state in range(states)
+        ]
     if args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
         schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
@@ -114,3 +121,20 @@ def _state_by_density(
         left += round((prunable - left) * args.fillback_rate)
     cost = family.cost(model, {})
     return {"density": left / prunable, **cost, "parameters": cost["parameters"] - (prunable - left)}
+
+
+def _state_by_counts(
+    args: argparse.Namespace, model: nn.Module, family: Family, units: dict, prunable: int, state: int
+) -> dict:
+    """Density and cost of a state whose counts follow from a target or a file."""
+    left = planned_counts(args, family, model, units, state)
+    gone = sum((group.count - left.get(key, group.count)) * unit_weights(model, group) for key, group in units.items())
+    return {"density": 1 - gone / prunable, **family.cost(model, {key: range(count) for key, count in left.items()})}
+
+
+def _remark_on_counts(args: argparse.Namespace) -> str:
+    if target_of(args) is None or args.struct == "dense":
+        return ""
+    if args.sorting_mode == "global":
+        return "\nUnits are ranked over all layers: how many of each kind go is up to the scores.\n"
+    return "\nThe counts of two layers may differ by what fills the target; how, is up to the scores.\n"
