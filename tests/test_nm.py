@@ -15,9 +15,12 @@ from torch.sparse import _semi_structured_conversions as conversions
 
 import export
 import main_imp_fillback as entry
+import report
 from deployment import semi_structured
 from models.vit import VisionTransformer
 from pruning.nm import holds_pattern, nm_step, parse_pattern, scheduled_keep, weights_left
+from reporting.flags import command
+from reporting.run_report import describe
 
 
 def by_loops(weight, mask, keep, group):
@@ -212,6 +215,11 @@ def test_an_export_says_what_it_holds(seen, noisy, tmp_path, capsys):
         "Of every 4 consecutive weights of a row of the pruned layers at most 2 are not zero."
         in (folder / "README.md").read_text()
     )
+    told = report.load_run(tmp_path / "copy")
+    assert "Of every 4 consecutive weights of a row 2 stay in the end, on a geometric schedule." in describe(told)
+    assert "--nm 2:4" in command(told)
+    assert "--ratio_schedule geometric" in command(told)
+    assert "--rate" not in command(told)
     model = export.load(folder)
     assert list(semi_structured.sparse_layers(model)) == LAYERS
     before = {name: value.clone() for name, value in model.state_dict().items()}
