@@ -16,6 +16,7 @@ import rsst
 from cli.config import typed_out
 from cli.flags import build_parser
 from cli.resume import FREE_ON_RESUME
+from engine.allocation import SORTING, allocates, target_of
 from pruning.ranking import KINDS
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -43,12 +44,17 @@ def _always(flags: Flags) -> bool:
     return True
 
 
-def _whole_units(flags: Flags) -> bool:
-    return bool(flags["vit_structured"])
+def _by_ratio(flags: Flags) -> bool:
+    return not (flags["nm"] or allocates(argparse.Namespace(**flags)))
 
 
-def _neurons(flags: Flags) -> bool:
-    return _whole_units(flags) and "neuron" in KINDS[flags["vit_prune_target"]]
+def _neurons_by_ratio(flags: Flags) -> bool:
+    return _by_ratio(flags) and flags["vit_structured"] and "neuron" in KINDS[flags["vit_prune_target"]]
+
+
+def _by_layer(flags: Flags) -> bool:
+    goes_by_layer = flags["vit_structured"] or target_of(argparse.Namespace(**flags)) is not None
+    return goes_by_layer and flags["unit_counts"] is None and "sorting_mode" not in flags["given"]
 
 
 def _scores(flags: Flags) -> bool:
@@ -62,10 +68,10 @@ def _penalty(flags: Flags) -> bool:
 # in the order of drawing: flag, its values or a function of the flags that gives them, when it has an effect
 SEARCHED: tuple[tuple[str, Values | Callable[[Flags], Values], Callable[[Flags], bool]], ...] = (
     ("struct", ["rsst", "refill"], _always),
-    ("rate", _rate, _always),
-    ("mlp_prune_ratio", {"low": 0.1, "high": 0.9}, _neurons),
+    ("rate", _rate, _by_ratio),
+    ("mlp_prune_ratio", {"low": 0.1, "high": 0.9}, _neurons_by_ratio),
     ("criteria", [name for name in CRITERIA if name != "random"], _scores),
-    ("sorting_mode", ["layer-wise", "global"], _whole_units),
+    ("ratio_allocation", list(SORTING), _by_layer),
     ("prune_type", _rewinds, _always),
     ("reg_granularity_prune", {"low": 0.2, "high": 2.0, "log": True}, _penalty),
     ("RST_schedule", list(rsst.SHAPES), _penalty),

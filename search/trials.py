@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cli.checks import check_and_complete
 from cli.config import typed_out
 from cli.flags import build_parser
 from cli.plan import planned_states
@@ -236,8 +237,10 @@ class Study:
 
     def _planned_cost(self, drawn: Mapping) -> int | None:
         """MACs or parameters that a trial with these flags ends with; None where the run will say what is wrong."""
+        args = argparse.Namespace(**{**vars(self.args), **drawn})
         try:
-            rows = planned_states(argparse.Namespace(**{**vars(self.args), **drawn}))
+            check_and_complete(args, {**self.args.given, **drawn})
+            rows = planned_states(args)
         except RunError:
             return None
         return rows[-1][COLUMN[self.args.search_objective]]
