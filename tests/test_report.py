@@ -793,7 +793,7 @@ def test_a_claim_needs_enough_seeds_and_the_same_images(tmp_path):
     theirs = {seed: 0.6 + 0.02 * seed for seed in ours}
     first = make_seeds(tmp_path, "a", ours)
     second = make_seeds(tmp_path, "b", theirs, struct="refill")
-    fewer = make_seeds(tmp_path, "c", theirs, struct="imp", train_limit=100)
+    fewer = make_seeds(tmp_path, "c", theirs, struct="imp", train_limit=100, lr=0.1)
     groups = report.group_runs([report.load_run(folder) for folder in [*first, *second, *fewer]])
     found, lonely = paired_comparisons(groups)
     assert [each.difference.verdict for each in found] == ["the same in every pair", "better"]
