@@ -12,7 +12,7 @@ from pathlib import Path
 
 import utils
 from reporting import need
-from reporting.compare_paired import Comparison, paired_comparisons, paired_rows, paired_text
+from reporting.compare_paired import Comparison, Lonely, paired_comparisons, paired_rows, paired_text
 from reporting.compare_plot import plot_compare
 from reporting.groups import SAME_DENSITY, Group, data_of, equal_density, group_runs
 from reporting.page import publish, to_html, write_bytes
@@ -126,7 +126,7 @@ def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence],
 def comparison_text(
     blocks: Sequence[tuple[str, list[Group]]],
     notes: Sequence[str],
-    pairs: Sequence[tuple[list[Comparison], list[str]]],
+    pairs: Sequence[tuple[list[Comparison], list[Lonely]]],
 ) -> str:
     """compare.md; `pairs` has for each block its comparisons and the seeds without a partner."""
     runs = sum(len(group.runs) for _, groups in blocks for group in groups)

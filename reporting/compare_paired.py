@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reporting.groups import Group, Point, equal_density, equal_levels
@@ -13,7 +13,9 @@ from reporting.words import escaped, giga, md_table, percent
 
 ALL_PAIRS = 6  # so many groups are compared each with each; more, each with the first one
 SAME_MACS = 0.02  # MACs this close, relative to each other, count as equal
+LONG = 24  # characters of a label from which on groups are numbered instead
 Member = tuple[Group, Point]
+Lonely = tuple[Group, Group, str]  # seeds of a group that another one does not have
 
 
 @dataclass
@@ -34,12 +36,8 @@ class Comparison:
             return "dense"
         return f"density {percent(self.level)}" if self.equal == "density" else f"MACs {giga(self.level)}"
 
-    @property
-    def name(self) -> str:
-        return f"{self.a[0].label} - {self.b[0].label}"
 
-
-def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[str]]:
+def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[Lonely]]:
     """All comparisons of one data set, corrected for their number, and who has seeds without a partner.
 
     Two groups meet where they reach the same density below 100%, and where they reach the same MACs at different
@@ -48,7 +46,7 @@ def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[
     which widens the corrected intervals, grows no faster than the groups. No two states are compared twice.
     """
     found: list[Comparison] = []
-    lonely: dict[str, None] = {}
+    lonely: dict[tuple, Lonely] = {}
     made = set()
     for equal, members in _levels(groups):
         pairs = [(a, b) for place, a in enumerate(members) for b in members[place + 1 :]]
@@ -63,16 +61,16 @@ def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[
             made.add(states)
             left, right = _accuracies(a), _accuracies(b)
             shared = [key for key in left if key in right]
-            for (group, _), own, other in ((a, left, b), (b, right, a)):
+            for (group, _), own, (other, _) in ((a, left, b), (b, right, a)):
                 alone = ", ".join(key[0] for key in own if key not in shared)
                 if alone:
-                    lonely[f"{group.label} against {other[0].label}: {alone}"] = None
+                    lonely[id(group), id(other), alone] = (group, other, alone)
             if shared:
                 difference = paired([left[key] - right[key] for key in shared])
                 found.append(Comparison(equal, level, a, b, [key[0] for key in shared], difference))
     for comparison, difference in zip(found, corrected([each.difference for each in found]), strict=True):
         comparison.difference = difference
-    return found, list(lonely)
+    return found, list(lonely.values())
 
 
 def _levels(groups: Sequence[Group]) -> Iterable[tuple[str, list[Member]]]:
@@ -138,19 +136,26 @@ def _intervals(found: Difference) -> dict[str, tuple[float, float]]:
     return {"t": found.interval, "corrected": found.corrected, "bootstrap": found.bootstrap}
 
 
-def paired_text(data: str, groups: Sequence[Group], comparisons: Sequence[Comparison], lonely: Sequence[str]) -> list:
+def paired_text(
+    data: str, groups: Sequence[Group], comparisons: Sequence[Comparison], lonely: Sequence[Lonely]
+) -> list[str]:
     """Paragraphs of compare.md about the differences; none where nothing can be compared."""
     if not comparisons and not lonely:
         return []
     parts = [f"### Paired differences: {escaped(data)}"]
+    numbered = max(len(group.label) for group in groups) > LONG
+    names = {id(group): f"group {place}" if numbered else group.label for place, group in enumerate(groups, 1)}
+    if numbered:
+        parts.append("\n".join(f"- {names[id(group)]}: {escaped(group.label)}" for group in groups))
     tested = sum(each.difference.n > 1 for each in comparisons)
     if tested:
-        parts += [_rules(tested, len(groups)), _table(comparisons)]
+        parts += [_rules(tested, len(groups)), _table(comparisons, names)]
     else:
         parts.append("No two groups that can be compared share two seeds: their differences have no interval.")
     if lonely:
         parts.append("Seeds left out here, without a partner of the same training and validation images:")
-        parts.append("\n".join(f"- {escaped(words)}" for words in lonely))
+        lines = [f"{names[id(group)]} against {names[id(other)]}: {seeds}" for group, other, seeds in lonely]
+        parts.append("\n".join(f"- {escaped(line)}" for line in lines))
     return parts
 
 
@@ -165,10 +170,10 @@ def _rules(tested: int, groups: int) -> str:
     )
 
 
-def _table(comparisons: Sequence[Comparison]) -> str:
+def _table(comparisons: Sequence[Comparison], names: Mapping[int, str]) -> str:
     columns = {
         "equal in": lambda each: each.place,
-        "A - B": lambda each: each.name,
+        "A - B": lambda each: f"{names[id(each.a[0])]} - {names[id(each.b[0])]}",
         "A is": lambda each: each.difference.verdict,
         "states": lambda each: f"{each.a[1].title}, {each.b[1].title}",
         "n": lambda each: each.difference.n,

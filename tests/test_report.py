@@ -19,7 +19,7 @@ from micro import rows_of
 import main_imp_fillback as entry
 import report
 import rsst
-from reporting.compare_paired import paired_comparisons
+from reporting.compare_paired import paired_comparisons, paired_text
 from utils import RunError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -580,6 +580,9 @@ CIRCUMSTANCES = [
         ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]), ([1, 1], [{"pretrained_note": "random weights"}, {}]),
         ([2, 1], [{}, {"stem": "patch"}, {"stem": "conv"}]),  # before there was a choice it was the patch
         ([2], [{"struct": "dense", "rate": 0.9}, {"pruning_times": 1, "epochs": 12}]),
+        # a network for each seed; the other has that of another seed
+        ([2, 1], [{"seed": seed, "init": f"dense_0.5_s{name}/m.pth"} for seed, name in ((0, 0), (12, 12), (1, 12))]),
+        ([1, 1], [{"seed": seed, "teacher": f"t_s{seed}{name}.pth"} for seed, name in ((0, ""), (1, 0))]),
     ],
 )  # fmt: skip
 def test_only_flags_with_effect_part_runs(tmp_path, sizes, flags):
@@ -767,7 +770,7 @@ def test_differences_by_hand(tmp_path, figures, capsys):
     assert "(6 have two pairs or more)" in text
     for words in ("RSST against Refill: 9", "RSST against Dense: 2, 9", "Refill against Dense: 2"):
         assert f"- {words}\n" in text
-    assert (tmp_path / "out" / "compare.html").read_text().count("not told apart (t and bootstrap disagree") == 3
+    assert (tmp_path / "out" / "compare.html").read_text().count("not told apart (t and bootstrap disagree") == 1
 
     # without shared seeds there is no table, and that of an earlier comparison goes
     assert report.main([str(rsst[0]), str(refill[1]), str(refill[2]), "--out", str(tmp_path / "out")]) == 0
@@ -781,7 +784,7 @@ def test_differences_by_hand(tmp_path, figures, capsys):
 def differences_of(*folders):
     groups = report.group_runs([report.load_run(folder) for runs in folders for folder in runs])
     found, lonely = paired_comparisons(groups)
-    return [f"{each.place}: {each.name}" for each in found], lonely
+    return [f"{each.place}: {each.a[0].label} - {each.b[0].label}" for each in found], lonely
 
 
 def test_a_claim_needs_enough_seeds_and_the_same_images(tmp_path):
@@ -790,14 +793,19 @@ def test_a_claim_needs_enough_seeds_and_the_same_images(tmp_path):
     theirs = {seed: 0.6 + 0.02 * seed for seed in ours}
     first = make_seeds(tmp_path, "a", ours)
     second = make_seeds(tmp_path, "b", theirs, struct="refill")
-    fewer = make_seeds(tmp_path, "c", theirs, struct="imp", train_limit=100)
+    fewer = make_seeds(tmp_path, "c", theirs, struct="imp", train_limit=100, lr=0.1)
     groups = report.group_runs([report.load_run(folder) for folder in [*first, *second, *fewer]])
     found, lonely = paired_comparisons(groups)
     assert [each.difference.verdict for each in found] == ["the same in every pair", "better"]
     (backwards,) = [each for each in paired_comparisons(groups[1::-1])[0] if each.level < 0.5]
     assert backwards.difference.verdict == "worse"
     assert len(lonely) == 4  # each of two groups with the third, which sees fewer images, and the other way round
-    assert all(words.endswith(": 0, 1, 2, 3, 4, 5") and "IMP" in words for words in lonely)
+    assert all(seeds == "0, 1, 2, 3, 4, 5" and "imp" in (a.method, b.method) for a, b, seeds in lonely)
+    text = "\n\n".join(paired_text("digits", groups, found, lonely))
+    assert any(len(group.label) > 24 for group in groups)  # the table numbers them instead
+    assert f"- group 2: {groups[1].label}\n" in text
+    assert [row["A - B"] for row in table_rows(text, "equal in")] == ["group 1 - group 2"] * 2
+    assert "- group 3 against group 2: 0, 1, 2, 3, 4, 5" in text
 
 
 def test_groups_meet_at_equal_macs_too_and_never_twice(tmp_path):
