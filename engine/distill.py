@@ -21,6 +21,7 @@ from dataset import Batches, DatasetFacts, FolderBatches
 from engine.objective import Answer
 from engine.processes import ALONE, Processes
 from families import family_of
+from models.merging import restore_tokens_
 from models.vit import PretrainedError
 from pruning.scores import evaluating
 from pruning.units import LayoutError
@@ -48,6 +49,8 @@ class Answering(nn.Module):
     def __init__(self, model: nn.Module, features: bool = False):
         super().__init__()
         self.model, self.tokens = model, _tokens_of(model) if features else None
+        if features:
+            restore_tokens_(model)  # or merged ones would be compared, which stand for other patches
 
     def forward(self, images: Tensor) -> Answer:
         if self.tokens is None:
