@@ -92,7 +92,7 @@ def check_run_name(args: argparse.Namespace) -> None:
 def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "accum_steps", "pruning_times", "print_freq", "score_batches", "round_to"):
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "must be 1 or more")
-    for name in ("workers", "gpu", "min_units", "seed"):
+    for name in ("workers", "gpu", "min_units", "seed", "token_merge"):
         require(getattr(args, name) >= 0, f"--{name}", getattr(args, name), "must be 0 or more")
     require(args.seed < 2**63, "--seed", args.seed, "must be below 2^63")
     if args.checkpoint_every is not None:

@@ -112,6 +112,14 @@ def _model(group: Group) -> None:
         "with batch norm and ReLU, and a 1x1 (patch size a power of two); pretrained patch embeddings have no place in "
         "it, it starts anew",
     )
+    group.add_argument(
+        "--token_merge",
+        type=int,
+        default=0,
+        metavar="R",
+        help="between attention and MLP of each block of a plain ViT, ours or timm's, the R most similar pairs of "
+        "tokens merge into their averages (ToMe), at most half of the patch tokens that are left; 0 is off",
+    )
     group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
 
 

@@ -13,6 +13,7 @@ from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
+from models.merging import merging_line
 from pruning.nm import parse_pattern, scheduled_keep, weights_left
 from pruning.ranking import filter_count, target_ratios
 from pruning.rounding import fitting_count
@@ -41,6 +42,7 @@ def plan(args: argparse.Namespace) -> str:
     table = format_table(
         rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
+    merging = f"{merging_line(model)}\n" if args.token_merge else ""
     remark = ""
     if args.nm and states > 1:
         counts = ", ".join(str(_keep(args, state)[0]) for state in range(states))
@@ -55,7 +57,7 @@ def plan(args: argparse.Namespace) -> str:
         f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x "
         f"{max(1, train_images // batch)} steps of {min(batch, train_images)} images "
         f"({train_images:,} train, {val_images:,} validate)\n"
-        f"{finish}{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
+        f"{finish}{merging}{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
         f"{remark}\n"
         f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk."
     )

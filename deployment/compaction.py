@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from families import family_of
+from models.merging import choices, merged_tokens
 from pruning.removal import remove_units
 from pruning.scores import evaluating
 from pruning.units import Kept
@@ -55,13 +56,16 @@ def worst_of(so_far: float, value: Tensor) -> float:
 def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
     """How far the small model's logits are from the masked one's, over all images given.
 
-    float64 is measured on the first batch, on a CPU copy of both.
+    float64 is measured on the first batch, on a CPU copy of both. Where tokens merge and two pairs are as similar as
+    rounding can tell, the models may merge different ones: such images are counted, and compared when the small model
+    merges what the masked one does.
 
     Returns:
-        largest absolute differences, the largest logit, the bound that float32 has to meet, and top-1 agreement.
+        largest absolute differences, the largest logit, the bound that float32 has to meet, and top-1 agreement; where
+        tokens merge also the images that are "merged_otherwise".
     """
     parameter = next(masked.parameters())
-    images_seen = agreed = 0
+    images_seen = agreed = otherwise = 0
     difference = largest = 0.0
     exact: float | None = None
     with evaluating(masked), evaluating(small):
@@ -71,11 +75,13 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
                 first = images[: affordable(masked)].cpu().double()
                 exact = float((models[0](first) - models[1](first)).abs().max())
             images = images.to(parameter.device, parameter.dtype)
-            expected, found = masked(images), small(images)
-            difference = worst_of(difference, (expected - found).abs().max())
+            expected, found, compared, different = _side_by_side(masked, small, images)
+            difference = worst_of(difference, (expected - compared).abs().max())
+            otherwise += different
             largest = max(largest, float(expected.abs().max()))
             agreed += int((expected.argmax(1) == found.argmax(1)).sum())
             images_seen += len(images)
+    merging = {"merged_otherwise": otherwise} if merged_tokens(masked) else {}
     return {
         "images": images_seen,
         "max_difference_float32": difference,
@@ -83,4 +89,24 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
         "largest_logit": largest,
         "bound_float32": FLOAT32_BOUND * max(1.0, largest),
         "top1_agreement": agreed / images_seen,
+        **merging,
     }
+
+
+def _side_by_side(masked: nn.Module, small: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Logits of both; the small model's with the masked one's choice of tokens that merge; images that need that."""
+    chosen: list[Tensor] = []
+    own: list[Tensor] = []
+    with choices(masked, lambda _, choice: chosen.append(choice) or choice):
+        expected = masked(images)
+    with choices(small, lambda _, choice: own.append(choice) or choice):
+        found = small(images)
+    different = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for first, second in zip(chosen, own, strict=True):
+        different |= (first != second).flatten(1).any(1)
+    compared = found
+    if different.any():
+        given = iter([choice[different] for choice in chosen])
+        with choices(small, lambda *_: next(given)):
+            compared = found.index_put((different,), small(images[different]))
+    return expected, found, compared, int(different.sum())

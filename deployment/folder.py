@@ -22,6 +22,7 @@ from dataset import DatasetFacts
 from deployment.card import model_card
 from deployment.compaction import compact, macs, parity
 from families import family_of, family_of_config
+from models.merging import unmerged
 from pruning.removal import remove_units
 from pruning.units import Kept, count_parameters
 from utils import RunError
@@ -62,7 +63,7 @@ def write(
     proof = _proven("removed", masked, small, batches)
     config = describe(small, kept, facts)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
-    config["macs"] = {"dense": macs(masked), "removed": macs(small)}
+    config["macs"] = {"dense": macs(unmerged(masked)), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
     _write_files(folder, small, config, proof)
     return small
@@ -197,7 +198,10 @@ def read_config(folder: Path) -> dict:
 def proof_line(folder: Path) -> str:
     """What parity.json says, in a sentence."""
     proof = json.loads((folder / "parity.json").read_text())
+    merged = ""
+    if proof.get("merged_otherwise"):
+        merged = f" (of {proof['merged_otherwise']:,}, for which rounding let other tokens merge, given the same ones)"
     return (
         f"{folder}: the removed model differs from the masked one by {proof['max_difference_float32']:.2g} in float32, "
-        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images"
+        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images{merged}"
     )

@@ -96,6 +96,8 @@ def run_provenance(run: argparse.Namespace) -> dict:
         found["nm"] = run.nm
     if run.vit_structured:
         found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
+    if getattr(run, "token_merge", None):
+        found["token_merge"] = run.token_merge
     if getattr(run, "finish_epochs", None):
         found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
         if run.finish_on_all:

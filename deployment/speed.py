@@ -14,6 +14,7 @@ from torch import nn
 import utils
 from deployment.compaction import affordable, macs
 from families import family_of
+from models.merging import unmerged
 from pruning.scores import evaluating
 from pruning.units import count_parameters
 
@@ -65,8 +66,11 @@ def latency_table(
     batch_sizes: Iterable[int] = (1, 8, 64),
     variants: Mapping[str, nn.Module] | None = None,
 ) -> str:
-    """Speed of the removed model over the dense one, beside the limit that the MACs set; then that of its variants."""
-    variants = variants or {}
+    """Speed of the removed model over the dense one, beside the limit that the MACs set; then that of its variants.
+
+    The dense one merges no tokens, whatever the removed one does.
+    """
+    variants, dense = variants or {}, unmerged(dense)
     limit = macs(dense) / max(1, macs(small))
     rows = []
     for batch_size in batch_sizes:
@@ -92,9 +96,12 @@ def latency_table(
 
 @torch.no_grad()
 def size_table(masked: nn.Module, small: nn.Module) -> str:
-    """Dense, masked and removed side by side: parameters in use, MACs, file size and images/s on this device."""
+    """Dense, masked and removed side by side: parameters in use, MACs, file size and images/s on this device.
+
+    The dense one merges no tokens, whatever the others do.
+    """
     in_use = sum(int(parameter.count_nonzero()) for parameter in masked.parameters())
-    dense = copy.deepcopy(masked)
+    dense = unmerged(copy.deepcopy(masked))
     for parameter in dense.parameters():
         parameter.masked_fill_(parameter == 0, 0.02)  # whether zeros are faster than other numbers is the question
     models = {"dense": dense, "masked": masked, "removed": small}

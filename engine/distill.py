@@ -22,6 +22,7 @@ from engine.objective import Answer
 from engine.processes import ALONE, Processes
 from engine.shape import model_from_flags
 from families import family_of
+from models.merging import restore_tokens_
 from models.vit import PretrainedError
 from pruning.scores import evaluating
 from pruning.units import LayoutError
@@ -49,6 +50,8 @@ class Answering(nn.Module):
     def __init__(self, model: nn.Module, features: bool = False):
         super().__init__()
         self.model, self.tokens = model, _tokens_of(model) if features else None
+        if features:
+            restore_tokens_(model)  # or merged ones would be compared, which stand for other patches
 
     def forward(self, images: Tensor) -> Answer:
         if self.tokens is None:

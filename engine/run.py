@@ -32,6 +32,7 @@ from engine.optimizer import Schedule
 from engine.processes import ALONE, Processes, running_statistics
 from engine.tracking import Tracker
 from families import family_of
+from models.merging import merging_line
 from pruning.masks import Masks, full_masks
 from pruning.units import unit_masks
 from utils import (
@@ -169,6 +170,8 @@ class Run:
             log.info(f"{size} processes: each shows {images // size} of the {images} images of a forward pass")
             if running_statistics(self.dense):
                 log.info("  batch norm goes by the images of each process; its running statistics are averaged")
+        if self.args.token_merge:
+            log.info(merging_line(self.dense))
         if self.teacher:
             self._say_who_teaches()
         if self.args.ema_decay:

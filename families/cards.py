@@ -155,6 +155,21 @@ class NarrowNorm(nn.LayerNorm):  # what is gone was zeros, and mean and variance
     },
 }
 
+MERGING_CARD = """\
+## Loading it with its token merging
+
+```python
+import export  # of the program that wrote this folder
+
+model = export.load("{folder}")
+```
+
+What is said above holds for this model. The same weights work without merging, as plain timm loads them below: each
+block then sees all tokens, which costs more, and the logits are others, as the {count} tokens a block that merged in
+training are averages no more; its accuracy has to be measured.
+
+"""
+
 
 def traits_of(model: nn.Module) -> dict[str, list[str]]:
     """{"modules": what a loader has to know besides the timm name}; nothing for plain attention and plain MLPs."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from models.merging import merged_tokens, token_counts
 from pruning.units import Layout, Tap, Units, unit_weights
 
 # Where a plain ViT's Attention and Mlp come from; others compute something else with the same layers.
@@ -212,9 +213,11 @@ def unit_macs(model: nn.Module, group: Units) -> int:
     """Forward multiply-accumulates per image that go with one unit (N tokens, width d, embedding D).
 
     A head costs N d D for each of q, k, v and the projection, and 2 N^2 d for its attention; a neuron 2 N D. Gates are
-    one more layer of each.
+    one more layer of each. N is what the unit's layer sees where tokens merge on the way.
     """
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    if merged_tokens(model):
+        tokens = token_counts(model)[group.layer][group.kind == "neuron"]
     attention = 2 * tokens * tokens * group.contribution.layout.width if group.kind == "head" else 0
     return tokens * unit_weights(model, group) + attention
 

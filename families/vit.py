@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families.cards import loading_lines, traits_of
+from families.cards import MERGING_CARD, loading_lines, traits_of
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
@@ -40,8 +40,9 @@ from families.transformers import (
     kept_of,
     timm_model,
 )
+from models.merging import matching_macs, merge_tokens_, merged_tokens
 from models.vit import VisionTransformer
-from pruning.units import Kept, LayoutError, Stack, Units
+from pruning.units import Kept, Layout, LayoutError, Stack, Units
 
 PRUNABLE_SUFFIXES = (
     *(f"attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj")),
@@ -187,7 +188,8 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
     """Forward multiply-accumulates per image of a ViT by closed form, norms and activations not counted.
 
     `torch.utils.flop_counter` does not see fused attention on the CPU, hence the formula. `counts` gives the
-    units left per key of `vit_units`; None counts the model as it is.
+    units left per key of `vit_units`; None counts the model as it is. Where tokens merge, the similarities by which
+    they are chosen count too, the averages, one product a value, do not.
     """
     units = vit_units(model)
     total = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel() + _stem_macs(model.patch_embed)
@@ -196,7 +198,7 @@ def vit_macs(model: nn.Module, counts: Mapping[str, int] | None = None) -> int:
         total += left * group.macs(model, group)
     heads = (model.head, getattr(model, "head_dist", None))
     total += sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
-    return total + _pool_macs(model)
+    return total + _pool_macs(model) + matching_macs(model)
 
 
 _STEM_MACS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # a ResNet's take a second
@@ -240,8 +242,17 @@ def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
 
 
 def find_working_units(model: nn.Module) -> dict[str, list[int]]:
-    """Which heads and neurons still work; see `families.transformers.find_working`."""
-    return find_working(_branches(model))
+    """Which heads and neurons still work; see `families.transformers.find_working`.
+
+    Where tokens merge, a head also works whose keys are not zero: they have a say in which ones do.
+    """
+    alive = find_working(_branches(model))
+    for key, module, branch in _branches(model) if merged_tokens(model) else ():
+        if branch.kind == "head":
+            layer, layout = module.qkv, Layout(0, 3, branch.count(module), branch.width(module))
+            rows = [layout.split(tensor)[1].flatten(1) for tensor in layer.parameters()]
+            alive[key] = sorted({*alive[key], *torch.cat(rows, 1).any(1).nonzero().flatten().tolist()})
+    return alive
 
 
 def fold_dead_units_(model: nn.Module, alive: Kept) -> None:
@@ -260,7 +271,8 @@ def describe(small: nn.Module, kept: Kept) -> dict:
     """The architecture of a removed model as plain values, enough to build it again.
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
-    `timm.create_model`; `stem` the channels into and out of each convolution of a stem.
+    `timm.create_model`; `stem` the channels into and out of each convolution of a stem; `token_merge` how many tokens
+    each block merges.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -284,6 +296,8 @@ def describe(small: nn.Module, kept: Kept) -> dict:
     units = vit_units(small)
     first_heads = next(group for group in units.values() if group.kind == "head")
     config |= {**traits_of(small), "head_dim": first_heads.contribution.layout.width}
+    if merged_tokens(small):
+        config["token_merge"] = merged_tokens(small)
     return config | describe_units(units, kept)
 
 
@@ -295,6 +309,7 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
         model = VisionTransformer(**config["vit"], mlp_ratio=ratio, stem="conv" if "stem" in config else "patch")
     else:
         model = timm_model(config["timm"])
+    merge_tokens_(model, config.get("token_merge", 0))
     return model, kept_of(config, vit_units(model))
 
 
@@ -313,6 +328,19 @@ class VitFamily(TransformerFamily):
     find_units = staticmethod(vit_units)
     branches = staticmethod(_branches)
     loading_lines = staticmethod(loading_lines)
+
+    def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
+        alive = find_working_units(model)
+        fold_dead_units_(model, alive)
+        return alive
+
+    def card(self, config: Mapping) -> tuple[str, str]:
+        left, loading = super().card(config)
+        if "token_merge" not in config:
+            return left, loading
+        count, folder = config["token_merge"], "model/folded" if "folded" in config else "model"
+        left += f"\n\nEvery block merges {count} tokens of an image, at most half of its patches (token merging, ToMe)."
+        return left, MERGING_CARD.format(count=count, folder=folder) + loading
 
 
 VIT = VitFamily()

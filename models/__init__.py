@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models import resnet, vit
 from models.embedding import is_stage_of_stem
+from models.merging import merge_tokens_
 
 # name -> builder(num_classes, img_size, **overrides) of a model with random weights
 BUILDERS = {**{name: partial(vit.build, name) for name in vit.CONFIGS}, **resnet.BUILDERS}
@@ -183,20 +184,22 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
         if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
             raise ValueError(f"--stem conv: is for this program's own ViTs, not {args.arch}; leave it out")
         overrides["stem"] = args.stem
-    if not weights:
+    if weights:
+        model = build_model(
+            args.arch,
+            facts.classes,
+            size,
+            args.pretrained,
+            pretrained_tag=args.pretrained_tag,
+            patch_embed=args.patch_embed,
+            pretrained_fallback=args.pretrained_fallback,
+            **overrides,
+        )
+    else:
         check_arch(args.arch)
         _source(args.arch, args.pretrained, args.pretrained_tag)  # refuses what cannot be meant
-        return _build(args.arch, facts.classes, size, overrides)
-    return build_model(
-        args.arch,
-        facts.classes,
-        size,
-        args.pretrained,
-        pretrained_tag=args.pretrained_tag,
-        patch_embed=args.patch_embed,
-        pretrained_fallback=args.pretrained_fallback,
-        **overrides,
-    )
+        model = _build(args.arch, facts.classes, size, overrides)
+    return merge_tokens_(model, getattr(args, "token_merge", None) or 0)
 
 
 def from_weights(arch: str, weights: Mapping[str, Tensor]) -> nn.Module:
