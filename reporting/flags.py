@@ -87,20 +87,18 @@ def identity(run: Run) -> dict:
         args["decreasing_lr"] = ",".join(str(int(epoch) * args["pruning_times"]) for epoch in milestones)
         args["pruning_times"] = 1
     args["struct"] = run.method
-    args |= {
-        name: _without_seed(args[name], args["seed"]) for name in ("init", "pretrained", "teacher") if name in args
-    }
     left_out = without_effect | _CIRCUMSTANCES | {"seed", "vit_structured", "vit_prune_target"}
     flags = {name: value for name, value in args.items() if name not in left_out and not name.startswith("wandb_")}
     return flags | ({"pretrained_note": True} if run.args.get("pretrained_note") else {})
 
 
-def _without_seed(value, seed: int):
-    """A file's name with {seed} for the run's own seed: each seed's own network to start from or learn of is no flag.
+def seed_for_all(flags: dict, seed: int) -> dict:
+    """The flags with {seed} for a run's own seed in the files that it starts from or learns of.
 
     The number must stand alone, and not in a decimal such as 0.5.
     """
-    return re.sub(rf"(?<![\d.]){seed}(?!\d|\.\d)", "{seed}", value) if isinstance(value, str) else value
+    files = {name: flags[name] for name in ("init", "pretrained", "teacher") if isinstance(flags.get(name), str)}
+    return flags | {name: re.sub(rf"(?<![\d.]){seed}(?!\d|\.\d)", "{seed}", value) for name, value in files.items()}
 
 
 def same(value) -> str:

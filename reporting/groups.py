@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.flags import flags_without_effect, identity, same
+from reporting.flags import flags_without_effect, identity, same, seed_for_all
 from reporting.runs import COUNTS, METHODS, Run
 
 SAME_DENSITY = 0.01  # densities this close count as equal
@@ -80,13 +80,25 @@ def data_of(run: Run) -> str:
     return f"{name} {run.args.get('data')}" if name == "folder" else name
 
 
+def _key(flags: dict) -> str:
+    return json.dumps({name: same(value) for name, value in flags.items() if value or None}, sort_keys=True)
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first run; labels tell them apart by the method and the flags that differ."""
+    """Groups in the order of their first run; labels tell them apart by the method and the flags that differ.
+
+    A file that is named after the run's seed, as each seed's own dense network is, does not part runs, unless several
+    seeds share it.
+    """
     found: dict[str, Group] = {}
-    for run in runs:
-        flags = identity(run)
-        key = json.dumps({name: same(value) for name, value in flags.items() if value or None}, sort_keys=True)
-        found.setdefault(key, Group(flags, [])).runs.append(run)
+    identities = [identity(run) for run in runs]
+    seeds: dict[str, set] = {}
+    for run, flags in zip(runs, identities, strict=True):
+        seeds.setdefault(_key(flags), set()).add(run.args["seed"])
+    for run, flags in zip(runs, identities, strict=True):
+        if len(seeds[_key(flags)]) == 1:
+            flags = seed_for_all(flags, run.args["seed"])
+        found.setdefault(_key(flags), Group(flags, [])).runs.append(run)
     groups = list(found.values())
     taken: dict[str, int] = {}
     for group in groups:

@@ -580,9 +580,11 @@ CIRCUMSTANCES = [
         ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]), ([1, 1], [{"pretrained_note": "random weights"}, {}]),
         ([2, 1], [{}, {"stem": "patch"}, {"stem": "conv"}]),  # before there was a choice it was the patch
         ([2], [{"struct": "dense", "rate": 0.9}, {"pruning_times": 1, "epochs": 12}]),
-        # a network for each seed; the other has that of another seed
-        ([2, 1], [{"seed": seed, "init": f"dense_0.5_s{name}/m.pth"} for seed, name in ((0, 0), (12, 12), (1, 12))]),
+        # a network for each seed; then two seeds that share one
+        ([3], [{"seed": seed, "init": f"dense_0.5_s{seed}/m.pth"} for seed in (0, 12, 1)]),
+        ([1, 2], [{"seed": seed, "init": f"dense_0.5_s{name}/m.pth"} for seed, name in ((0, 0), (12, 12), (1, 12))]),
         ([1, 1], [{"seed": seed, "teacher": f"t_s{seed}{name}.pth"} for seed, name in ((0, ""), (1, 0))]),
+        ([3], [{"seed": seed, "teacher": "t_s0.pth"} for seed in (0, 1, 2)]),  # one for all, with a seed of its own
     ],
 )  # fmt: skip
 def test_only_flags_with_effect_part_runs(tmp_path, sizes, flags):
