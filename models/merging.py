@@ -179,7 +179,7 @@ def merge(x: Tensor, size: Tensor | None, choice: Tensor) -> tuple[Tensor, Tenso
     moved = (_rows(x, gone) - _rows(x, into)) * share[..., None]
     flat = _flat(target, left)
     merged = _rows(x, kept).flatten(0, 1).index_add(0, flat, moved.flatten(0, 1))
-    return merged.view(-1, left, x.shape[2]), size, place
+    return merged.view(x.shape[0], left, x.shape[2]), size, place
 
 
 def _flat(index: Tensor, tokens: int) -> Tensor:
@@ -190,7 +190,7 @@ def _flat(index: Tensor, tokens: int) -> Tensor:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """The tokens [B, K, D] of [B, N, D] at indices [B, K]; whole rows are many times as fast as `gather`."""
-    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(-1, index.shape[1], x.shape[2])
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[2])
 
 
 # ------------------------------------------------------------------------------------------ what it does to a model
