@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import utils
 from dataset import dataset_facts
 from deployment.folder import load
+from engine.allocation import TARGETS
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
@@ -98,6 +99,8 @@ def run_provenance(run: argparse.Namespace) -> dict:
         found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
     if getattr(run, "token_merge", None):
         found["token_merge"] = run.token_merge
+    names = (*TARGETS, "latency_batch")
+    found |= {name: getattr(run, name) for name in names if getattr(run, name, None) is not None}
     if getattr(run, "finish_epochs", None):
         found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
         if run.finish_on_all:
