@@ -1,0 +1,109 @@
+"""Laws of sensitivity: curves measured layer by layer, the least loss that a budget allows, the same after a kill."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pruning.curves import counts_by_value, loss_values, lower_hull, probed_counts
+
+# ------------------------------------------------------------------------------------------------ from curves to counts
+
+
+@st.composite
+def convex_layers(draw, unit_costs):
+    """{key: (levels, loss by count)} of up to 3 layers, losses whole numbers, and what a unit of each costs."""
+    layers = {}
+    for layer in range(draw(st.integers(1, 3))):
+        units, floor = draw(st.integers(1, 5)), draw(st.integers(0, 1))
+        steps = sorted(draw(st.lists(st.integers(-3, 30), min_size=units - floor, max_size=units - floor)))
+        losses = list(itertools.accumulate(steps, initial=0))
+        layers[f"layer{layer}"] = (list(range(units, floor - 1, -1)), losses, draw(unit_costs))
+    return layers
+
+
+def budget_of(layers):
+    levels = {key: levels for key, (levels, _, _) in layers.items()}
+    units = {key: unit for key, (_, _, unit) in layers.items()}
+    curves = {key: list(zip(steps, losses, strict=True)) for key, (steps, losses, _) in layers.items()}
+    loss = {(key, count): value for key, curve in curves.items() for count, value in curve}
+
+    def cost(counts):
+        return sum(unit * counts.get(key, levels[key][0]) for key, unit in units.items())
+
+    def total(counts):
+        return sum(loss[key, count] for key, count in counts.items())
+
+    ways = [dict(zip(levels, way, strict=True)) for way in itertools.product(*levels.values())]
+    return levels, cost, total, loss_values(curves, levels, cost), ways
+
+
+@settings(max_examples=60, deadline=None)
+@given(convex_layers(st.just(1)), st.integers(0, 15))
+def test_convex_curves_give_the_least_loss_of_all_ways_to_keep_so_many(layers, limit):
+    levels, cost, total, values, ways = budget_of(layers)
+    found = counts_by_value(values, levels, cost, limit)
+    assert all(found[key] in levels[key] for key in levels)
+    allowed = [total(way) for way in ways if cost(way) <= limit]
+    if not allowed:
+        assert found == {key: steps[-1] for key, steps in levels.items()}  # the floors
+        return
+    assert cost(found) == min(limit, cost({}))
+    same = [total(way) for way in ways if cost(way) == cost(found)]
+    assert total(found) == pytest.approx(min(same))
+
+
+@settings(max_examples=60, deadline=None)
+@given(convex_layers(st.sampled_from([1, 3])), st.integers(0, 45))
+def test_where_costs_differ_the_steps_go_along_the_least_loss(layers, limit):
+    """At the costs that they pass through; between, what is left below the limit is less than the next unit."""
+    levels, cost, total, values, ways = budget_of(layers)
+    found = counts_by_value(values, levels, cost, limit)
+    if cost(found) > limit:
+        assert found == {key: steps[-1] for key, steps in levels.items()}
+        return
+    larger = [{**found, key: found[key] + 1} for key in levels if found[key] < levels[key][0]]
+    assert all(cost(way) > limit for way in larger)
+    order = sorted(
+        ((value, key) for key, steps in values.items() for value in steps), key=lambda e: (e[0], -ord(e[1][-1]))
+    )
+    counts = {key: steps[0] for key, steps in levels.items()}
+    for _, key in order:
+        counts[key] -= 1
+        found = counts_by_value(values, levels, cost, cost(counts))
+        assert total(found) == pytest.approx(min(total(way) for way in ways if cost(way) == cost(counts)))
+
+
+def test_a_hull_spans_what_is_not_convex_and_units_go_along_it():
+    curve = [(4, 1.0), (3, 3.0), (2, 3.5), (1, 6.0), (0, 21.0)]
+    assert lower_hull(curve) == [(4, 1.0), (2, 3.5), (1, 6.0), (0, 21.0)]
+    levels = {"a": [4, 3, 2, 1, 0], "b": [6, 4, 2]}  # heads, and neurons in pairs
+
+    def cost(counts):
+        return 10 * counts.get("a", 4) + counts.get("b", 6)
+
+    values = loss_values({"a": curve, "b": [(6, 1.0), (4, 0.5), (2, 1.5)]}, levels, cost)
+    # by hand: hull of a rises by 1.25, 1.25, 2.5, 15 a unit of cost 10; b falls by 0.25 and rises by 0.5 a unit of 1
+    assert values == {"a": pytest.approx([0.125, 0.125, 0.25, 1.5]), "b": pytest.approx([-0.25, 0.5])}
+    assert counts_by_value(values, levels, cost, 44) == {"a": 4, "b": 4}
+    assert counts_by_value(values, levels, cost, 36) == {"a": 3, "b": 6}  # the pair that went first fits again
+    assert counts_by_value(values, levels, cost, 14) == {"a": 1, "b": 4}
+    assert counts_by_value(values, levels, cost, 12) == {"a": 1, "b": 2}
+    assert counts_by_value(values, levels, cost, 0) == {"a": 0, "b": 2}
+
+
+def test_what_costs_nothing_stays():
+    levels = {"a": [2, 1], "free": [5, 4, 3], "single": [1]}
+    curves = {"a": [(2, 0.0), (1, 9.0)], "free": [(5, 0.0), (3, 0.0)], "single": [(1, 0.0)]}
+    values = loss_values(curves, levels, lambda counts: counts.get("a", 2))
+    assert values.keys() == {"a"}
+    found = counts_by_value(values, levels, lambda counts: counts.get("a", 2), 1)
+    assert found == {"a": 1, "free": 5, "single": 1}
+
+
+def test_few_units_are_probed_one_by_one_and_many_by_eighths():
+    assert probed_counts([3, 2, 1]) == [3, 2, 1]
+    assert probed_counts(range(384, 0, -1)) == [384, 336, 288, 240, 192, 144, 96, 48, 1]
+    # 100 units in multiples of 8, down to 16: nearest to 87.5, 75, .. 12.5
+    assert probed_counts([100, *range(96, 15, -8)]) == [100, 88, 72, 64, 48, 40, 24, 16]
