@@ -1,12 +1,21 @@
 """Laws of sensitivity: curves measured layer by layer, the least loss that a budget allows, the same after a kill."""
 
+import copy
 import itertools
+import json
+import math
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from micro import BOTH, assert_same_tensors, clones, furnish, make_run
 
+from engine.sensitivity import sensitivity_curves
 from pruning.curves import counts_by_value, loss_values, lower_hull, probed_counts
+from pruning.removal import remove_units
+from utils import RunError
 
 # ------------------------------------------------------------------------------------------------ from curves to counts
 
@@ -45,13 +54,8 @@ def test_convex_curves_give_the_least_loss_of_all_ways_to_keep_so_many(layers, l
     levels, cost, total, values, ways = budget_of(layers)
     found = counts_by_value(values, levels, cost, limit)
     assert all(found[key] in levels[key] for key in levels)
-    allowed = [total(way) for way in ways if cost(way) <= limit]
-    if not allowed:
-        assert found == {key: steps[-1] for key, steps in levels.items()}  # the floors
-        return
-    assert cost(found) == min(limit, cost({}))
-    same = [total(way) for way in ways if cost(way) == cost(found)]
-    assert total(found) == pytest.approx(min(same))
+    assert cost(found) == min(max(limit, min(map(cost, ways))), cost({}))  # between the floors and everything
+    assert total(found) == min(total(way) for way in ways if cost(way) == cost(found))
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,7 +76,7 @@ def test_where_costs_differ_the_steps_go_along_the_least_loss(layers, limit):
     for _, key in order:
         counts[key] -= 1
         found = counts_by_value(values, levels, cost, cost(counts))
-        assert total(found) == pytest.approx(min(total(way) for way in ways if cost(way) == cost(counts)))
+        assert total(found) == min(total(way) for way in ways if cost(way) == cost(counts))
 
 
 def test_a_hull_spans_what_is_not_convex_and_units_go_along_it():
@@ -107,3 +111,70 @@ def test_few_units_are_probed_one_by_one_and_many_by_eighths():
     assert probed_counts(range(384, 0, -1)) == [384, 336, 288, 240, 192, 144, 96, 48, 1]
     # 100 units in multiples of 8, down to 16: nearest to 87.5, 75, .. 12.5
     assert probed_counts([100, *range(96, 15, -8)]) == [100, 88, 72, 64, 48, 40, 24, 16]
+
+
+# ------------------------------------------------------------------------------------------------------------ the probe
+
+
+def probed(run):
+    """Curves of the run's network, by scores that rank units backwards, down to one unit a layer."""
+    scores = {key: torch.arange(group.count, dtype=torch.float64) for key, group in run.units.items()}
+    levels = {key: list(range(group.count, 0, -1)) for key, group in run.units.items()}
+    return sensitivity_curves(run, scores, levels)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run before its first pruning, its weights noisy enough for each unit to matter."""
+    folder = tmp_path_factory.mktemp("sensitivity")
+    with pytest.MonkeyPatch.context() as patch:
+        furnish(patch, folder)
+        run = make_run(folder / "run", *BOTH, "--score_batches", 2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in run.dense.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    run.progress.state = 1
+    yield run
+    run.close()
+
+
+def test_a_curve_is_the_loss_of_the_network_with_those_units_cut_out(run):
+    before = clones(run.dense.state_dict())
+    curves = probed(run)
+    assert_same_tensors(run.dense.state_dict(), before)
+    batches = list(run.train_data.sequential())[:2]  # all in stored order, of which two batches are asked for
+    images, labels = (torch.cat(of) for of in zip(*batches, strict=True))
+    assert {key: [count for count, _ in curve] for key, curve in curves.items()} == {
+        f"blocks.{block}.{layer}": counts
+        for block in range(2)
+        for layer, counts in (("attn", [4, 3, 2, 1]), ("mlp", [48, 42, 36, 30, 24, 18, 12, 6, 1]))
+    }
+    for key, curve in curves.items():
+        for count, loss in curve:
+            total = run.units[key].count
+            small = remove_units(copy.deepcopy(run.dense), run.units, {key: list(range(total - count, total))}).eval()
+            with torch.no_grad():
+                assert loss == pytest.approx(float(F.cross_entropy(small(images), labels)), rel=1e-5)
+    (row,) = json.loads((run.save_dir / "sensitivity.json").read_text())["states"]
+    assert (row["state"], row["images"], row["layers"][0]["left"]) == (1, 40, [4, 3, 2, 1])
+    whole = (run.dense.eval()(images).argmax(1) == labels).double().mean()
+    assert {layer["accuracy"][0] for layer in row["layers"]} == {float(whole)}
+
+
+def test_what_was_measured_of_these_weights_is_read_and_of_others_measured_again(run, monkeypatch):
+    first, path = probed(run), run.save_dir / "sensitivity.json"
+    content = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(run.dense, "forward", lambda images: pytest.fail("measured"))
+        assert probed(run) == first
+    path.write_text(content[: len(content) // 2])  # half a file is none
+    assert probed(run) == first
+    assert path.read_text() == content
+    weight = run.dense.blocks[0].mlp.fc1.weight
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    assert probed(run) != first
+    with torch.no_grad():
+        weight[0, 0] = math.nan
+    with pytest.raises(RunError, match="state 1: .*not finite"):
+        probed(run)
