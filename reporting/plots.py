@@ -206,7 +206,7 @@ def plot_sensitivity(run: Run) -> bytes:
                         look = {"color": "white" if norm(rise) < 0.55 else "black", "fontsize": 6.5}
                         ax.text((left + right) / 2, y, f"{rise:.2f}", ha="center", va="center", **look)
                 if layer["layer"] in ends:
-                    ax.vlines(ends[layer["layer"]], y - 0.5, y + 0.5, VERMILLION, linewidth=2)
+                    ax.vlines(ends[layer["layer"]], y + 0.2, y + 0.47, VERMILLION, linewidth=3, clip_on=False)
             names = [re.sub(r"^blocks\.(\d+)\.\w+$", r"\1", layer["layer"]) for layer in layers]
             ax.set_yticks(range(len(layers)), names, fontsize=8)
             ax.set_ylabel("block" if all(name.isdigit() for name in names) else "layer", fontsize=9)
