@@ -9,6 +9,7 @@ import re
 
 import models
 from dataset import DATASETS
+from engine.allocation import SORTING, allocates, read_counts, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
@@ -17,6 +18,7 @@ from pruning.scores import CRITERIA
 from utils import RunError
 
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
+OF_RATIOS = ("rate", "mlp_prune_ratio", "rank_by")
 
 
 def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
@@ -31,6 +33,7 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_names(args)
     _check_numbers(args)
     _complete(args)
+    _complete_allocation(args, given)
     _check_combinations(args)
     _check_processes(args)
     return _notes(args, given)
@@ -144,6 +147,25 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
 
 
+def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
+    """What says how many units stay; a file's counts go along as `unit_counts`, so that a resumed run has them."""
+    for name in ("target_macs", "target_params"):
+        value = getattr(args, name)
+        require(value is None or 0 < value < 1, f"--{name}", value, "must lie in (0, 1)")
+    target, how = target_of(args), args.ratio_allocation
+    if args.target_macs is not None and args.target_params is not None:
+        raise RunError(f"--target_params {args.target_params}: a run has one target; leave it or --target_macs out")
+    args.unit_counts = getattr(args, "unit_counts", None)
+    if how in SORTING:
+        args.sorting_mode = args.sorting_mode if "sorting_mode" in given else SORTING[how]
+        if args.sorting_mode != SORTING[how]:
+            raise RunError(f"--ratio_allocation {how}: contradicts --sorting_mode {args.sorting_mode}; leave one out")
+    elif how is not None:
+        if target:
+            raise RunError(f"--ratio_allocation {how}: its counts leave no choice to --{target}; leave one of them out")
+        args.unit_counts = args.unit_counts or read_counts(how)
+
+
 def _check_finish(args: argparse.Namespace) -> None:
     if args.finish_epochs is None:
         if args.finish_lr is not None:
@@ -204,10 +226,13 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
     if args.warmup > args.epochs:
         notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
-    without_effect = [] if args.vit_structured else [name for name in ONLY_STRUCTURED if name in given]
+    allocated = ("ratio_schedule", "min_units") if allocates(args) else ()  # filters go by them then, too
+    only = [name for name in ONLY_STRUCTURED if name in given and name not in allocated]
+    without_effect = [] if args.vit_structured else only
     if not args.vit_structured and not args.refill:
         without_effect.append("no-refill")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
+    notes += _notes_on_allocation(args, given)
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":
@@ -223,3 +248,16 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     if args.pruning_times == 1 or args.struct == "dense":
         notes.append("nothing is pruned in this run: it trains dense")
     return notes
+
+
+def _notes_on_allocation(args: argparse.Namespace, given: dict) -> list[str]:
+    if not allocates(args):
+        idle = args.ratio_allocation is not None and not args.vit_structured
+        return ["--ratio_allocation: has no effect without --vit_structured or a target"] if idle else []
+    says = f"--{target_of(args)}" if target_of(args) else "the file of --ratio_allocation"
+    names = [name for name in OF_RATIOS if name in given]
+    if "rate" in names and (args.criteria == "remain" or (args.vit_structured and not args.refill)):
+        names.remove("rate")  # single weights go by it
+    if args.unit_counts is not None:
+        names += [name for name in ("sorting_mode", "round_to") if name in given]
+    return [f"--{name}: has no effect, {says} says how many units stay" for name in names]

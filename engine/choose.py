@@ -1,7 +1,8 @@
 """Choosing: the trained network and the masks enforced now in, the target of the coming state out.
 
 The target is what the state ends with: masks by layer name, and the ids of the units that are kept. Three kinds of runs
-choose in three ways: single weights by magnitude, whole units by score and ratio, filters by score and density.
+choose in three ways: single weights by magnitude, whole units by score and ratio, filters by score and density. A
+budget stands in for ratio and density alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 
 from torch import Tensor
 
+from engine.allocation import allocates, choose_by_budget
 from engine.checkpoint import Target
 from engine.run import Run
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
@@ -37,7 +39,7 @@ def choose_target(run: Run) -> Target:
 def _choose(run: Run) -> Target:
     if not run.units:
         return _choose_weights(run)
-    if run.family.counts_by == "density":
+    if run.family.counts_by == "density" and not allocates(run.args):
         return _choose_filters(run)
     return _choose_units(run)
 
@@ -68,24 +70,30 @@ def _choose_filters(run: Run) -> Target:
 
 def _choose_units(run: Run) -> Target:
     args, progress, weights = run.args, run.progress, run.prunable()
-    if args.criteria == "remain" or not args.refill:
+    single = args.vit_structured and not args.refill  # weights go inside the units that stay
+    if args.criteria == "remain" or single:
         alive = structured_masks(weights, run.units, progress.kept)
         progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state, alive)
     scores = mark_removed(_score(run, run.units), progress.kept)
-    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
-    ratios = {
-        kind: scheduled_ratio(schedule, ratio, progress.state, run.states)
-        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
-    }
-    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
-    kept = rank_units(run.dense, run.units, scores, ratios, *options)
+    kept = choose_by_budget(run, scores) if allocates(args) else _choose_by_ratios(run, scores)
     target = structured_masks(weights, run.units, kept)
-    if not args.refill:
+    if single:
         pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}
         target = {name: mask * progress.elementwise[name] if name in pruned else mask for name, mask in target.items()}
     log.info(f"state {progress.state} prunes by {args.criteria}:")
     _log_units(run, scores, kept, target)
     return target, kept
+
+
+def _choose_by_ratios(run: Run, scores: dict[str, Tensor]) -> dict[str, list[int]]:
+    args = run.args
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    ratios = {
+        kind: scheduled_ratio(schedule, ratio, run.progress.state, run.states)
+        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
+    }
+    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
+    return rank_units(run.dense, run.units, scores, ratios, *options)
 
 
 def _log_units(run: Run, scores: dict[str, Tensor], kept: dict[str, list[int]], target: Masks) -> None:
