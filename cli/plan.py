@@ -12,6 +12,7 @@ from engine.allocation import allocates, planned_counts, target_of
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
+from engine.sensitivity import SENSITIVITY
 from families import Family, family_of
 from pruning.ranking import filter_count, target_ratios
 from pruning.rounding import fitting_count
@@ -55,7 +56,9 @@ def plan(args: argparse.Namespace) -> str:
         rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
     remark = ""
-    if allocates(args):
+    if args.ratio_allocation == SENSITIVITY and units and args.struct != "dense":
+        remark = "\nHow many units each layer keeps depends on the probe of every state; here all give one share.\n"
+    elif allocates(args):
         remark = _remark_on_counts(args)
     elif args.rank_by == "score_per_mac":
         remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.sensitivity import SENSITIVITY, sensitivity_curves
 from families import Family
 from pruning.budget import (
     CLOSE,
     Cost,
     Counts,
     best_units,
+    counts_by_value,
     global_counts,
     levels_of,
     lowest_cost,
@@ -29,6 +31,7 @@ from pruning.budget import (
     scheduled_limit,
     uniform_counts,
 )
+from pruning.curves import loss_values
 from pruning.units import Units
 from utils import RunError
 
@@ -65,7 +68,9 @@ def read_counts(path: str) -> Counts:
         else:
             counts = json.loads(text)
     except OSError as error:
-        raise RunError(f"{flag}: {error.strerror}; give {', '.join(SORTING)} or a file of counts") from error
+        raise RunError(
+            f"{flag}: {error.strerror}; give {', '.join([*SORTING, SENSITIVITY])} or a file of counts"
+        ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{flag}: neither JSON nor the units.csv of a run; give counts by layer") from error
     if not (counts and isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
@@ -130,22 +135,28 @@ def _limit(args: argparse.Namespace, whole: float, state: int) -> float:
 
 
 def _counts(
-    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int
+    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int, run=None
 ) -> Counts:
-    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left."""
+    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left.
+
+    Without a `run`, which has trained, nothing can be said of sensitivity: layers then give away one share.
+    """
     if args.unit_counts is not None:
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
     limit = _limit(args, cost({}), state)
     levels = levels_of(units, scores, args.min_units, args.round_to)
+    if run is not None and args.ratio_allocation == SENSITIVITY:
+        values = loss_values(sensitivity_curves(run, scores, levels), levels, cost)
+        return counts_by_value(values, levels, cost, limit)
     allocate = global_counts if args.sorting_mode == "global" else uniform_counts
     return allocate(scores, levels, cost, limit)
 
 
 def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Which units stay in the state that begins; `scores` are -inf for those that are gone."""
-    kept = best_units(scores, _counts(run.args, run.family, run.dense, run.units, scores, run.progress.state))
+    kept = best_units(scores, _counts(run.args, run.family, run.dense, run.units, scores, run.progress.state, run))
     if target := target_of(run.args):
         cost, asked = counted(run.family, run.dense, target), _limit(run.args, 1.0, run.progress.state)
         share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})

@@ -5,6 +5,7 @@
     threshold.py   the one global threshold of the element-wise step
     scores.py      how much each unit matters: the criteria and the one scorer
     ranking.py     which units stay: quotas, schedules, the one ranking rule
+    curves.py      what layers lose by what goes of them: how many units cost the least loss
     removal.py     units cut out of tensors and models, and put back
     reports.py     what a step did, as text
 

@@ -2,7 +2,7 @@
 
     counts = probed_counts(levels)                       # where a layer's curve is to be measured
     values = loss_values(curves, levels, cost)           # what each step down costs in loss, over what it saves
-    counts = counts_by_value(values, levels, cost, limit)    # as little loss as the limit allows
+    counts = pruning.budget.counts_by_value(values, levels, cost, limit)  # as little loss as the limit allows
 
 A curve is a list of (units left, loss), units descending. The sum of the layers' curves stands for the loss of all
 together; what layers do to one another is not in it.
@@ -10,20 +10,16 @@ together; what layers do to one another is not in it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from pruning.budget import Cost, Levels
+
 Curve = Sequence[tuple[int, float]]  # (units left, loss), units descending
-Counts = dict[str, int]  # units key -> how many stay
-Cost = Callable[[Mapping[str, int]], float]  # keys that are absent are whole
-Levels = Mapping[str, Sequence[int]]  # units key -> what the layer may keep, descending
 
 PROBES = 8  # of a layer that has more units than that
-SLACK = 1e-9  # share of a limit by which rounding errors may pass it
 
 
 def probed_counts(levels: Sequence[int]) -> list[int]:
@@ -70,33 +66,3 @@ def loss_values(curves: Mapping[str, Curve], levels: Levels, cost: Cost) -> dict
             pairs = zip(pairwise(heights), pairwise(steps), strict=True)
             values[key] = [(after - before) / ((high - low) * unit) for (before, after), (high, low) in pairs]
     return values
-
-
-def counts_by_value(values: Mapping[str, Sequence[float]], levels: Levels, cost: Cost, limit: float) -> Counts:
-    """Layers step down in ascending order of `values` until what is left costs no more than `limit`.
-
-    For values that ascend along each layer, as those of convex curves do, every count on the way has the least loss of
-    all that cost no more: the Lagrangian solution of bit allocation, Shoham and Gersho, "Efficient bit allocation for
-    an arbitrary set of quantizers", IEEE Trans. ASSP 1988. A costly unit that went last may leave room below the limit,
-    which the last ones before it take back as far as they fit.
-    """
-    entries = [(value, key) for key, of_layer in values.items() for value in of_layer]
-    # of equal values the first one stays, hence the later one goes first
-    order = [key for _, (_, key) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0]))]
-
-    def after(down: Mapping[str, int]) -> Counts:
-        return {key: steps[down.get(key, 0)] for key, steps in levels.items()}
-
-    def fits(gone: int) -> bool:
-        return cost(after(Counter(order[:gone]))) <= limit * (1 + SLACK)
-
-    gone = min(bisect_left(range(len(order) + 1), True, key=fits), len(order))
-    down, closed = Counter(order[:gone]), set()
-    for key in reversed(order[:gone]):
-        if key not in closed:
-            raised = down - Counter([key])
-            if cost(after(raised)) <= limit * (1 + SLACK):
-                down = raised
-            else:
-                closed.add(key)
-    return after(down)

@@ -189,7 +189,7 @@ def plot_sensitivity(run: Run) -> bytes:
     ends = {row["layer"]: 1 - row["kept"] / row["total"] for row in run.units if row["state"] == run.units[-1]["state"]}
     highest = max(loss - layer["loss"][0] for layers in panels.values() for layer in layers for loss in layer["loss"])
     tallest = max(map(len, panels.values()))
-    height = 1.2 + 0.27 * tallest
+    height, digits = 1.2 + 0.27 * tallest, 2 if highest > 0.2 else 3
 
     def paint(figure) -> None:
         norm = need("matplotlib.colors").PowerNorm(0.5, vmin=0, vmax=max(highest, 1e-9))
@@ -204,7 +204,7 @@ def plot_sensitivity(run: Run) -> bytes:
                     ax.barh(y, right - left, 0.94, left, color=colors(norm(rise)), linewidth=0)
                     if right - left > 0.055:
                         look = {"color": "white" if norm(rise) < 0.55 else "black", "fontsize": 6.5}
-                        ax.text((left + right) / 2, y, f"{rise:.2f}", ha="center", va="center", **look)
+                        ax.text((left + right) / 2, y, f"{rise:.{digits}f}", ha="center", va="center", **look)
                 if layer["layer"] in ends:
                     ax.vlines(ends[layer["layer"]], y + 0.2, y + 0.47, VERMILLION, linewidth=3, clip_on=False)
             names = [re.sub(r"^blocks\.(\d+)\.\w+$", r"\1", layer["layer"]) for layer in layers]

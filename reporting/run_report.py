@@ -97,8 +97,7 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
         "plots/sensitivity.png": (
             "Sensitivity",
             "By how much the loss on training images rises where a layer alone loses its lowest-scored units, before "
-            "the first pruning; marks show how far the last state "
-            "went.",
+            "the first pruning; marks show how far the last state went.",
         ),
     }
     if plots:

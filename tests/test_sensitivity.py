@@ -4,16 +4,20 @@ import copy
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import BOTH, assert_same_tensors, clones, furnish, make_run
+from micro import BOTH, MICRO, assert_same_tensors, call, clones, furnish, load, log_of, make_run, rows_of, runner, wrap
 
+import main_imp_fillback as entry
+from engine.choose import choose_target
 from engine.sensitivity import sensitivity_curves
-from pruning.curves import counts_by_value, loss_values, lower_hull, probed_counts
+from pruning.budget import counts_by_value
+from pruning.curves import loss_values, lower_hull, probed_counts
 from pruning.removal import remove_units
 from utils import RunError
 
@@ -115,6 +119,8 @@ def test_few_units_are_probed_one_by_one_and_many_by_eighths():
 
 # ------------------------------------------------------------------------------------------------------------ the probe
 
+PROBED = (*BOTH, "--ratio_allocation", "sensitivity", "--min_units", 2)
+
 
 def probed(run):
     """Curves of the run's network, by scores that rank units backwards, down to one unit a layer."""
@@ -129,11 +135,11 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sensitivity")
     with pytest.MonkeyPatch.context() as patch:
         furnish(patch, folder)
-        run = make_run(folder / "run", *BOTH, "--score_batches", 2)
+        run = make_run(folder / "run", *PROBED, "--rate", 0.5, "--mlp_prune_ratio", 0.4, "--score_batches", 2)
     generator = torch.Generator().manual_seed(0)
     for parameter in run.dense.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    run.progress.state = 1
+    run.progress.state, run.noisy = 2, clones(run.dense.state_dict())
     yield run
     run.close()
 
@@ -156,7 +162,7 @@ def test_a_curve_is_the_loss_of_the_network_with_those_units_cut_out(run):
             with torch.no_grad():
                 assert loss == pytest.approx(float(F.cross_entropy(small(images), labels)), rel=1e-5)
     (row,) = json.loads((run.save_dir / "sensitivity.json").read_text())["states"]
-    assert (row["state"], row["images"], row["layers"][0]["left"]) == (1, 40, [4, 3, 2, 1])
+    assert (row["state"], row["images"], row["layers"][0]["left"]) == (2, 40, [4, 3, 2, 1])
     whole = (run.dense.eval()(images).argmax(1) == labels).double().mean()
     assert {layer["accuracy"][0] for layer in row["layers"]} == {float(whole)}
 
@@ -176,5 +182,56 @@ def test_what_was_measured_of_these_weights_is_read_and_of_others_measured_again
     assert probed(run) != first
     with torch.no_grad():
         weight[0, 0] = math.nan
-    with pytest.raises(RunError, match="state 1: .*not finite"):
+    with pytest.raises(RunError, match="state 2: .*not finite"):
         probed(run)
+
+
+def test_what_a_layer_can_spare_goes_and_layers_that_miss_it_stay(run):
+    """The MLP of block 1 gives nothing, so that its neurons go before any that block 0 misses; 40% do."""
+    run.dense.load_state_dict(run.noisy)
+    with torch.no_grad():
+        run.dense.blocks[1].mlp.fc2.weight.zero_()
+    masks, kept = choose_target(run)
+    (row,) = json.loads((run.save_dir / "sensitivity.json").read_text())["states"]
+    curves = {layer["layer"]: list(zip(layer["loss"], layer["left"], strict=True)) for layer in row["layers"]}
+    assert len({loss for loss, _ in curves["blocks.1.mlp"]}) == 1
+    best = min(curves["blocks.0.mlp"])[1]  # fewer neurons of block 0 can be better than all
+    expected = {"blocks.0.mlp": best, "blocks.1.mlp": 57 - best}  # 57 = floor(96 x 0.6)
+    assert {key: len(ids) for key, ids in kept.items() if "mlp" in key} == expected
+    assert sum(len(ids) for key, ids in kept.items() if "attn" in key) == 4
+    assert min(len(ids) for ids in kept.values()) >= 2
+    assert int(masks["blocks.1.mlp.fc1"].any(1).sum()) == 57 - best
+
+
+def test_a_killed_run_chooses_again_what_it_chose(tmp_path, capsys, monkeypatch):
+    furnish(monkeypatch, tmp_path)
+    monkeypatch.setattr(entry.report, "write", lambda _: None)
+    run = runner(tmp_path, capsys, [*MICRO, "--wandb_mode", "disabled", *PROBED, "--target_macs", 0.6])
+    whole, killed = run("--struct", "refill", name="whole"), tmp_path / "killed"
+    assert rows_of(whole.dir / "states.csv")[2]["neurons"] < rows_of(whole.dir / "states.csv")[1]["neurons"]
+    share = float(re.search(r"state 2.*?budget: ([\d.]+) of the MACs, asked 0.6000", log_of(whole.dir), re.S)[1])
+    assert 0.59 < share <= 0.6
+
+    def die(training):
+        if training.progress.state == 1:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        wrap(patch, "build", before=die)
+        with pytest.raises(InterruptedError):
+            run("--struct", "refill", name="killed")
+    assert call(["--resume", "--save_dir", killed]) == 0
+    assert log_of(killed).count("the curves of state 1 are those in sensitivity.json") == 1
+    for name in ("sensitivity.json", "units.csv"):
+        assert (killed / name).read_bytes() == (whole.dir / name).read_bytes()
+    assert_same_tensors(load(killed / "best.pt")["weights"], load(whole.dir / "best.pt")["weights"])
+
+
+def test_a_plan_says_that_counts_depend_on_the_probe(capsys, tmp_path, monkeypatch):
+    furnish(monkeypatch, tmp_path)
+    for target in ((), ("--target_params", 0.7)):
+        assert call([*MICRO, *PROBED, *target, "--sorting_mode", "global", "--dry_run"]) == 0
+        out = capsys.readouterr().out
+        assert "depends on the probe" in out
+    assert call([*MICRO, "--ratio_allocation", "sensitivity", "--dry_run"]) == 0
+    assert "depends on the probe" not in capsys.readouterr().out
