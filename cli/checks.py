@@ -14,6 +14,7 @@ from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
+from engine.sensitivity import SENSITIVITY
 from engine.shape import check_arch
 from pruning.nm import parse_pattern
 from pruning.scores import CRITERIA
@@ -212,7 +213,7 @@ def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
         args.sorting_mode = args.sorting_mode if "sorting_mode" in given else SORTING[how]
         if args.sorting_mode != SORTING[how]:
             raise RunError(f"--ratio_allocation {how}: contradicts --sorting_mode {args.sorting_mode}; leave one out")
-    elif how is not None:
+    elif how not in (None, SENSITIVITY):
         if target:
             raise RunError(f"--ratio_allocation {how}: its counts leave no choice to --{target}; leave one of them out")
         args.unit_counts = args.unit_counts or read_counts(how)
@@ -308,12 +309,16 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
 
 def _notes_on_allocation(args: argparse.Namespace, given: dict) -> list[str]:
     if not allocates(args):
-        idle = args.ratio_allocation is not None and not args.vit_structured
-        return ["--ratio_allocation: has no effect without --vit_structured or a target"] if idle else []
+        if args.ratio_allocation is not None and not args.vit_structured:
+            return ["--ratio_allocation: has no effect without --vit_structured or a target"]
+        names = ("sorting_mode", "rank_by") if args.ratio_allocation == SENSITIVITY else ()
+        return [f"--{name}: has no effect, layers go by their sensitivity" for name in names if name in given]
     says = f"--{target_of(args)}" if target_of(args) else "the file of --ratio_allocation"
     names = [name for name in OF_RATIOS if name in given]
     if "rate" in names and (args.criteria == "remain" or (args.vit_structured and not args.refill)):
         names.remove("rate")  # single weights go by it
     if args.unit_counts is not None:
         names += [name for name in ("sorting_mode", "round_to") if name in given]
+    elif args.ratio_allocation == SENSITIVITY and "sorting_mode" in given:
+        names.append("sorting_mode")
     return [f"--{name}: has no effect, {says} says how many units stay" for name in names]

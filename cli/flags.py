@@ -243,10 +243,11 @@ def _prune(group: Group) -> None:
     group.add_argument("--latency_batch", type=int, metavar="N", help="images; 1 when not given")
     group.add_argument(
         "--ratio_allocation",
-        metavar="uniform|global|FILE",
+        metavar="uniform|global|sensitivity|FILE",
         help="uniform: layers give away one share; global: by one ranking of all; without a target as --sorting_mode, "
-        "which it follows when not given. FILE: counts by layer that the last pruning reaches, as JSON or as the "
-        "units.csv of another run",
+        "which it follows when not given; sensitivity: so that the loss rises least, as far as --score_batches of "
+        "training images tell where a layer alone loses its lowest-scored units. FILE: counts by layer that the last "
+        "pruning reaches, as JSON or as the units.csv of another run",
     )
     group.add_argument(
         "--ratio_schedule",

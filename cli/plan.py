@@ -12,6 +12,7 @@ from engine.allocation import LATENCY, allocates, planned_counts, target_of
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
+from engine.sensitivity import SENSITIVITY
 from families import Family, family_of
 from models.merging import merging_line
 from pruning.nm import parse_pattern, scheduled_keep, weights_left
@@ -47,6 +48,8 @@ def plan(args: argparse.Namespace) -> str:
     if args.nm and states > 1:
         counts = ", ".join(str(_keep(args, state)[0]) for state in range(states))
         remark = f"\nOf every {_keep(args, 0)[1]} consecutive weights of a row {counts} stay.\n"
+    elif args.ratio_allocation == SENSITIVITY and units and args.struct != "dense":
+        remark = "\nHow many units each layer keeps depends on the probe of every state; here all give one share.\n"
     elif allocates(args):
         remark = _remark_on_counts(args)
     elif args.rank_by == "score_per_mac":

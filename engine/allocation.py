@@ -11,19 +11,22 @@ import argparse
 import csv
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine import latency
+from engine.sensitivity import SENSITIVITY, sensitivity_curves
 from families import Family
 from pruning.budget import (
     CLOSE,
     Cost,
     Counts,
     best_units,
+    counts_by_value,
     global_counts,
     levels_of,
     lowest_cost,
@@ -31,6 +34,7 @@ from pruning.budget import (
     scheduled_limit,
     uniform_counts,
 )
+from pruning.curves import loss_values
 from pruning.units import Units
 from utils import RunError
 
@@ -70,7 +74,9 @@ def read_counts(path: str) -> Counts:
         else:
             counts = json.loads(text)
     except OSError as error:
-        raise RunError(f"{flag}: {error.strerror}; give {', '.join(SORTING)} or a file of counts") from error
+        raise RunError(
+            f"{flag}: {error.strerror}; give {', '.join([*SORTING, SENSITIVITY])} or a file of counts"
+        ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{flag}: neither JSON nor the units.csv of a run; give counts by layer") from error
     if not (counts and isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
@@ -139,24 +145,41 @@ def _limit(args: argparse.Namespace, whole: float, state: int) -> float:
 
 
 def _counts(
-    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int
+    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int, run=None
 ) -> Counts:
-    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left."""
+    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left.
+
+    Without a `run`, which has trained, nothing can be said of sensitivity: layers then give away one share.
+    """
     if args.unit_counts is not None:
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
     levels = levels_of(units, scores, args.min_units, args.round_to)
-    return RULES[args.sorting_mode](scores, levels, cost, _limit(args, cost({}), state))
+    return _rule(args, scores, levels, run)(cost, _limit(args, cost({}), state))
+
+
+def _rule(args: argparse.Namespace, scores, levels, run=None) -> Callable[[Cost, float], Counts]:
+    """How counts follow from a cost and its limit. A probe is measured here, by all processes together."""
+    if run is None or args.ratio_allocation != SENSITIVITY:
+        return partial(RULES[args.sorting_mode], scores, levels)
+    curves = sensitivity_curves(run, scores, levels)
+
+    def by_sensitivity(cost: Cost, limit: float) -> Counts:
+        return counts_by_value(loss_values(curves, levels, cost), levels, cost, limit)
+
+    return by_sensitivity
 
 
 def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Which units stay in the state that begins; `scores` are -inf for those that are gone."""
     args, state, target = run.args, run.progress.state, target_of(run.args)
     if target == LATENCY:
+        levels = levels_of(run.units, scores, args.min_units, args.round_to)
+        rule = _rule(args, scores, levels, run)
         # of several processes the first one measures, and its choice counts
-        return best_units(scores, _counts_by_latency(run, scores) if run.processes.first else {})
-    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state))
+        return best_units(scores, _counts_by_latency(run, rule) if run.processes.first else {})
+    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, run))
     if target:
         cost, asked = counted(run.family, run.dense, target), _limit(args, 1.0, state)
         share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})
@@ -165,14 +188,14 @@ def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return kept
 
 
-def _counts_by_latency(run, scores: Mapping[str, Tensor]) -> Counts:
+def _counts_by_latency(run, rule: Callable[[Cost, float], Counts]) -> Counts:
     """What is measured for a state stays in latency.json, so that the run chooses the same when it is resumed."""
     args, state = run.args, str(run.progress.state)
     table = latency.read_table(run.save_dir) or measure_run(run)
-    cost, levels = latency.table_cost(table), levels_of(run.units, scores, args.min_units, args.round_to)
+    cost = latency.table_cost(table)
 
     def allocate(limit: float) -> Counts:
-        return RULES[args.sorting_mode](scores, levels, cost, limit)
+        return rule(cost, limit)
 
     def measure(counts: Counts) -> float:
         small, dense = latency.small_ms(run.dense, run.units, counts, args.latency_batch)

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.allocation import allocates, choose_by_budget
 from engine.checkpoint import Target
 from engine.run import Run
+from engine.sensitivity import SENSITIVITY, choose_by_sensitivity
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
 from pruning.nm import nm_step, parse_pattern, scheduled_keep
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
@@ -104,6 +105,8 @@ def _choose_by_ratios(run: Run, scores: dict[str, Tensor]) -> dict[str, list[int
         kind: scheduled_ratio(schedule, ratio, run.progress.state, run.states)
         for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
     }
+    if args.ratio_allocation == SENSITIVITY:
+        return choose_by_sensitivity(run, scores, ratios)
     options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
     return rank_units(run.dense, run.units, scores, ratios, *options)
 

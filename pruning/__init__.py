@@ -6,6 +6,7 @@
     nm.py          N of every M consecutive weights, in its place
     scores.py      how much each unit matters: the criteria and the one scorer
     ranking.py     which units stay: quotas, schedules, the one ranking rule
+    curves.py      what layers lose by what goes of them: how many units cost the least loss
     removal.py     units cut out of tensors and models, and put back
     reports.py     what a step did, as text
 

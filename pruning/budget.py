@@ -72,13 +72,19 @@ def step_values(scores: Mapping[str, Tensor], levels: Levels, cost: Cost) -> dic
 
 
 def global_counts(scores: Mapping[str, Tensor], levels: Levels, cost: Cost, limit: float) -> Counts:
-    """One ranking of all units of all kinds: they go in ascending order of score per cost until the limit is met.
+    """One ranking of all units of all kinds: they go in ascending order of score per cost until the limit is met."""
+    return counts_by_value(step_values(scores, levels, cost), levels, cost, limit)
 
-    How many go is found by bisection. A costly unit that went last may leave room below the limit, which the best of
-    the units that are gone and fit into it take back. Where more than `CLOSE` of the limit is still free, that unit's
-    layer gives no more away, and others go in its place, as long as that comes nearer.
+
+def counts_by_value(values: Mapping[str, Sequence[float]], levels: Levels, cost: Cost, limit: float) -> Counts:
+    """Layers step down in ascending order of `values`, what each step gives away over what it saves, until the limit
+    is met.
+
+    How many steps that takes is found by bisection. A costly one that went last may leave room below the limit, which
+    the best of those that are gone and fit into it take back. Where values ascend along each layer, as those of convex
+    curves do, the counts on the way are the Lagrangian solution of bit allocation: none that cost as much give away
+    less (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 1988).
     """
-    values = step_values(scores, levels, cost)
     entries = [(value, key) for key, of_layer in values.items() for value in of_layer]
     # of equal values the first one stays, hence the later one goes first
     order = [key for _, (_, key) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0]))]

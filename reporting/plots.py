@@ -1,9 +1,10 @@
-"""The pictures of one run: accuracy, density, penalty and units, each from a `Run` to the bytes of a PNG."""
+"""The pictures of one run, of accuracy, density, penalty, units and sensitivity: a `Run` in, the bytes of a PNG out."""
 
 from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 from reporting import need
 from reporting.figures import (
@@ -178,3 +179,46 @@ def plot_units(run: Run) -> bytes:
         bar.outline.set_visible(False)
 
     return draw(width, height, paint)
+
+
+def plot_sensitivity(run: Run) -> bytes:
+    """Of the first pruning: a panel per kind, a row per layer, a cell where units of that layer alone were gone."""
+    panels: dict[str, list[dict]] = {}
+    for layer in run.sensitivity[0]["layers"]:
+        panels.setdefault(f"{layer['kind']}s", []).append(layer)
+    ends = {row["layer"]: 1 - row["kept"] / row["total"] for row in run.units if row["state"] == run.units[-1]["state"]}
+    highest = max(loss - layer["loss"][0] for layers in panels.values() for layer in layers for loss in layer["loss"])
+    tallest = max(map(len, panels.values()))
+    height, digits = 1.2 + 0.27 * tallest, 2 if highest > 0.2 else 3
+
+    def paint(figure) -> None:
+        norm = need("matplotlib.colors").PowerNorm(0.5, vmin=0, vmax=max(highest, 1e-9))
+        colors, axes = need("matplotlib").colormaps["cividis"], figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, (title, layers) in zip(axes, panels.items(), strict=True):
+            for y, layer in enumerate(layers):
+                shares = [1 - left / layer["units"] for left in layer["left"]]
+                middles = [(before + after) / 2 for before, after in pairwise(shares)]
+                cells = zip(pairwise([*middles, 1.0]), layer["loss"][1:], strict=True)
+                for (left, right), loss in cells:
+                    rise = max(0.0, loss - layer["loss"][0])
+                    ax.barh(y, right - left, 0.94, left, color=colors(norm(rise)), linewidth=0)
+                    if right - left > 0.055:
+                        look = {"color": "white" if norm(rise) < 0.55 else "black", "fontsize": 6.5}
+                        ax.text((left + right) / 2, y, f"{rise:.{digits}f}", ha="center", va="center", **look)
+                if layer["layer"] in ends:
+                    ax.vlines(ends[layer["layer"]], y + 0.2, y + 0.47, VERMILLION, linewidth=3, clip_on=False)
+            names = [re.sub(r"^blocks\.(\d+)\.\w+$", r"\1", layer["layer"]) for layer in layers]
+            ax.set_yticks(range(len(layers)), names, fontsize=8)
+            ax.set_ylabel("block" if all(name.isdigit() for name in names) else "layer", fontsize=9)
+            ax.set_ylim(len(layers) - 0.5, -0.5)
+            ax.set_xlim(0, 1)
+            ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+            ax.set_xlabel("share of the layer that is gone", fontsize=9)
+            ax.set_title(title, fontsize=10)
+            ax.grid(False)
+        scale = need("matplotlib.cm").ScalarMappable(norm, colors)
+        figure.colorbar(scale, ax=list(axes), label="rise of the loss", fraction=0.04, pad=0.02).outline.set_visible(
+            False
+        )
+
+    return draw(1.2 + 4.6 * len(panels), height, paint)

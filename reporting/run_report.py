@@ -14,7 +14,7 @@ from reporting import need
 from reporting.flags import TARGETS, command, flags_without_effect, has_filters
 from reporting.onnx_columns import onnx_columns
 from reporting.page import publish, to_html, write_bytes
-from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_units
+from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_sensitivity, plot_units
 from reporting.results import key_results, legend, state_columns
 from reporting.runs import METHODS, Run, load_run
 from reporting.timeline import penalty_curves
@@ -49,12 +49,14 @@ def write_report(run: Run) -> None:
         plots["plots/penalty.png"] = plot_penalty(run)
     if run.units:
         plots["plots/units.png"] = plot_units(run)
+    if run.sensitivity:
+        plots["plots/sensitivity.png"] = plot_sensitivity(run)
     text = _report(run, plots)
     page = to_html(run.name, text, plots)
     files = {name: partial(write_bytes, content=png) for name, png in plots.items()}
     files["report.md"] = partial(utils.write_text, text=text)
     files["report.html"] = partial(utils.write_text, text=page)
-    stale = {f"plots/{name}.png" for name in ("accuracy", "density", "penalty", "units")} - set(plots)
+    stale = {f"plots/{name}.png" for name in ("accuracy", "density", "penalty", "units", "sensitivity")} - set(plots)
     publish(run.folder, files, stale)
 
 
@@ -92,6 +94,11 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
         "plots/density.png": ("Accuracy over density", f"The model selected on validation in each state.{star}"),
         "plots/penalty.png": ("Penalty", "Its strength, and how much of the doomed weights it leaves."),
         "plots/units.png": ("Units kept per layer", "Percent of each layer that every state ends with."),
+        "plots/sensitivity.png": (
+            "Sensitivity",
+            "By how much the loss on training images rises where a layer alone loses its lowest-scored units, before "
+            "the first pruning; marks show how far the last state went.",
+        ),
     }
     if plots:
         parts.append("## Plots")

@@ -36,6 +36,7 @@ class Run:
     states: list[dict]  # a row a state
     units: list[dict]  # a row per state and layer; empty for older runs
     penalty: list[dict]  # many rows per state in which something is doomed, up to its cut; empty for older runs
+    sensitivity: list[dict]  # of sensitivity.json, a state each; empty where nothing was probed
     config: dict  # of model/, empty when not exported
     proof: dict
     latency: str
@@ -106,6 +107,7 @@ def load_run(folder: Path) -> Run:
         _read(folder / "states.csv", partial(_parse_rows, whole=("state",), words=()), []),
         _read(folder / "units.csv", partial(_parse_rows, whole=("state",), words=("layer", "kind")), []),
         _read(folder / "penalty.csv", _parse_penalty, []),
+        _read(folder / "sensitivity.json", _parse_sensitivity, []),
         _read(folder / "model" / "config.json", _parse_object, {}),
         _read(folder / "model" / "parity.json", _parse_object, {}),
         _read(folder / "model" / "latency.txt", str.rstrip, ""),
@@ -176,6 +178,15 @@ def _parse_penalty(text: str) -> list[dict]:
 
 def _parse_timed(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in _parse_object(text).get("model", {}).items()}
+
+
+def _parse_sensitivity(text: str) -> list[dict]:
+    states = _parse_object(text)["states"]
+    for layer in (layer for state in states for layer in state["layers"]):
+        lengths = {len(layer[name]) for name in ("left", "loss", "accuracy")}
+        if len(lengths) > 1 or 0 in lengths or not layer["units"] >= layer["left"][0]:
+            raise ValueError(f"the curve of {layer['layer']} has gaps")
+    return states
 
 
 def _parse_onnx(text: str) -> list[dict]:
