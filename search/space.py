@@ -17,6 +17,7 @@ from cli.config import typed_out
 from cli.flags import build_parser
 from cli.resume import FREE_ON_RESUME
 from engine.allocation import SORTING, allocates, target_of
+from engine.sensitivity import SENSITIVITY
 from pruning.ranking import KINDS
 from pruning.scores import CRITERIA
 from utils import RunError
@@ -71,7 +72,7 @@ SEARCHED: tuple[tuple[str, Values | Callable[[Flags], Values], Callable[[Flags],
     ("rate", _rate, _by_ratio),
     ("mlp_prune_ratio", {"low": 0.1, "high": 0.9}, _neurons_by_ratio),
     ("criteria", [name for name in CRITERIA if name != "random"], _scores),
-    ("ratio_allocation", list(SORTING), _by_layer),
+    ("ratio_allocation", [*SORTING, SENSITIVITY], _by_layer),
     ("prune_type", _rewinds, _always),
     ("reg_granularity_prune", {"low": 0.2, "high": 2.0, "log": True}, _penalty),
     ("RST_schedule", list(rsst.SHAPES), _penalty),
