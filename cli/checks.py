@@ -9,7 +9,7 @@ import re
 
 import models
 from dataset import DATASETS
-from engine.allocation import SORTING, allocates, read_counts, target_of
+from engine.allocation import LATENCY, SORTING, TARGETS, allocates, read_counts, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
@@ -153,9 +153,17 @@ def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
     for name in ("target_macs", "target_params"):
         value = getattr(args, name)
         require(value is None or 0 < value < 1, f"--{name}", value, "must lie in (0, 1)")
-    target, how = target_of(args), args.ratio_allocation
-    if args.target_macs is not None and args.target_params is not None:
-        raise RunError(f"--target_params {args.target_params}: a run has one target; leave it or --target_macs out")
+    value, batch = args.target_latency_ms, args.latency_batch
+    require(value is None or 0 < value < math.inf, f"--{LATENCY}", value, "must be a number above 0")
+    require(batch is None or batch >= 1, "--latency_batch", batch, "must be 1 or more")
+    targets, target, how = [name for name in TARGETS if getattr(args, name)], target_of(args), args.ratio_allocation
+    if len(targets) > 1:
+        raise RunError(
+            f"--{targets[1]} {getattr(args, targets[1]):g}: a run has one target; leave it or --{target} out"
+        )
+    if batch is not None and value is None:
+        raise RunError(f"--latency_batch {batch}: belongs to --{LATENCY}, which it is measured for")
+    args.latency_batch = 1 if value is not None and batch is None else batch
     args.unit_counts = getattr(args, "unit_counts", None)
     if how in SORTING:
         args.sorting_mode = args.sorting_mode if "sorting_mode" in given else SORTING[how]

@@ -215,6 +215,14 @@ def _prune(group: Group) -> None:
         "--target_params", type=float, metavar="F", help="share of the dense network's parameters, likewise; off"
     )
     group.add_argument(
+        "--target_latency_ms",
+        type=float,
+        metavar="T",
+        help="milliseconds that a batch of --latency_batch images takes the small network in the end, likewise, as "
+        "measured on the device of the run in float32; off",
+    )
+    group.add_argument("--latency_batch", type=int, metavar="N", help="images; 1 when not given")
+    group.add_argument(
         "--ratio_allocation",
         metavar="uniform|global|sensitivity|FILE",
         help="uniform: layers give away one share; global: by one ranking of all; without a target as --sorting_mode, "

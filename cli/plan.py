@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dataset import split_sizes
-from engine.allocation import allocates, planned_counts, target_of
+from engine.allocation import LATENCY, allocates, planned_counts, target_of
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
@@ -40,8 +40,9 @@ def plan(args: argparse.Namespace) -> str:
     layers = family.prunable_layers(model, args.prune_patch_embed)
     prunable = sum(module.weight.numel() for module in layers.values())
     if allocates(args) and args.struct != "dense":
+        known = 1 if target_of(args) == LATENCY else states
         rows = [
-            {"state": state, **_state_by_counts(args, model, family, units, prunable, state)} for state in range(states)
+            {"state": state, **_state_by_counts(args, model, family, units, prunable, state)} for state in range(known)
         ]
     elif args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
@@ -113,6 +114,8 @@ def _state_by_counts(
 def _remark_on_counts(args: argparse.Namespace) -> str:
     if target_of(args) is None or args.struct == "dense":
         return ""
+    if target_of(args) == LATENCY:
+        return "\nMilliseconds are measured when the run starts: how many units later states keep is known then.\n"
     if args.sorting_mode == "global":
         return "\nUnits are ranked over all layers: how many of each kind go is up to the scores.\n"
     return "\nThe counts of two layers may differ by what fills the target; how, is up to the scores.\n"

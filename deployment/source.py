@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import utils
 from dataset import dataset_facts
 from deployment.folder import load
+from engine.allocation import TARGETS
 from engine.distill import named_teacher
 from models import from_flags, from_weights, load_weights
 from models.vit import MisfitError
@@ -93,6 +94,8 @@ def run_provenance(run: argparse.Namespace) -> dict:
     found = {name: getattr(run, name) for name in names}
     if run.vit_structured:
         found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
+    names = (*TARGETS, "latency_batch")
+    found |= {name: getattr(run, name) for name in names if getattr(run, name, None) is not None}
     if getattr(run, "finish_epochs", None):
         found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
         if run.finish_on_all:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import statistics
-import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 import utils
 from deployment.compaction import affordable, macs
+from engine.latency import medians
 from families import family_of
 from pruning.scores import evaluating
 from pruning.units import count_parameters
@@ -31,32 +31,12 @@ def throughput(
     size = family_of(model).image_size(model)
     images = torch.randn(batch_size, 3, size, size, device=parameter.device, dtype=parameter.dtype)
 
-    def timed(model: nn.Module) -> float:
-        _synchronise(parameter.device)
-        started = time.perf_counter()
-        model(images)
-        _synchronise(parameter.device)
-        return time.perf_counter() - started
-
-    times: dict[str, list[float]] = {name: [] for name in models}
     with contextlib.ExitStack() as modes:
         for model in models.values():
             modes.enter_context(evaluating(model))
-            timed(model)
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            for name, model in models.items():
-                times[name].append(timed(model))
-            if time.perf_counter() - begun > seconds:
-                break
-    return {name: batch_size / statistics.median(spent) for name, spent in times.items()}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+        calls = {name: partial(model, images) for name, model in models.items()}
+        found = medians(calls, parameter.device, repeats, seconds)
+    return {name: batch_size / spent for name, spent in found.items()}
 
 
 def latency_table(

@@ -1,7 +1,8 @@
 """How many units each layer keeps in runs that do not go by ratios: flags and scores in, counts and kept units out.
 
-A target says what the whole may cost (`--target_macs`, `--target_params`), a file what each layer keeps in the end
-(`--ratio_allocation FILE`). The arithmetic stands in `pruning/budget.py`.
+A target says what the whole may cost (`--target_macs`, `--target_params`, `--target_latency_ms`), a file what each
+layer keeps in the end (`--ratio_allocation FILE`). The arithmetic stands in `pruning/budget.py`, milliseconds are
+measured by `engine/latency.py`.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import argparse
 import csv
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from engine import latency
 from engine.sensitivity import SENSITIVITY, sensitivity_curves
 from families import Family
 from pruning.budget import (
     CLOSE,
     Cost,
     Counts,
+    Levels,
     best_units,
-    counts_by_value,
     global_counts,
     levels_of,
     lowest_cost,
@@ -31,7 +33,7 @@ from pruning.budget import (
     scheduled_limit,
     uniform_counts,
 )
-from pruning.curves import loss_values
+from pruning.curves import least_loss_counts
 from pruning.units import Units
 from utils import RunError
 
@@ -40,11 +42,15 @@ log = logging.getLogger(__name__)
 SORTING = {"uniform": "layer-wise", "global": "global"}  # --ratio_allocation -> --sorting_mode
 COUNTED = {"target_macs": "macs", "target_params": "parameters"}  # flag -> what a family's `cost` calls it
 WORDS = {"target_macs": "MACs", "target_params": "parameters"}
+LATENCY = "target_latency_ms"
+TARGETS = (*COUNTED, LATENCY)
+Rule = Callable[[Mapping[str, Tensor], Levels, Cost, float], Counts]  # scores, levels, cost, limit
+RULES: dict[str, Rule] = {"layer-wise": uniform_counts, "global": global_counts}  # by --sorting_mode
 
 
 def target_of(args: argparse.Namespace) -> str | None:
     """The flag that sets a target, None where a run has none."""
-    return next((name for name in COUNTED if getattr(args, name) is not None), None)
+    return next((name for name in TARGETS if getattr(args, name) is not None), None)
 
 
 def allocates(args: argparse.Namespace) -> bool:
@@ -100,10 +106,9 @@ def check_allocation(args: argparse.Namespace, model: nn.Module, units: Mapping[
             raise RunError(f"{flag}: {key} is no layer whose units go in this run; they are {known}")
         if not floor <= count <= units[key].count:
             raise RunError(f"{flag}: {key} keeps {floor} (--min_units) to {units[key].count} units, not {count}")
-    if target:
+    if target in COUNTED:
         cost = counted(family, model, target)
-        levels = levels_of(units, _no_scores(units), args.min_units, args.round_to)
-        least = lowest_cost(levels, cost) / cost({})
+        least = lowest_cost(_all_levels(args, units), cost) / cost({})
         if least > getattr(args, target):
             raise RunError(
                 f"{flag}: {least:.4f} of the {WORDS[target]} stay at least; ask for more, lower --min_units, or let "
@@ -113,6 +118,10 @@ def check_allocation(args: argparse.Namespace, model: nn.Module, units: Mapping[
 
 def _no_scores(units: Mapping[str, Units]) -> dict[str, Tensor]:
     return {key: torch.zeros(group.count, dtype=torch.float64) for key, group in units.items()}
+
+
+def _all_levels(args: argparse.Namespace, units: Mapping[str, Units]) -> dict[str, list[int]]:
+    return levels_of(units, _no_scores(units), args.min_units, args.round_to)
 
 
 def counted(family: Family, model: nn.Module, target: str) -> Cost:
@@ -130,39 +139,108 @@ def _schedule(args: argparse.Namespace) -> str:
 
 def _limit(args: argparse.Namespace, whole: float, state: int) -> float:
     """What may be left of `whole` in this state."""
-    wanted = getattr(args, target_of(args)) * whole
+    target = target_of(args)
+    wanted = getattr(args, target) * (1 if target == LATENCY else whole)
     return scheduled_limit(whole, wanted, _schedule(args), state, args.pruning_times)
 
 
 def _counts(
-    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int, run=None
+    args: argparse.Namespace,
+    family: Family,
+    model: nn.Module,
+    units: Mapping[str, Units],
+    scores,
+    state: int,
+    rule: Rule,
 ) -> Counts:
-    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left.
-
-    Without a `run`, which has trained, nothing can be said of sensitivity: layers then give away one share.
-    """
+    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left."""
     if args.unit_counts is not None:
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
-    limit = _limit(args, cost({}), state)
     levels = levels_of(units, scores, args.min_units, args.round_to)
-    if run is not None and args.ratio_allocation == SENSITIVITY:
-        values = loss_values(sensitivity_curves(run, scores, levels), levels, cost)
-        return counts_by_value(values, levels, cost, limit)
-    allocate = global_counts if args.sorting_mode == "global" else uniform_counts
-    return allocate(scores, levels, cost, limit)
+    return rule(scores, levels, cost, _limit(args, cost({}), state))
 
 
 def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Which units stay in the state that begins; `scores` are -inf for those that are gone."""
-    kept = best_units(scores, _counts(run.args, run.family, run.dense, run.units, scores, run.progress.state, run))
-    if target := target_of(run.args):
-        cost, asked = counted(run.family, run.dense, target), _limit(run.args, 1.0, run.progress.state)
+    args, state, target, rule = run.args, run.progress.state, target_of(run.args), _rule(run, scores)
+    if target == LATENCY:
+        # of several processes the first one measures, and its choice counts
+        return best_units(scores, _counts_by_latency(run, scores, rule) if run.processes.first else {})
+    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, rule))
+    if target:
+        cost, asked = counted(run.family, run.dense, target), _limit(args, 1.0, state)
         share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})
         coarse = "; the next unit would pass it" if share < (1 - CLOSE) * asked else ""
         log.info(f"budget: {share:.4f} of the {WORDS[target]}, asked {asked:.4f}{coarse}")
     return kept
+
+
+def _rule(run, scores: Mapping[str, Tensor]) -> Rule:
+    """How the state that begins shares a limit out among layers; sensitivity is measured by all processes together."""
+    args = run.args
+    if args.ratio_allocation != SENSITIVITY:
+        return RULES[args.sorting_mode]
+    curves = sensitivity_curves(run, scores, levels_of(run.units, scores, args.min_units, args.round_to))
+    return lambda _, levels, cost, limit: least_loss_counts(curves, levels, cost, limit)
+
+
+def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule) -> Counts:
+    """What is measured for a state stays in latency.json, so that the run chooses the same when it is resumed."""
+    args, state = run.args, str(run.progress.state)
+    table = latency.read_table(run.save_dir) or measure_run(run)
+    cost, levels = latency.table_cost(table), levels_of(run.units, scores, args.min_units, args.round_to)
+
+    def allocate(limit: float) -> Counts:
+        return rule(scores, levels, cost, limit)
+
+    def measure(counts: Counts) -> float:
+        small, dense = latency.small_ms(run.dense, run.units, counts, args.latency_batch)
+        return small / dense * table["dense_ms"]  # beside other work both take longer
+
+    if state not in table["states"]:
+        wanted = _limit(args, table["dense_ms"], run.progress.state)
+        table["states"][state] = latency.meet(wanted, allocate, cost, measure)
+        latency.write_table(run.save_dir, table)
+    record = table["states"][state]
+    log.info(
+        f"budget: {record['measured_ms']:.3f} ms measured, asked {record['asked_ms']:.3f}, dense "
+        f"{table['dense_ms']:.3f} (batch {args.latency_batch}; {len(record['tried'])} tried)"
+    )
+    return allocate(record["limit_ms"])
+
+
+def measure_run(run) -> dict:
+    """Measure what the run's network and its layers take, into latency.json, before anything is trained.
+
+    Raises:
+        RunError: the target cannot be met, or is met already.
+    """
+    args = run.args
+    lowest = {key: steps[-1] for key, steps in _all_levels(args, run.units).items()}
+    table = latency.measure_table(run.dense, run.units, args.latency_batch, lowest)
+    small, dense = latency.small_ms(run.dense, run.units, lowest, args.latency_batch)
+    least, flag = small / dense * table["dense_ms"], f"--{LATENCY} {args.target_latency_ms:g}"
+    found = f"a batch of {args.latency_batch} takes the dense network {table['dense_ms']:.3f} ms on {run.device}"
+    if args.target_latency_ms >= table["dense_ms"]:
+        raise RunError(f"{flag}: {found} already; ask for less", code=1)
+    if args.target_latency_ms * (1 + latency.WITHIN) < least:
+        raise RunError(f"{flag}: {found}, and the smallest one {least:.3f} ms; ask for more", code=1)
+    latency.write_table(run.save_dir, table)
+    log.info(f"latency: {found}, the smallest one {least:.3f} ms; what layers take stands in {latency.FILE}")
+    return table
+
+
+def measure_result(run) -> None:
+    """What the network that the run ends with takes, into log and latency.json."""
+    counts = {key: len(ids) for key, ids in run.progress.kept.items()}
+    small, dense = latency.small_ms(run.dense, run.units, counts, run.args.latency_batch)
+    table = latency.read_table(run.save_dir) or measure_run(run)
+    asked = run.args.target_latency_ms
+    table["model"] = {"measured_ms": small, "asked_ms": asked, "dense_ms": dense}
+    latency.write_table(run.save_dir, table)
+    log.info(f"latency: {small:.2f} ms measured, asked {asked:.2f}; the dense network takes {dense:.2f} ms now")
 
 
 def planned_counts(
@@ -172,5 +250,4 @@ def planned_counts(
     and of a uniform one each layer's count to a unit."""
     if state == 0:
         return {}
-    uniform = argparse.Namespace(**{**vars(args), "sorting_mode": "layer-wise"})
-    return _counts(uniform, family, model, units, _no_scores(units), state)
+    return _counts(args, family, model, units, _no_scores(units), state, uniform_counts)

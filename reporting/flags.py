@@ -8,7 +8,12 @@ import shlex
 
 from reporting.runs import Run
 
-TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
+KINDS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
+TARGETS = {  # flag -> what it says, in words
+    "target_macs": "{:.4g} of the dense network's MACs are left in the end",
+    "target_params": "{:.4g} of the dense network's parameters are left in the end",
+    "target_latency_ms": "a batch takes the small network {:.4g} ms in the end",
+}
 
 # where and how a run was made, not what was computed
 _CIRCUMSTANCES = {
@@ -24,7 +29,7 @@ _PENALTY = {
 }  # fmt: skip
 _PRUNING = {
     "rate", "prune_type", "rewind_epoch", "criteria", "score_batches", "fillback_rate", "prune_patch_embed", "fc",
-    "vit_structured", "round_to",
+    "vit_structured", "round_to", *TARGETS, "latency_batch", "ratio_allocation", "unit_counts",
 }  # fmt: skip
 _NEGATED = {"export", "refill"}  # true unless --no-NAME is given
 _TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
@@ -36,14 +41,19 @@ def flags_without_effect(run: Run) -> set[str]:
     structured = bool(args.get("vit_structured"))
     if run.method == "dense":
         without_effect |= _PRUNING | _STRUCTURED | _PENALTY | {"units"}
+    allocated = args.get("unit_counts") or any(args.get(name) is not None for name in TARGETS)
     if not structured:
-        without_effect |= _STRUCTURED
+        without_effect |= _STRUCTURED - ({"ratio_schedule", "min_units"} if allocated else set())
     elif args.get("vit_prune_target") == "head":
         without_effect.add("mlp_prune_ratio")
     heads_only = structured and args.get("vit_prune_target") == "head"
     single_weights = not structured and has_filters(run) is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:
         without_effect.add("round_to")
+    if allocated:
+        without_effect |= {"mlp_prune_ratio", "rank_by"}
+        if args.get("criteria") != "remain" and not (structured and args.get("refill") is False):
+            without_effect.add("rate")
     if args["struct"] != "rsst":
         without_effect |= _PENALTY
     if args.get("RST_schedule") != "exp_custom_exponents":
@@ -75,10 +85,12 @@ def identity(run: Run) -> dict:
     """What makes two runs the same experiment: all flags with effect but the seed, and the units that go."""
     args, without_effect = dict(run.args), flags_without_effect(run)
     if run.method != "dense":
-        whole = TARGETS.get(args.get("vit_prune_target"), "units") if args.get("vit_structured") else None
+        whole = KINDS.get(args.get("vit_prune_target"), "units") if args.get("vit_structured") else None
         args["units"] = whole or ("filters" if has_filters(run) and run.method != "imp" else "weights")
     if args.get("mlp_prune_ratio") is None:
         args["mlp_prune_ratio"] = args.get("rate")
+    if args.get("unit_counts") or args.get("ratio_allocation") in ("uniform", "global"):
+        args.pop("ratio_allocation")  # what the file holds counts, and what --sorting_mode says
     if args["struct"] == "dense":  # one schedule over all epochs, milestones and all
         args["epochs"] *= args["pruning_times"]
         milestones = re.findall(r"\d+", str(args.get("decreasing_lr") or ""))
@@ -106,7 +118,7 @@ def command(run: Run) -> str:
         "config",
         "notes",
     }
-    left_out.add("pretrained_note")
+    left_out |= {"pretrained_note", "unit_counts"}
     words = ["python main_imp_fillback.py"]
     for name, value in run.args.items():
         if name in left_out or name.startswith("wandb_") or value is None:

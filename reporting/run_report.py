@@ -11,7 +11,7 @@ from pathlib import Path
 
 import utils
 from reporting import need
-from reporting.flags import command, flags_without_effect, has_filters
+from reporting.flags import TARGETS, command, flags_without_effect, has_filters
 from reporting.onnx_columns import onnx_columns
 from reporting.page import publish, to_html, write_bytes
 from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_sensitivity, plot_units
@@ -185,10 +185,29 @@ def _machine_words(machine: Mapping) -> str:
     return f"Machine: {escaped(device)}{threads}, {escaped(machine.get('platform', ''))}; {escaped(shown + commit)}."
 
 
+def budget_words(args: Mapping) -> str:
+    """What a target or a file of counts asks for; nothing where a run goes by ratios."""
+    if args.get("unit_counts"):
+        return f"Each layer keeps in the end what a file says ({sum(args['unit_counts'].values()):,} units)"
+    target = next((name for name in TARGETS if args.get(name) is not None), None)
+    if target is None:
+        return ""
+    words = TARGETS[target].format(args[target])
+    ranked = ", by one ranking of all units" if args.get("sorting_mode") == "global" else ""
+    return f"{words[0].upper()}{words[1:]}{ranked}"
+
+
 def _pruning_words(run: Run) -> str:
     args = run.args
     rate = args.get("rate", math.nan)
-    if not args.get("vit_structured"):
+    if goal := budget_words(args):
+        schedule = escaped(args.get("ratio_schedule", ""))
+        cut = f"{goal}, chosen by criterion {escaped(args.get('criteria'))}, on a {schedule} schedule"
+        if run.timed:
+            cut += (
+                f"; measured were {run.timed['measured_ms']:.2f} ms, {run.timed['dense_ms']:.2f} of the dense network"
+            )
+    elif not args.get("vit_structured"):
         prunings = f"Each of {run.length[0] - 1} prunings" if run.length[0] > 2 else "The pruning"
         cut = f"{prunings} takes {percent(rate)} of the prunable weights that are left"
         chooses = args.get("fillback_rate") or has_filters(run)

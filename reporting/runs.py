@@ -41,6 +41,7 @@ class Run:
     proof: dict
     latency: str
     onnx: list[dict]  # of model/onnx.csv, a row a file; empty when none was quantised
+    timed: dict[str, float]  # what a run by milliseconds ended with, of latency.json; empty before and without
 
     @property
     def name(self) -> str:
@@ -111,6 +112,7 @@ def load_run(folder: Path) -> Run:
         _read(folder / "model" / "parity.json", _parse_object, {}),
         _read(folder / "model" / "latency.txt", str.rstrip, ""),
         _read(folder / "model" / "onnx.csv", _parse_onnx, []),
+        _read(folder / "latency.json", _parse_timed, {}),
     )
 
 
@@ -138,7 +140,8 @@ def _parse_args_file(text: str) -> dict:
             raise ValueError(f"{name} is {args[name]!r}")
     if not isinstance(args.get("finish_epochs"), int | None):
         raise ValueError(f"finish_epochs is {args['finish_epochs']!r}")
-    for name in ("fillback_rate", "finish_lr", "lr", "mlp_prune_ratio", "rate", "reg_finish"):
+    numbers = ("fillback_rate", "finish_lr", "lr", "mlp_prune_ratio", "rate", "reg_finish")
+    for name in (*numbers, "target_macs", "target_params", "target_latency_ms"):
         if not isinstance(args.get(name, 0.0), int | float | None):
             raise ValueError(f"{name} is {args[name]!r}")
     return args
@@ -180,6 +183,10 @@ def _parse_sensitivity(text: str) -> list[dict]:
         if len(lengths) > 1 or 0 in lengths or not layer["units"] >= layer["left"][0]:
             raise ValueError(f"the curve of {layer['layer']} has gaps")
     return states
+
+
+def _parse_timed(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in _parse_object(text).get("model", {}).items()}
 
 
 def _parse_onnx(text: str) -> list[dict]:

@@ -1,15 +1,37 @@
 """Laws of budgets: what is left costs what was asked, by one ranking or one share; a file's counts are reached."""
 
 import itertools
+import json
 
 import pytest
 import torch
-from micro import vit_micro
+import yaml
+from micro import (
+    BOTH,
+    HEADS,
+    HIDDEN,
+    MICRO,
+    WHOLE,
+    assert_same_tensors,
+    clones,
+    log_of,
+    make_run,
+    rows_of,
+    runner,
+    vit_micro,
+)
 from test_cnn import res_micro
 
+import export
+import main_imp_fillback as entry
+import models
+from cli.parse import parse_args
+from engine import latency
+from engine.choose import choose_target
 from families import family_of
 from pruning.budget import best_units, global_counts, levels_of, scheduled_counts, uniform_counts
 from pruning.ranking import mark_removed
+from utils import RunError
 
 words = str.split
 RULES = {"global": global_counts, "uniform": uniform_counts}
@@ -157,3 +179,211 @@ def test_a_file_is_reached_on_the_schedule_of_each_layer():
     assert scheduled_counts(wanted, totals, "constant", 1, 4) == wanted
     for count, total in itertools.product(range(30), (30, 49)):
         assert scheduled_counts({"a": count}, {"a": total}, "geometric", 6, 7) == {"a": count}
+
+
+# ------------------------------------------------------------------------------------------------------------ in runs
+
+
+@pytest.fixture
+def run(house, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(models.BUILDERS, "res_micro", res_micro)
+    monkeypatch.setattr(entry, "write_report", lambda _: None)  # pictures take longer than these runs
+    monkeypatch.setattr(export, "size_table", lambda *_: "")
+    base = [flag for flag in MICRO if flag not in ("--no-export", "--rate", "0.3")]
+    return runner(tmp_path, capsys, [*base, "--epochs", "1"])
+
+
+def by_layer(folder):
+    rows = rows_of(folder / "units.csv")
+    return {row["layer"]: int(row["kept"]) for row in rows if row["state"] == rows[-1]["state"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "share"),
+    [
+        ("--vit_structured --vit_prune_target both --target_macs 0.5", "macs", 0.5),
+        ("--arch res_micro --target_params 0.6 --ratio_allocation global", "parameters", 0.6),
+    ],
+    ids=["heads and neurons", "filters"],
+)
+def test_a_run_ends_within_its_budget_and_exports_without_loss(flags, name, share, run):
+    """Another run reaches the same counts by the units.csv of this one."""
+    done = run(*words(flags), name="first")
+    rows = rows_of(done.dir / "states.csv")
+    whole, left = int(rows[0][name]), [int(row[name]) / int(rows[0][name]) for row in rows]
+    assert left == sorted(left, reverse=True)
+    assert left[1] <= share**0.5 * (1 + 1e-9)
+    assert share - 0.01 < left[2] <= share
+    assert f"budget: {left[2]:.4f} of the " in log_of(done.dir)
+    small = export.load(done.dir / "model")
+    assert family_of(small).cost(small, {})[name] == left[2] * whole
+    proof = json.loads((done.dir / "model" / "parity.json").read_text())
+    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    without = flags.partition(" --target")[0]
+    again = run(*words(without), "--ratio_allocation", done.dir / "units.csv", "--seed", 7, name="again")
+    assert by_layer(again.dir) == by_layer(done.dir)
+    assert yaml.safe_load((again.dir / "args.yaml").read_text())["unit_counts"] == by_layer(done.dir)
+
+
+def test_a_file_of_counts_is_reached_and_goes_along_when_the_run_is_resumed(run, tmp_path):
+    """Layers that it does not name stay whole; nobody needs the file a second time."""
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps({"blocks.0.attn": 1, "blocks.1.mlp": 7}))
+    flags = [*BOTH, "--ratio_allocation", path, "--ratio_schedule", "constant", "--pruning_times", 2]
+    done = run(*flags)
+    wanted = {"blocks.0.attn": 1, "blocks.0.mlp": HIDDEN, "blocks.1.attn": HEADS, "blocks.1.mlp": 7}
+    assert by_layer(done.dir) == wanted
+    path.unlink()
+    run("--resume", "--pruning_times", 3, base=[])
+    assert len(rows_of(done.dir / "states.csv")) == 3
+    assert by_layer(done.dir) == wanted
+
+
+def test_a_growing_budget_of_filters_takes_no_more_states(run):
+    run("--arch", "res_micro", "--target_macs", 0.6, "--pruning_times", 2)
+    assert "--pruning_times 3" in run("--resume", "--pruning_times", 3, base=[], code=2).err
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_without_a_target_the_allocation_is_the_sorting_mode(allocation, house):
+    base = [*MICRO, "--vit_structured"]
+    args = parse_args([*base, "--ratio_allocation", allocation])
+    assert args.sorting_mode == {"uniform": "layer-wise", "global": "global"}[allocation]
+    assert args.notes == []
+    assert parse_args([*MICRO, "--ratio_allocation", allocation]).notes[-1].startswith("--ratio_allocation: has no")
+
+
+def test_flags_that_a_target_leaves_without_effect_are_noted(house):
+    flags = "--target_macs 0.5 --rate 0.4 --mlp_prune_ratio 0.2 --rank_by score_per_mac --sorting_mode global"
+    notes = parse_args([*MICRO, *BOTH, *words(flags)]).notes
+    assert [note.partition(":")[0] for note in notes] == ["--rate", "--mlp_prune_ratio", "--rank_by"]
+    kept = parse_args([*MICRO, *BOTH, *words("--target_macs 0.5 --rate 0.4 --no-refill")]).notes
+    assert kept == []  # single weights go by it
+
+
+def test_the_plan_shows_the_budget(run):
+    for flags, remark in (("", "may differ"), (" --ratio_allocation global", "up to the scores")):
+        out = run(*BOTH, *words(f"--target_params 0.5{flags}"), "--dry_run").out
+        rows = [words(line) for line in out.splitlines() if line.strip()[:1].isdigit() and "%" in line]
+        left = [int(row[4].replace(",", "")) / WHOLE for row in rows]
+        assert left[0] == 1
+        assert 0.99 * 0.5**0.5 < left[1] <= 0.5**0.5
+        assert 0.495 < left[2] <= 0.5
+        assert remark in out
+    out = run(*BOTH, "--target_latency_ms", 3, "--dry_run").out
+    assert "Milliseconds are measured when the run starts" in out
+
+
+# flags, and what the one line has to name when that is not all of them
+BAD = """{both} --target_macs 0 -> --target_macs 0.0; {both} --target_macs 1 -> --target_macs 1.0;
+{both} --target_params nan -> --target_params nan; {both} --target_latency_ms 0 -> --target_latency_ms 0.0;
+{both} --target_macs 0.5 --target_params 0.6 -> --target_params 0.6: a run has one target;
+{both} --target_macs 0.5 --latency_batch 4 -> --latency_batch 4; {both} --latency_batch 0 -> --latency_batch 0;
+--target_macs 0.5 -> --target_macs 0.5: counts whole units; add --vit_structured;
+--arch res_micro --struct imp --target_macs 0.5 -> --struct refill or rsst;
+--arch res_micro --criteria remain --target_macs 0.5 -> --criteria remain;
+{both} --target_macs 0.05 -> --target_macs 0.05: 0.3799 of the MACs stay at least;
+{both} --min_units 3 --target_params 0.5 -> of the parameters stay at least;
+--vit_structured --target_macs 0.5 -> of the MACs stay at least;
+{both} --ratio_allocation global --sorting_mode layer-wise -> contradicts --sorting_mode layer-wise;
+{both} --ratio_allocation none.json -> --ratio_allocation none.json: No such file;
+{both} --ratio_allocation {files}/counts.json --target_macs 0.5 -> leave no choice to --target_macs;
+{both} --ratio_allocation {files}/other.json -> blocks.9.mlp is no layer; --vit_structured --ratio_allocation
+{files}/counts.json -> blocks.1.mlp is no layer; {both} --ratio_allocation {files}/many.json -> blocks.0.attn keeps 1;
+{both} --ratio_allocation {files}/few.json -> 4 units, not 0;
+{both} --ratio_allocation {files}/half.json -> whole numbers;
+{both} --ratio_allocation {files}/text.json -> neither JSON nor;
+{both} --ratio_allocation {files}/empty.csv -> neither"""
+
+
+@pytest.mark.parametrize("bad", [" ".join(line.split()) for line in BAD.split(";")])
+def test_bad_budgets_are_one_line(bad, run, tmp_path):
+    contents = {
+        "counts.json": '{"blocks.1.mlp": 7}', "other.json": '{"blocks.9.mlp": 7}', "many.json": '{"blocks.0.attn": 5}',
+        "few.json": '{"blocks.0.attn": 0}', "half.json": '{"blocks.0.attn": 0.5}', "text.json": "heads: 3",
+        "empty.csv": "state,layer,kept\n",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    flags, _, named = bad.partition(" -> ")
+    done = run(*words(flags.format(both=" ".join(BOTH), files=tmp_path)), code=2)
+    assert done.err.count("\n") == 1
+    assert named in done.err
+    assert not done.dir.exists()
+
+
+# ------------------------------------------------------------------------------------------------------- milliseconds
+
+TABLE = {
+    "dense_ms": 14.0,
+    "base_ms": 2.0,
+    "layers": {"a": {"counts": [0, 2, 4], "ms": [0, 2, 8]}, "b": {"counts": [1, 5], "ms": [1, 4]}},
+    "states": {},
+}
+
+
+def test_between_measured_counts_the_cost_is_linear():
+    cost = latency.table_cost(TABLE)
+    assert cost({}) == TABLE["dense_ms"]
+    assert cost({"a": 3}) == 2 + 5 + 4
+    assert cost({"a": 1, "b": 2}) == 2 + 1 + 1.75
+
+
+def test_the_scale_of_the_table_is_corrected_until_the_real_network_is_near_enough():
+    """A network that takes 1 ms and 1.5 times what the table says of a machine that is no table."""
+    scores, levels = {"a": torch.arange(40.0)}, {"a": list(range(40, 0, -1))}
+
+    def cost(counts):
+        return 0.1 * counts["a"] if counts else 4.0
+
+    def allocate(limit):
+        return global_counts(scores, levels, cost, limit)
+
+    record = latency.meet(3.0, allocate, cost, lambda counts: 1 + 1.5 * cost(counts))
+    assert [one["limit_ms"] for one in record["tried"][:2]] == [3.0, 3.0 * 3.0 / 5.5]
+    assert abs(record["measured_ms"] - 3.0) <= 0.15
+    assert 1 + 1.5 * cost(allocate(record["limit_ms"])) == record["measured_ms"]
+    noise = iter([9.0, 4.0, 5.0])
+    assert latency.meet(3.0, allocate, cost, lambda _: next(noise), rounds=3)["measured_ms"] == 4.0
+
+
+def test_a_resumed_run_takes_what_was_measured_before(house, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.run.measure_run", lambda _: None)  # here it takes what the table says
+    run = make_run(tmp_path / "run", *BOTH, *words("--target_latency_ms 9 --struct refill"))
+    layers = {
+        key: {"counts": [1, group.count], "ms": [1.0, 1.0 + (2.0 if group.kind == "head" else 3.0)]}
+        for key, group in run.units.items()
+    }
+    table = {**TABLE, "layers": layers}  # dense_ms is 2 + 2 * 3 + 2 * 4
+    table["dense_ms"] = 16.0
+    latency.write_table(run.save_dir, table)
+    run.progress.state = 2
+    measured = iter([(1.5, 2.0), (1.1, 2.0)])  # 12 ms where the dense network takes 16, then near enough
+    monkeypatch.setattr(latency, "small_ms", lambda *_: next(measured))
+    first = choose_target(run)
+    record = latency.read_table(run.save_dir)["states"]["2"]
+    assert (record["asked_ms"], record["measured_ms"], len(record["tried"])) == (9.0, 8.8, 2)
+    assert choose_target(run)[1] == first[1]  # nothing is left to be measured
+    counts = {key: len(ids) for key, ids in first[1].items()}
+    assert 0.95 * record["limit_ms"] < latency.table_cost(table)(counts) <= record["limit_ms"]
+    (run.save_dir / latency.FILE).write_text("{")
+    with pytest.raises(RunError, match="damaged; delete it"):
+        choose_target(run)
+    run.close()
+
+
+def test_a_table_is_measured_with_real_modules():
+    """Each layer at its own counts, those of equal shape once; the network and what is drawn later are as before."""
+    for model in (vit_micro(), res_micro()):
+        units = family_of(model).units(model)
+        before, state = clones(model.state_dict()), torch.get_rng_state()
+        table = latency.measure_table(model, units, 2, dict.fromkeys(units, 1))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert_same_tensors(model.state_dict(), before)
+        assert latency.table_cost(table)({}) == pytest.approx(table["dense_ms"])
+        for key, group in units.items():
+            counts, ms = table["layers"][key]["counts"], table["layers"][key]["ms"]
+            assert (counts[0], counts[-1]) == (1, group.count)
+            assert 0 < ms[0] <= ms[-1]
+            assert ms == sorted(ms)
+    assert table["layers"]["layer2.1.conv1"]["ms"] != table["layers"]["layer2.0.conv1"]["ms"]
