@@ -12,7 +12,6 @@ import csv
 import json
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +24,8 @@ from pruning.budget import (
     CLOSE,
     Cost,
     Counts,
+    Levels,
     best_units,
-    counts_by_value,
     global_counts,
     levels_of,
     lowest_cost,
@@ -34,7 +33,7 @@ from pruning.budget import (
     scheduled_limit,
     uniform_counts,
 )
-from pruning.curves import loss_values
+from pruning.curves import least_loss_counts
 from pruning.units import Units
 from utils import RunError
 
@@ -45,7 +44,8 @@ COUNTED = {"target_macs": "macs", "target_params": "parameters"}  # flag -> what
 WORDS = {"target_macs": "MACs", "target_params": "parameters"}
 LATENCY = "target_latency_ms"
 TARGETS = (*COUNTED, LATENCY)
-RULES = {"layer-wise": uniform_counts, "global": global_counts}  # by --sorting_mode
+Rule = Callable[[Mapping[str, Tensor], Levels, Cost, float], Counts]  # scores, levels, cost, limit
+RULES: dict[str, Rule] = {"layer-wise": uniform_counts, "global": global_counts}  # by --sorting_mode
 
 
 def target_of(args: argparse.Namespace) -> str | None:
@@ -145,41 +145,30 @@ def _limit(args: argparse.Namespace, whole: float, state: int) -> float:
 
 
 def _counts(
-    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], scores, state: int, run=None
+    args: argparse.Namespace,
+    family: Family,
+    model: nn.Module,
+    units: Mapping[str, Units],
+    scores,
+    state: int,
+    rule: Rule,
 ) -> Counts:
-    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left.
-
-    Without a `run`, which has trained, nothing can be said of sensitivity: layers then give away one share.
-    """
+    """What the layers keep in `state`, which is not the first one, by these scores of the units that are left."""
     if args.unit_counts is not None:
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
     levels = levels_of(units, scores, args.min_units, args.round_to)
-    return _rule(args, scores, levels, run)(cost, _limit(args, cost({}), state))
-
-
-def _rule(args: argparse.Namespace, scores, levels, run=None) -> Callable[[Cost, float], Counts]:
-    """How counts follow from a cost and its limit. A probe is measured here, by all processes together."""
-    if run is None or args.ratio_allocation != SENSITIVITY:
-        return partial(RULES[args.sorting_mode], scores, levels)
-    curves = sensitivity_curves(run, scores, levels)
-
-    def by_sensitivity(cost: Cost, limit: float) -> Counts:
-        return counts_by_value(loss_values(curves, levels, cost), levels, cost, limit)
-
-    return by_sensitivity
+    return rule(scores, levels, cost, _limit(args, cost({}), state))
 
 
 def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """Which units stay in the state that begins; `scores` are -inf for those that are gone."""
-    args, state, target = run.args, run.progress.state, target_of(run.args)
+    args, state, target, rule = run.args, run.progress.state, target_of(run.args), _rule(run, scores)
     if target == LATENCY:
-        levels = levels_of(run.units, scores, args.min_units, args.round_to)
-        rule = _rule(args, scores, levels, run)
         # of several processes the first one measures, and its choice counts
-        return best_units(scores, _counts_by_latency(run, rule) if run.processes.first else {})
-    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, run))
+        return best_units(scores, _counts_by_latency(run, scores, rule) if run.processes.first else {})
+    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, rule))
     if target:
         cost, asked = counted(run.family, run.dense, target), _limit(args, 1.0, state)
         share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})
@@ -188,14 +177,23 @@ def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return kept
 
 
-def _counts_by_latency(run, rule: Callable[[Cost, float], Counts]) -> Counts:
+def _rule(run, scores: Mapping[str, Tensor]) -> Rule:
+    """How the state that begins shares a limit out among layers; sensitivity is measured by all processes together."""
+    args = run.args
+    if args.ratio_allocation != SENSITIVITY:
+        return RULES[args.sorting_mode]
+    curves = sensitivity_curves(run, scores, levels_of(run.units, scores, args.min_units, args.round_to))
+    return lambda _, levels, cost, limit: least_loss_counts(curves, levels, cost, limit)
+
+
+def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule) -> Counts:
     """What is measured for a state stays in latency.json, so that the run chooses the same when it is resumed."""
     args, state = run.args, str(run.progress.state)
     table = latency.read_table(run.save_dir) or measure_run(run)
-    cost = latency.table_cost(table)
+    cost, levels = latency.table_cost(table), levels_of(run.units, scores, args.min_units, args.round_to)
 
     def allocate(limit: float) -> Counts:
-        return rule(cost, limit)
+        return rule(scores, levels, cost, limit)
 
     def measure(counts: Counts) -> float:
         small, dense = latency.small_ms(run.dense, run.units, counts, args.latency_batch)
@@ -252,5 +250,4 @@ def planned_counts(
     and of a uniform one each layer's count to a unit."""
     if state == 0:
         return {}
-    uniform = argparse.Namespace(**{**vars(args), "sorting_mode": "layer-wise"})
-    return _counts(uniform, family, model, units, _no_scores(units), state)
+    return _counts(args, family, model, units, _no_scores(units), state, uniform_counts)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.budget import Levels, best_units, counts_by_value, levels_of
-from pruning.curves import Curve, loss_values, probed_counts
+from pruning.budget import Levels, best_units, levels_of
+from pruning.curves import Curve, least_loss_counts, probed_counts
 from pruning.ranking import best_first, keep_count
 from pruning.scores import evaluating
 from pruning.units import Units, unit_masks
@@ -77,7 +77,7 @@ def choose_by_sensitivity(run: Run, scores: Mapping[str, Tensor], ratios: Mappin
         def left(of: Mapping[str, int], pool: Levels = pool) -> int:
             return sum(of.get(key, steps[0]) for key, steps in pool.items())
 
-        counts |= counts_by_value(loss_values(curves, pool, left), pool, left, limit)
+        counts |= least_loss_counts(curves, pool, left, limit)
     return best_units(scores, counts)
 
 

@@ -1,8 +1,8 @@
 """Sensitivity curves: what the loss becomes where a layer alone loses units, in; how many units each layer keeps, out.
 
-    counts = probed_counts(levels)                       # where a layer's curve is to be measured
-    values = loss_values(curves, levels, cost)           # what each step down costs in loss, over what it saves
-    counts = pruning.budget.counts_by_value(values, levels, cost, limit)  # as little loss as the limit allows
+    counts = probed_counts(levels)                              # where a layer's curve is to be measured
+    values = loss_values(curves, levels, cost)                  # what each step down adds to the loss, over what it saves
+    counts = least_loss_counts(curves, levels, cost, limit)     # as little loss as the limit allows
 
 A curve is a list of (units left, loss), units descending. The sum of the layers' curves stands for the loss of all
 together; what layers do to one another is not in it.
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pruning.budget import Cost, Levels
+from pruning.budget import Cost, Counts, Levels, counts_by_value
 
 Curve = Sequence[tuple[int, float]]  # (units left, loss), units descending
 
@@ -66,3 +66,8 @@ def loss_values(curves: Mapping[str, Curve], levels: Levels, cost: Cost) -> dict
             pairs = zip(pairwise(heights), pairwise(steps), strict=True)
             values[key] = [(after - before) / ((high - low) * unit) for (before, after), (high, low) in pairs]
     return values
+
+
+def least_loss_counts(curves: Mapping[str, Curve], levels: Levels, cost: Cost, limit: float) -> Counts:
+    """What each layer keeps so that the sum of the curves, as far as they are convex, is the least within the limit."""
+    return counts_by_value(loss_values(curves, levels, cost), levels, cost, limit)

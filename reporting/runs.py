@@ -176,10 +176,6 @@ def _parse_penalty(text: str) -> list[dict]:
     return rows
 
 
-def _parse_timed(text: str) -> dict[str, float]:
-    return {name: float(value) for name, value in _parse_object(text).get("model", {}).items()}
-
-
 def _parse_sensitivity(text: str) -> list[dict]:
     states = _parse_object(text)["states"]
     for layer in (layer for state in states for layer in state["layers"]):
@@ -187,6 +183,10 @@ def _parse_sensitivity(text: str) -> list[dict]:
         if len(lengths) > 1 or 0 in lengths or not layer["units"] >= layer["left"][0]:
             raise ValueError(f"the curve of {layer['layer']} has gaps")
     return states
+
+
+def _parse_timed(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in _parse_object(text).get("model", {}).items()}
 
 
 def _parse_onnx(text: str) -> list[dict]:
