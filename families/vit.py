@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from families.cards import loading_lines, traits_of
+from families.depth import drop_empty_blocks_
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
@@ -260,7 +261,8 @@ def describe(small: nn.Module, kept: Kept) -> dict:
     """The architecture of a removed model as plain values, enough to build it again.
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
-    `timm.create_model`; `stem` the channels into and out of each convolution of a stem.
+    `timm.create_model`; `stem` the channels into and out of each convolution of a stem; `blocks`, where some are gone,
+    the numbers that those left had in the dense model.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -283,12 +285,16 @@ def describe(small: nn.Module, kept: Kept) -> dict:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
     units = vit_units(small)
     first_heads = next(group for group in units.values() if group.kind == "head")
+    if hasattr(small, "blocks_left"):
+        config["blocks"] = small.blocks_left
+        if "timm" in config:
+            config["timm"]["depth"] = len(blocks)
     config |= {**traits_of(small), "head_dim": first_heads.contribution.layout.width}
     return config | describe_units(units, kept)
 
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
-    """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
+    """The model that `describe` knew, with random weights and dense blocks, and how many units of it to keep."""
     if "vit" in config:
         model = VisionTransformer(**config["vit"], stem="conv" if "stem" in config else "patch")
     else:
@@ -311,6 +317,9 @@ class VitFamily(TransformerFamily):
     find_units = staticmethod(vit_units)
     branches = staticmethod(_branches)
     loading_lines = staticmethod(loading_lines)
+
+    def drop_empty_blocks_(self, model: nn.Module) -> None:
+        drop_empty_blocks_(model, self.branches(model))
 
 
 VIT = VitFamily()
