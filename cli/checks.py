@@ -13,9 +13,11 @@ from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
+from pruning.depth import DEPTH
 from pruning.scores import CRITERIA
 from utils import RunError
 
+BY_LAYER = ("mlp_prune_ratio", "sorting_mode", "min_units", "round_to")  # without effect where whole branches go
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
 
 
@@ -208,6 +210,9 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     if not args.vit_structured and not args.refill:
         without_effect.append("no-refill")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
+    if args.vit_structured and args.vit_prune_target in DEPTH:
+        whole = f"{DEPTH[args.vit_prune_target]} are ranked over the whole model, by --rate alone"
+        notes += [f"--{name}: has no effect, {whole}" for name in BY_LAYER if name in given]
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":

@@ -7,11 +7,13 @@ import argparse
 import torch
 from torch import nn
 
+from cli.depth import depth_states, which_go
 from dataset import split_sizes
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
+from pruning.depth import DEPTH
 from pruning.ranking import filter_count, target_ratios
 from pruning.rounding import fitting_count
 from pruning.units import count_parameters, unit_weights
@@ -37,9 +39,12 @@ def plan(args: argparse.Namespace) -> str:
         )
     layers = family.prunable_layers(model, args.prune_patch_embed)
     prunable = sum(module.weight.numel() for module in layers.values())
-    if args.vit_structured and args.struct != "dense":
+    depth = args.vit_structured and args.vit_prune_target in DEPTH and args.struct != "dense"
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    if depth:
+        rows = depth_states(model, args.vit_prune_target, args.rate, states, schedule)
+    elif args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
-        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
         rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units, args.round_to)
     else:
         rows = [
@@ -52,6 +57,8 @@ def plan(args: argparse.Namespace) -> str:
     remark = ""
     if args.rank_by == "score_per_mac":
         remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    elif depth:
+        remark = f"\n{which_go(model, args.vit_prune_target)}\n"
     elif units and family.counts_by == "density":
         remark = "\nHow many filters a layer keeps follows its density; here all layers are taken as equally dense.\n"
     return (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.checkpoint import Target
 from engine.run import Run
+from pruning.depth import DEPTH, depth_note, rank_branches
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
 from pruning.reports import units_report
@@ -71,14 +72,7 @@ def _choose_units(run: Run) -> Target:
     if args.criteria == "remain" or not args.refill:
         alive = structured_masks(weights, run.units, progress.kept)
         progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state, alive)
-    scores = mark_removed(_score(run, run.units), progress.kept)
-    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
-    ratios = {
-        kind: scheduled_ratio(schedule, ratio, progress.state, run.states)
-        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
-    }
-    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
-    kept = rank_units(run.dense, run.units, scores, ratios, *options)
+    scores, kept = _kept_branches(run) if args.vit_prune_target in DEPTH else _kept_units(run)
     target = structured_masks(weights, run.units, kept)
     if not args.refill:
         pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}
@@ -86,6 +80,31 @@ def _choose_units(run: Run) -> Target:
     log.info(f"state {progress.state} prunes by {args.criteria}:")
     _log_units(run, scores, kept, target)
     return target, kept
+
+
+def _kept_units(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    args, progress = run.args, run.progress
+    scores = mark_removed(_score(run, run.units), progress.kept)
+    ratios = {
+        kind: _ratio_now(run, ratio)
+        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
+    }
+    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
+    return scores, rank_units(run.dense, run.units, scores, ratios, *options)
+
+
+def _kept_branches(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    target, kept = run.args.vit_prune_target, run.progress.kept
+    branches = run.family.branches_as_units(run.dense)
+    scores = _score(run, branches)
+    left = rank_branches(branches, scores, target, _ratio_now(run, run.args.rate), kept)
+    log.info(f"state {run.progress.state}: {depth_note(branches, target, left)}")
+    return scores, left
+
+
+def _ratio_now(run: Run, ratio: float) -> float:
+    schedule = "constant" if run.args.struct == "oneshot" else run.args.ratio_schedule
+    return scheduled_ratio(schedule, ratio, run.progress.state, run.states)
 
 
 def _log_units(run: Run, scores: dict[str, Tensor], kept: dict[str, list[int]], target: Masks) -> None:

@@ -94,7 +94,7 @@ def fold_layer_scale_(model: nn.Module, branches: Branches) -> list[str]:
 
 
 def describe_units(units: Mapping[str, Units], kept: Kept) -> dict:
-    """For config.json: heads and neurons left in each layer that is left, and their ids in each layer of the dense one."""
+    """For config.json: heads and neurons of each layer that is left, and their ids in each layer of the dense one."""
     heads, neurons = ([group.count for group in units.values() if group.kind == kind] for kind in ("head", "neuron"))
     attentions = [key for key in kept if key.endswith("attn")]
     return {

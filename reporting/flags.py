@@ -6,9 +6,10 @@ import json
 import re
 import shlex
 
+from pruning.depth import DEPTH
 from reporting.runs import Run
 
-TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
+TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", **DEPTH}
 
 # where and how a run was made, not what was computed
 _CIRCUMSTANCES = {
@@ -40,6 +41,8 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect |= _STRUCTURED
     elif args.get("vit_prune_target") == "head":
         without_effect.add("mlp_prune_ratio")
+    elif args.get("vit_prune_target") in DEPTH:
+        without_effect |= {"mlp_prune_ratio", "sorting_mode", "min_units", "rank_by", "round_to"}
     heads_only = structured and args.get("vit_prune_target") == "head"
     single_weights = not structured and has_filters(run) is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:
