@@ -109,6 +109,8 @@ def _complete(args: argparse.Namespace) -> None:
         args.decreasing_lr = ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
     if args.finish_epochs and args.finish_lr is None:
         args.finish_lr = args.lr
+    if args.vit_structured and args.vit_prune_target == "all":
+        args.sorting_mode, args.rank_by = "global", "score_per_mac"
     if args.reg_finish is None:
         args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
 
@@ -140,7 +142,8 @@ def _check_combinations(args: argparse.Namespace) -> None:
             f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
             "differ from layer to layer; use --reg_form decay"
         )
-    if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
+    together = args.sorting_mode == "global" and args.vit_prune_target in ("both", "all")
+    if args.rank_by == "score_per_mac" and not together:
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
@@ -213,6 +216,13 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     if args.vit_structured and args.vit_prune_target in DEPTH:
         whole = f"{DEPTH[args.vit_prune_target]} are ranked over the whole model, by --rate alone"
         notes += [f"--{name}: has no effect, {whole}" for name in BY_LAYER if name in given]
+    if args.vit_structured and args.vit_prune_target == "all":
+        others = {"sorting_mode": "layer-wise", "rank_by": "score"}
+        notes += [
+            f"--{name} {value}: has no effect, all kinds are ranked together by score per MAC"
+            for name, value in others.items()
+            if given.get(name) == value
+        ]
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":

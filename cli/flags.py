@@ -205,7 +205,8 @@ def _prune(group: Group) -> None:
         "--vit_prune_target",
         choices=list(KINDS),
         default="head",
-        help="which units go: heads, neurons, both; branch: whole attentions and MLPs; block: whole blocks",
+        help="which units go: heads, neurons, both; branch: whole attentions and MLPs; block: whole blocks; all: "
+        "heads, neurons and branches in one ranking by score per MAC",
     )
     group.add_argument("--mlp_prune_ratio", type=float, help="share of all neurons that goes; --rate when not given")
     group.add_argument(

@@ -16,7 +16,7 @@ from pruning.depth import DEPTH, depth_note, rank_branches
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
 from pruning.reports import units_report
-from pruning.scores import score_units
+from pruning.scores import CRITERIA, score_units
 from pruning.units import row_units
 from utils import RunError
 
@@ -90,7 +90,18 @@ def _kept_units(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
     }
     options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
-    return scores, rank_units(run.dense, run.units, scores, ratios, *options)
+    worth = _worth_of_branches(run) if args.vit_prune_target == "all" else None
+    kept = rank_units(run.dense, run.units, scores, ratios, *options, worth)
+    if worth is not None:
+        log.info(f"state {progress.state}: {depth_note(kept, 'branch', kept)}")
+    return scores, kept
+
+
+def _worth_of_branches(run: Run) -> dict[str, Tensor]:
+    """Saliency tells what all heads or neurons of a branch are worth together; the other criteria tell it of each."""
+    if getattr(CRITERIA[run.args.criteria], "needs", "weights") != "gradient":
+        return {}
+    return _score(run, run.family.branches_as_units(run.dense))
 
 
 def _kept_branches(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:

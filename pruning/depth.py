@@ -8,7 +8,7 @@ A branch that goes loses all its heads or neurons at once; masks, penalty, cut a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def is_attention(key: str) -> bool:
     return key.endswith("attn")
 
 
-def candidates(branches: Mapping[str, Units], target: str) -> dict[str, list[str]]:
+def candidates(branches: Iterable[str], target: str) -> dict[str, list[str]]:
     """What is ranked: the units keys of each block, or of each branch."""
     found: dict[str, list[str]] = {}
     for key in branches:
@@ -74,7 +74,7 @@ def _worth(keys: list[str], scores: Mapping[str, Tensor], kept: Kept) -> float:
     return sum(there) if there else -math.inf
 
 
-def depth_note(branches: Mapping[str, Units], target: str, kept: Kept) -> str:
+def depth_note(branches: Iterable[str], target: str, kept: Kept) -> str:
     """What is left, in a line: "3 of 6 blocks stay: 0 1 5"."""
     groups = candidates(branches, target)
     left = [name for name, keys in groups.items() if any(kept[key] for key in keys)]

@@ -9,7 +9,7 @@ import shlex
 from pruning.depth import DEPTH
 from reporting.runs import Run
 
-TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", **DEPTH}
+TARGETS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", "all": "heads+neurons+branches", **DEPTH}
 
 # where and how a run was made, not what was computed
 _CIRCUMSTANCES = {

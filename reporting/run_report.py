@@ -192,8 +192,8 @@ def _pruning_words(run: Run) -> str:
     else:
         neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
         target = args.get("vit_prune_target")
-        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
-        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
+        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both", "all") else []
+        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both", "all") else []
         goals += [f"{percent(rate)} of all {DEPTH[target]}"] if target in DEPTH else []
         ranked = "over the whole model" if target in DEPTH else escaped(args.get("sorting_mode", "layer-wise"))
         cut = (
