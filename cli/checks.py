@@ -9,6 +9,7 @@ import re
 
 import models
 from dataset import DATASETS
+from engine.allocation import SORTING, allocates, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
@@ -19,6 +20,7 @@ from utils import RunError
 
 BY_LAYER = ("mlp_prune_ratio", "sorting_mode", "min_units", "round_to")  # without effect where whole branches go
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
+OF_RATIOS = ("rate", "mlp_prune_ratio", "rank_by")
 
 
 def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
@@ -33,6 +35,7 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_names(args)
     _check_numbers(args)
     _complete(args)
+    _complete_allocation(args, given)
     _check_combinations(args)
     _check_processes(args)
     return _notes(args, given)
@@ -109,8 +112,6 @@ def _complete(args: argparse.Namespace) -> None:
         args.decreasing_lr = ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
     if args.finish_epochs and args.finish_lr is None:
         args.finish_lr = args.lr
-    if args.vit_structured and args.vit_prune_target == "all":
-        args.sorting_mode, args.rank_by = "global", "score_per_mac"
     if args.reg_finish is None:
         args.reg_finish = 1.0 if args.reg_form == "gradient" else 0.25
 
@@ -142,11 +143,43 @@ def _check_combinations(args: argparse.Namespace) -> None:
             f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
             "differ from layer to layer; use --reg_form decay"
         )
-    together = args.sorting_mode == "global" and args.vit_prune_target in ("both", "all")
-    if args.rank_by == "score_per_mac" and not together:
+    if (
+        args.rank_by == "score_per_mac"
+        and not takes_all(args)
+        and not (args.sorting_mode == "global" and args.vit_prune_target == "both")
+    ):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
+
+
+def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
+    """What says how many units stay; a file's counts go along as `unit_counts`, so that a resumed run has them."""
+    for name in ("target_macs", "target_params"):
+        value = getattr(args, name)
+        require(value is None or 0 < value < 1, f"--{name}", value, "must lie in (0, 1)")
+    target, how = target_of(args), args.ratio_allocation
+    if args.target_macs is not None and args.target_params is not None:
+        raise RunError(f"--target_params {args.target_params}: a run has one target; leave it or --target_macs out")
+    args.unit_counts = getattr(args, "unit_counts", None)
+    whole, asked = args.vit_structured and args.vit_prune_target in DEPTH, target or (how and "ratio_allocation")
+    if whole and asked:
+        raise RunError(
+            f"--{asked} {getattr(args, asked)}: --vit_prune_target {args.vit_prune_target} goes by --rate; use all"
+        )
+    if takes_all(args):
+        if how not in (None, "global"):
+            raise RunError(f"--ratio_allocation {how}: --vit_prune_target all ranks all layers together; leave it out")
+        args.sorting_mode = "global"
+        return
+    if how in SORTING:
+        args.sorting_mode = args.sorting_mode if "sorting_mode" in given else SORTING[how]
+        if args.sorting_mode != SORTING[how]:
+            raise RunError(f"--ratio_allocation {how}: contradicts --sorting_mode {args.sorting_mode}; leave one out")
+    elif how is not None:
+        if target:
+            raise RunError(f"--ratio_allocation {how}: its counts leave no choice to --{target}; leave one of them out")
+        args.unit_counts = args.unit_counts or read_counts(how)
 
 
 def _check_finish(args: argparse.Namespace) -> None:
@@ -209,20 +242,13 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
     if args.warmup > args.epochs:
         notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
-    without_effect = [] if args.vit_structured else [name for name in ONLY_STRUCTURED if name in given]
+    allocated = ("ratio_schedule", "min_units") if allocates(args) else ()  # filters go by them then, too
+    only = [name for name in ONLY_STRUCTURED if name in given and name not in allocated]
+    without_effect = [] if args.vit_structured else only
     if not args.vit_structured and not args.refill:
         without_effect.append("no-refill")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
-    if args.vit_structured and args.vit_prune_target in DEPTH:
-        whole = f"{DEPTH[args.vit_prune_target]} are ranked over the whole model, by --rate alone"
-        notes += [f"--{name}: has no effect, {whole}" for name in BY_LAYER if name in given]
-    if args.vit_structured and args.vit_prune_target == "all":
-        others = {"sorting_mode": "layer-wise", "rank_by": "score"}
-        notes += [
-            f"--{name} {value}: has no effect, all kinds are ranked together by score per MAC"
-            for name, value in others.items()
-            if given.get(name) == value
-        ]
+    notes += _notes_on_allocation(args, given) + _notes_on_depth(args, given)
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":
@@ -238,3 +264,27 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     if args.pruning_times == 1 or args.struct == "dense":
         notes.append("nothing is pruned in this run: it trains dense")
     return notes
+
+
+def _notes_on_depth(args: argparse.Namespace, given: dict) -> list[str]:
+    if args.vit_structured and args.vit_prune_target in DEPTH:
+        whole = f"{DEPTH[args.vit_prune_target]} are ranked over the whole model, by --rate alone"
+        return [f"--{name}: has no effect, {whole}" for name in BY_LAYER if name in given]
+    if not takes_all(args):
+        return []
+    names = [name for name in ("mlp_prune_ratio", "rank_by") if name in given and not target_of(args)]
+    names += ["sorting_mode"] if given.get("sorting_mode") == "layer-wise" else []
+    return [f"--{name}: has no effect, all kinds are ranked together by score per cost" for name in names]
+
+
+def _notes_on_allocation(args: argparse.Namespace, given: dict) -> list[str]:
+    if target_of(args) is None and args.unit_counts is None:
+        idle = args.ratio_allocation is not None and not args.vit_structured
+        return ["--ratio_allocation: has no effect without --vit_structured or a target"] if idle else []
+    says = f"--{target_of(args)}" if target_of(args) else "the file of --ratio_allocation"
+    names = [name for name in OF_RATIOS if name in given]
+    if "rate" in names and (args.criteria == "remain" or (args.vit_structured and not args.refill)):
+        names.remove("rate")  # single weights go by it
+    if args.unit_counts is not None:
+        names += [name for name in ("sorting_mode", "round_to") if name in given]
+    return [f"--{name}: has no effect, {says} says how many units stay" for name in names]

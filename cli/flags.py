@@ -213,6 +213,23 @@ def _prune(group: Group) -> None:
         "--sorting_mode", choices=["layer-wise", "global"], default="layer-wise", help="rank in a layer or over all"
     )
     group.add_argument(
+        "--target_macs",
+        type=float,
+        metavar="F",
+        help="share of the dense network's MACs that is left in the end, in (0, 1); says in place of ratios how many "
+        "heads, neurons or filters go; off",
+    )
+    group.add_argument(
+        "--target_params", type=float, metavar="F", help="share of the dense network's parameters, likewise; off"
+    )
+    group.add_argument(
+        "--ratio_allocation",
+        metavar="uniform|global|FILE",
+        help="uniform: layers give away one share; global: by one ranking of all; without a target as --sorting_mode, "
+        "which it follows when not given. FILE: counts by layer that the last pruning reaches, as JSON or as the "
+        "units.csv of another run",
+    )
+    group.add_argument(
         "--ratio_schedule",
         choices=["geometric", "linear", "constant"],
         default="geometric",

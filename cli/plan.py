@@ -9,6 +9,7 @@ from torch import nn
 
 from cli.depth import depth_states, which_go
 from dataset import split_sizes
+from engine.allocation import allocates, planned_counts, takes_all
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
@@ -40,11 +41,16 @@ def plan(args: argparse.Namespace) -> str:
     layers = family.prunable_layers(model, args.prune_patch_embed)
     prunable = sum(module.weight.numel() for module in layers.values())
     depth = args.vit_structured and args.vit_prune_target in DEPTH and args.struct != "dense"
-    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
     if depth:
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
         rows = depth_states(model, args.vit_prune_target, args.rate, states, schedule)
+    elif allocates(args) and args.struct != "dense":
+        rows = [
+            {"state": state, **_state_by_counts(args, model, family, units, prunable, state)} for state in range(states)
+        ]
     elif args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
         rows = plan_structured(model, ratios, states, schedule, args.sorting_mode, args.min_units, args.round_to)
     else:
         rows = [
@@ -55,10 +61,12 @@ def plan(args: argparse.Namespace) -> str:
         rows, {"state": "state", "density": lambda row: f"{100 * row['density']:.2f}%", **cost_columns(rows[0])}
     )
     remark = ""
-    if args.rank_by == "score_per_mac":
-        remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
+    if allocates(args):
+        remark = _remark_on_counts(args)
     elif depth:
         remark = f"\n{which_go(model, args.vit_prune_target)}\n"
+    elif args.rank_by == "score_per_mac":
+        remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
     elif units and family.counts_by == "density":
         remark = "\nHow many filters a layer keeps follows its density; here all layers are taken as equally dense.\n"
     return (
@@ -96,3 +104,22 @@ def _state_by_density(
         left += round((prunable - left) * args.fillback_rate)
     cost = family.cost(model, {})
     return {"density": left / prunable, **cost, "parameters": cost["parameters"] - (prunable - left)}
+
+
+def _state_by_counts(
+    args: argparse.Namespace, model: nn.Module, family: Family, units: dict, prunable: int, state: int
+) -> dict:
+    """Density and cost of a state whose counts follow from a target or a file."""
+    left = planned_counts(args, family, model, units, state)
+    gone = sum((group.count - left.get(key, group.count)) * unit_weights(model, group) for key, group in units.items())
+    return {"density": 1 - gone / prunable, **family.cost(model, {key: range(count) for key, count in left.items()})}
+
+
+def _remark_on_counts(args: argparse.Namespace) -> str:
+    if args.unit_counts is not None or args.struct == "dense":
+        return ""
+    if takes_all(args):
+        return "\nRanked over all layers, branches as a whole, too: how many of each kind go is up to the scores.\n"
+    if args.sorting_mode == "global":
+        return "\nUnits are ranked over all layers: how many of each kind go is up to the scores.\n"
+    return "\nThe counts of two layers may differ by what fills the target; how, is up to the scores.\n"

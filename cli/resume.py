@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cli.checks import check_run_name
 from cli.flags import AUTO
+from engine.allocation import allocates
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.folder import named_dir
 from engine.model import run_length
@@ -80,7 +81,8 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
         raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
     stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
-    grows = stored["vit_structured"] and stored["ratio_schedule"] != "constant"
+    by_schedule = stored["vit_structured"] or allocates(argparse.Namespace(**{"unit_counts": None, **stored}))
+    grows = by_schedule and stored["ratio_schedule"] != "constant"
     if longer and stored["finish_epochs"] and content["run"]["state"] >= stored["pruning_times"]:
         more = given["pruning_times"]
         parser.error(f"--pruning_times {more}: this run is in its finish, which no state can follow; leave it out")

@@ -1,7 +1,8 @@
 """Choosing: the trained network and the masks enforced now in, the target of the coming state out.
 
 The target is what the state ends with: masks by layer name, and the ids of the units that are kept. Three kinds of runs
-choose in three ways: single weights by magnitude, whole units by score and ratio, filters by score and density.
+choose in three ways: single weights by magnitude, whole units by score and ratio, filters by score and density. A
+budget stands in for ratio and density alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 
 from torch import Tensor
 
+from engine.allocation import allocates, choose_by_budget, takes_all
 from engine.checkpoint import Target
 from engine.run import Run
 from pruning.depth import DEPTH, depth_note, rank_branches
@@ -38,7 +40,7 @@ def choose_target(run: Run) -> Target:
 def _choose(run: Run) -> Target:
     if not run.units:
         return _choose_weights(run)
-    if run.family.counts_by == "density":
+    if run.family.counts_by == "density" and not allocates(run.args):
         return _choose_filters(run)
     return _choose_units(run)
 
@@ -69,12 +71,13 @@ def _choose_filters(run: Run) -> Target:
 
 def _choose_units(run: Run) -> Target:
     args, progress, weights = run.args, run.progress, run.prunable()
-    if args.criteria == "remain" or not args.refill:
+    single = args.vit_structured and not args.refill  # weights go inside the units that stay
+    if args.criteria == "remain" or single:
         alive = structured_masks(weights, run.units, progress.kept)
         progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state, alive)
-    scores, kept = _kept_branches(run) if args.vit_prune_target in DEPTH else _kept_units(run)
+    scores, kept = _choose_branches(run) if args.vit_prune_target in DEPTH else _choose_single(run)
     target = structured_masks(weights, run.units, kept)
-    if not args.refill:
+    if single:
         pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}
         target = {name: mask * progress.elementwise[name] if name in pruned else mask for name, mask in target.items()}
     log.info(f"state {progress.state} prunes by {args.criteria}:")
@@ -82,19 +85,13 @@ def _choose_units(run: Run) -> Target:
     return target, kept
 
 
-def _kept_units(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    args, progress = run.args, run.progress
-    scores = mark_removed(_score(run, run.units), progress.kept)
-    ratios = {
-        kind: _ratio_now(run, ratio)
-        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
-    }
-    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
-    worth = _worth_of_branches(run) if args.vit_prune_target == "all" else None
-    kept = rank_units(run.dense, run.units, scores, ratios, *options, worth)
-    if worth is not None:
-        log.info(f"state {progress.state}: {depth_note(kept, 'branch', kept)}")
-    return scores, kept
+def _choose_single(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    scores = mark_removed(_score(run, run.units), run.progress.kept)
+    if takes_all(run.args):
+        kept = choose_by_budget(run, scores, _worth_of_branches(run))
+        log.info(f"state {run.progress.state}: {depth_note(kept, 'branch', kept)}")
+        return scores, kept
+    return scores, choose_by_budget(run, scores) if allocates(run.args) else _choose_by_ratios(run, scores)
 
 
 def _worth_of_branches(run: Run) -> dict[str, Tensor]:
@@ -104,18 +101,26 @@ def _worth_of_branches(run: Run) -> dict[str, Tensor]:
     return _score(run, run.family.branches_as_units(run.dense))
 
 
-def _kept_branches(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    target, kept = run.args.vit_prune_target, run.progress.kept
+def _choose_branches(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    args, progress = run.args, run.progress
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    ratio = scheduled_ratio(schedule, args.rate, progress.state, run.states)
     branches = run.family.branches_as_units(run.dense)
     scores = _score(run, branches)
-    left = rank_branches(branches, scores, target, _ratio_now(run, run.args.rate), kept)
-    log.info(f"state {run.progress.state}: {depth_note(branches, target, left)}")
-    return scores, left
+    kept = rank_branches(branches, scores, args.vit_prune_target, ratio, progress.kept)
+    log.info(f"state {progress.state}: {depth_note(branches, args.vit_prune_target, kept)}")
+    return scores, kept
 
 
-def _ratio_now(run: Run, ratio: float) -> float:
-    schedule = "constant" if run.args.struct == "oneshot" else run.args.ratio_schedule
-    return scheduled_ratio(schedule, ratio, run.progress.state, run.states)
+def _choose_by_ratios(run: Run, scores: dict[str, Tensor]) -> dict[str, list[int]]:
+    args = run.args
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    ratios = {
+        kind: scheduled_ratio(schedule, ratio, run.progress.state, run.states)
+        for kind, ratio in target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio).items()
+    }
+    options = (args.sorting_mode, args.min_units, args.rank_by, args.round_to)
+    return rank_units(run.dense, run.units, scores, ratios, *options)
 
 
 def _log_units(run: Run, scores: dict[str, Tensor], kept: dict[str, list[int]], target: Masks) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import models
 from dataset import dataset_facts
+from engine.allocation import check_allocation
 from engine.depth import has_branches
 from engine.optimizer import milestones_of
 from families import Family, family_of
@@ -75,6 +76,7 @@ def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]
         raise RunError(f"--arch {args.arch}: {error}") from error
     units = _units_that_go(args, model, family)
     _check_counts(args, units)
+    check_allocation(args, model, units, family)
     return units
 
 

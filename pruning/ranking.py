@@ -19,7 +19,6 @@ from pruning.units import Units
 BOTH = ("head", "neuron")
 # of --vit_prune_target: the kinds of units that go, one by one or all of a branch at once
 KINDS = {"head": ("head",), "mlp": ("neuron",), "both": BOTH, "block": BOTH, "branch": BOTH, "all": BOTH}
-WHOLE = -1  # stands for all units of a layer
 
 
 # ------------------------------------------------------------------------------------------ how many
@@ -126,7 +125,6 @@ def rank_units(
     min_units: int = 1,
     rank_by: str = "score",
     round_to: int = 1,
-    worth: Mapping[str, Tensor] | None = None,
 ) -> dict[str, list[int]]:
     """Which units stay: {units key: ids}, for every kind that `ratios` names.
 
@@ -139,25 +137,21 @@ def rank_units(
         scores: float64 [count] per key; -inf marks units that are gone.
         round_to: neurons and filters that a layer keeps are a multiple of it, see `select_units`; heads are left alone.
             Where kinds merge, the MACs of all that stays are as nearly those of the ranking without rounding.
-        worth: where kinds merge, what whole branches are scored, [1] per key, if all units of one may go at once, those
-            beyond `min_units` too. A branch that is absent is worth what its `min_units` best are. It goes in the order
-            of its worth over the MACs of all its units, when these are no more than is still to go; the last attention
-            and the last MLP stay.
     """
     pools = {kind: {key: scores[key] for key in units if units[key].kind == kind} for kind in ratios}
     if rank_by == "score_per_mac" and sorting_mode == "global":
-        return _rank_by_cost(model, units, pools, ratios, min_units, round_to, worth)
+        return _rank_by_cost(model, units, pools, ratios, min_units, round_to)
     kept = {}
     for kind, pool in pools.items():
         kept.update(select_units(pool, ratios[kind], sorting_mode, min_units, round_to if kind in ROUNDED else 1))
     return kept
 
 
-def _rank_by_cost(model, units, pools, ratios, min_units, round_to, worth) -> dict[str, list[int]]:
+def _rank_by_cost(model, units, pools, ratios, min_units, round_to) -> dict[str, list[int]]:
     quota, entries, kept = 0, [], {}
     for kind, pool in pools.items():
         count = sum(map(len, pool.values()))
-        gone = count - keep_count(count, ratios[kind], len(pool) * min_units if worth is None else 0)
+        gone = count - keep_count(count, ratios[kind], len(pool) * min_units)
         # layers of different width cost different MACs; what the ratio asks for is then that of the mean unit
         quota += gone * sum(len(pool[key]) * units[key].macs(model, units[key]) for key in pool) // max(1, count)
     for key, group in units.items():
@@ -167,25 +161,14 @@ def _rank_by_cost(model, units, pools, ratios, min_units, round_to, worth) -> di
             quota -= (len(scores) - len(order)) * cost  # units of earlier states have paid already
             kept[key] = set(order)
             if ratios[group.kind] > 0:  # 0 leaves a kind alone
-                if worth is not None and order:
-                    whole, share = (worth[key], len(order)) if key in worth else (scores[order[:min_units]], min_units)
-                    entries += [(float(whole.sum()) / (cost * share), cost, key, WHOLE)] if share else []
                 entries += [(float(scores[unit]) / cost, cost, key, unit) for unit in sorted(order[min_units:])]
     # of equal values the first one stays, hence the later one goes first
     for _, (_, cost, key, unit) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0])):
         if quota <= 0:
             break
-        goes = kept[key] & {unit}
-        if unit == WHOLE and cost * len(kept[key]) <= quota:
-            last = not any(kept[other] for other in pools[units[key].kind] if other != key)
-            goes = set() if last else set(kept[key])
-        kept[key] -= goes
-        quota -= cost * len(goes)
-    ranked = {
-        key: best_first(pools[units[key].kind][key])
-        for key in kept
-        if units[key].kind in ROUNDED and (kept[key] or worth is None)
-    }
+        kept[key].remove(unit)
+        quota -= cost
+    ranked = {key: best_first(pools[units[key].kind][key]) for key in kept if units[key].kind in ROUNDED}
     shares = fit_counts(
         {key: len(kept[key]) for key in ranked},
         {key: units[key].count for key in ranked},

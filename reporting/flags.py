@@ -43,6 +43,8 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect.add("mlp_prune_ratio")
     elif args.get("vit_prune_target") in DEPTH:
         without_effect |= {"mlp_prune_ratio", "sorting_mode", "min_units", "rank_by", "round_to"}
+    elif args.get("vit_prune_target") == "all":
+        without_effect |= {"mlp_prune_ratio", "sorting_mode", "rank_by"}
     heads_only = structured and args.get("vit_prune_target") == "head"
     single_weights = not structured and has_filters(run) is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:
