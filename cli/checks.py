@@ -9,17 +9,19 @@ import re
 
 import models
 from dataset import DATASETS
-from engine.allocation import LATENCY, SORTING, TARGETS, allocates, read_counts, target_of
+from engine.allocation import LATENCY, SORTING, TARGETS, allocates, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from engine.sensitivity import SENSITIVITY
 from engine.shape import check_arch
+from pruning.depth import DEPTH
 from pruning.nm import parse_pattern
 from pruning.scores import CRITERIA
 from utils import RunError
 
+BY_LAYER = ("mlp_prune_ratio", "sorting_mode", "min_units", "round_to")  # without effect where whole branches go
 ONLY_STRUCTURED = ("vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units")
 OF_RATIOS = ("rate", "mlp_prune_ratio", "rank_by")
 
@@ -173,7 +175,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
             f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
             "differ from layer to layer; use --reg_form decay"
         )
-    if args.rank_by == "score_per_mac" and not (args.sorting_mode == "global" and args.vit_prune_target == "both"):
+    if (
+        args.rank_by == "score_per_mac"
+        and not takes_all(args)
+        and not (args.sorting_mode == "global" and args.vit_prune_target == "both")
+    ):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
         )
@@ -209,6 +215,16 @@ def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
         raise RunError(f"--latency_batch {batch}: belongs to --{LATENCY}, which it is measured for")
     args.latency_batch = 1 if value is not None and batch is None else batch
     args.unit_counts = getattr(args, "unit_counts", None)
+    whole, asked = args.vit_structured and args.vit_prune_target in DEPTH, target or (how and "ratio_allocation")
+    if whole and asked:
+        raise RunError(
+            f"--{asked} {getattr(args, asked)}: --vit_prune_target {args.vit_prune_target} goes by --rate; use all"
+        )
+    if takes_all(args):
+        if how not in (None, "global"):
+            raise RunError(f"--ratio_allocation {how}: --vit_prune_target all ranks all layers together; leave it out")
+        args.sorting_mode = "global"
+        return
     if how in SORTING:
         args.sorting_mode = args.sorting_mode if "sorting_mode" in given else SORTING[how]
         if args.sorting_mode != SORTING[how]:
@@ -289,7 +305,7 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
         if "rate" in given:
             notes.append(f"--rate: --nm {args.nm} says how many weights stay; no effect here")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
-    notes += _notes_on_allocation(args, given)
+    notes += _notes_on_allocation(args, given) + _notes_on_depth(args, given)
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":
@@ -307,8 +323,19 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     return notes
 
 
+def _notes_on_depth(args: argparse.Namespace, given: dict) -> list[str]:
+    if args.vit_structured and args.vit_prune_target in DEPTH:
+        whole = f"{DEPTH[args.vit_prune_target]} are ranked over the whole model, by --rate alone"
+        return [f"--{name}: has no effect, {whole}" for name in BY_LAYER if name in given]
+    if not takes_all(args):
+        return []
+    names = [name for name in ("mlp_prune_ratio", "rank_by") if name in given and not target_of(args)]
+    names += ["sorting_mode"] if given.get("sorting_mode") == "layer-wise" else []
+    return [f"--{name}: has no effect, all kinds are ranked together by score per cost" for name in names]
+
+
 def _notes_on_allocation(args: argparse.Namespace, given: dict) -> list[str]:
-    if not allocates(args):
+    if target_of(args) is None and args.unit_counts is None:
         if args.ratio_allocation is not None and not args.vit_structured:
             return ["--ratio_allocation: has no effect without --vit_structured or a target"]
         names = ("sorting_mode", "rank_by") if args.ratio_allocation == SENSITIVITY else ()

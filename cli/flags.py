@@ -196,7 +196,9 @@ def _prune(group: Group) -> None:
         "all units after state 0; dense: no pruning, one schedule over all states",
     )
     group.add_argument("--pruning_times", type=int, default=20, help="states S; there are S - 1 prunings between them")
-    group.add_argument("--rate", type=float, default=0.2, help="of the weights left, per state; heads: of all heads")
+    group.add_argument(
+        "--rate", type=float, default=0.2, help="of the weights left, per state; heads, blocks, branches: of all"
+    )
     group.add_argument(
         "--nm",
         metavar="N:M",
@@ -218,7 +220,13 @@ def _prune(group: Group) -> None:
     )
     _switch(group, "--fc", "the classifier rewinds too")
     _switch(group, "--vit_structured", "prune whole heads and neurons")
-    group.add_argument("--vit_prune_target", choices=list(KINDS), default="head", help="which units go")
+    group.add_argument(
+        "--vit_prune_target",
+        choices=list(KINDS),
+        default="head",
+        help="which units go: heads, neurons, both; branch: whole attentions and MLPs; block: whole blocks; all: "
+        "heads, neurons and branches in one ranking by score per MAC",
+    )
     group.add_argument("--mlp_prune_ratio", type=float, help="share of all neurons that goes; --rate when not given")
     group.add_argument(
         "--sorting_mode", choices=["layer-wise", "global"], default="layer-wise", help="rank in a layer or over all"

@@ -7,14 +7,16 @@ import argparse
 import torch
 from torch import nn
 
+from cli.depth import depth_states, which_go
 from dataset import split_sizes
-from engine.allocation import LATENCY, allocates, planned_counts, target_of
+from engine.allocation import LATENCY, allocates, planned_counts, takes_all, target_of
 from engine.finish import finish_images, finish_steps
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from engine.sensitivity import SENSITIVITY
 from families import Family, family_of
 from models.merging import merging_line
+from pruning.depth import DEPTH
 from pruning.nm import parse_pattern, scheduled_keep, weights_left
 from pruning.ranking import filter_count, target_ratios
 from pruning.rounding import fitting_count
@@ -52,6 +54,8 @@ def plan(args: argparse.Namespace) -> str:
         remark = "\nHow many units each layer keeps depends on the probe of every state; here all give one share.\n"
     elif allocates(args):
         remark = _remark_on_counts(args)
+    elif _goes_by_depth(args):
+        remark = f"\n{which_go(model, args.vit_prune_target)}\n"
     elif args.rank_by == "score_per_mac":
         remark = "\nRanked by score per MAC: which units go is up to the scores; the MACs are as above.\n"
     elif units and family.counts_by == "density":
@@ -83,8 +87,15 @@ def _prunable(args: argparse.Namespace, model: nn.Module, family: Family) -> int
     return sum(module.weight.numel() for module in family.prunable_layers(model, args.prune_patch_embed).values())
 
 
+def _goes_by_depth(args: argparse.Namespace) -> bool:
+    return args.vit_structured and args.vit_prune_target in DEPTH and args.struct != "dense"
+
+
 def _rows(args: argparse.Namespace, model: nn.Module, units: dict, family: Family) -> list[dict]:
     states, prunable = run_length(args)[0], _prunable(args, model, family)
+    if _goes_by_depth(args):
+        schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+        return depth_states(model, args.vit_prune_target, args.rate, states, schedule)
     if allocates(args) and args.struct != "dense":
         known = 1 if target_of(args) == LATENCY else states
         return [
@@ -139,10 +150,12 @@ def _state_by_counts(
 
 
 def _remark_on_counts(args: argparse.Namespace) -> str:
-    if target_of(args) is None or args.struct == "dense":
+    if args.unit_counts is not None or args.struct == "dense":
         return ""
     if target_of(args) == LATENCY:
         return "\nMilliseconds are measured when the run starts: how many units later states keep is known then.\n"
+    if takes_all(args):
+        return "\nRanked over all layers, branches as a whole, too: how many of each kind go is up to the scores.\n"
     if args.sorting_mode == "global":
         return "\nUnits are ranked over all layers: how many of each kind go is up to the scores.\n"
     return "\nThe counts of two layers may differ by what fills the target; how, is up to the scores.\n"

@@ -22,7 +22,7 @@ FLOAT32_BOUND = 1e-5  # times max(1, largest logit)
 
 
 def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict[str, list[int]]]:
-    """The physically smaller copy of a masked model, and the ids of the units that it keeps.
+    """The physically smaller copy of a masked model, and the ids of the units that it keeps; empty blocks are gone.
 
     Args:
         kept: units that stay; None finds the dead ones among weights that were pruned one by one and first folds what
@@ -34,7 +34,9 @@ def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict
     if kept is None:
         kept = family.working_units_(small)
     kept = {key: list(kept[key]) if key in kept else list(range(group.count)) for key, group in units.items()}
-    return remove_units(small, units, kept), kept
+    remove_units(small, units, kept)
+    family.drop_empty_blocks_(small)
+    return small, kept
 
 
 def macs(model: nn.Module) -> int:

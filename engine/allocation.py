@@ -12,6 +12,7 @@ import csv
 import json
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from pruning.budget import (
     Counts,
     Levels,
     best_units,
+    emptied_levels,
     global_counts,
     levels_of,
     lowest_cost,
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 
 SORTING = {"uniform": "layer-wise", "global": "global"}  # --ratio_allocation -> --sorting_mode
 COUNTED = {"target_macs": "macs", "target_params": "parameters"}  # flag -> what a family's `cost` calls it
-WORDS = {"target_macs": "MACs", "target_params": "parameters"}
+WORDS = {"target_macs": "MACs", "target_params": "parameters", None: "MACs"}  # without a target: of --rate
 LATENCY = "target_latency_ms"
 TARGETS = (*COUNTED, LATENCY)
 Rule = Callable[[Mapping[str, Tensor], Levels, Cost, float], Counts]  # scores, levels, cost, limit
@@ -54,8 +56,14 @@ def target_of(args: argparse.Namespace) -> str | None:
 
 
 def allocates(args: argparse.Namespace) -> bool:
-    """Whether a target or a file, and not ratios, says how many units stay."""
-    return target_of(args) is not None or args.unit_counts is not None
+    """Whether a target or a file, and not ratios of heads and of neurons, says how many units stay."""
+    return target_of(args) is not None or args.unit_counts is not None or takes_all(args)
+
+
+def takes_all(args: argparse.Namespace) -> bool:
+    """Whether heads, neurons and whole branches are ranked together; without a target, --rate is the share of the MACs
+    of all of them that goes."""
+    return args.vit_structured and args.vit_prune_target == "all"
 
 
 def read_counts(path: str) -> Counts:
@@ -94,6 +102,8 @@ def check_allocation(args: argparse.Namespace, model: nn.Module, units: Mapping[
     if not allocates(args) or args.struct == "dense":
         return
     flag = f"--{target} {getattr(args, target):g}" if target else f"--ratio_allocation {args.ratio_allocation}"
+    if not target and takes_all(args):
+        flag = f"--rate {args.rate:g}"
     if not units:
         raise RunError(f"{flag}: counts whole units; add --vit_structured, for filters --struct refill or rsst")
     filters = next(iter(units.values())).kind == "filter"
@@ -106,10 +116,10 @@ def check_allocation(args: argparse.Namespace, model: nn.Module, units: Mapping[
             raise RunError(f"{flag}: {key} is no layer whose units go in this run; they are {known}")
         if not floor <= count <= units[key].count:
             raise RunError(f"{flag}: {key} keeps {floor} (--min_units) to {units[key].count} units, not {count}")
-    if target in COUNTED:
+    if target != LATENCY and args.unit_counts is None:
         cost = counted(family, model, target)
         least = lowest_cost(_all_levels(args, units), cost) / cost({})
-        if least > getattr(args, target):
+        if least > _asked(args, model, units, cost({})):
             raise RunError(
                 f"{flag}: {least:.4f} of the {WORDS[target]} stay at least; ask for more, lower --min_units, or let "
                 "more units go (--vit_prune_target both)"
@@ -120,28 +130,40 @@ def _no_scores(units: Mapping[str, Units]) -> dict[str, Tensor]:
     return {key: torch.zeros(group.count, dtype=torch.float64) for key, group in units.items()}
 
 
+def _levels(args: argparse.Namespace, units: Mapping[str, Units], scores, worth=None) -> dict[str, list[int]]:
+    levels = levels_of(units, scores, args.min_units, args.round_to)
+    return emptied_levels(levels, units, scores, worth or {}) if takes_all(args) else levels
+
+
 def _all_levels(args: argparse.Namespace, units: Mapping[str, Units]) -> dict[str, list[int]]:
-    return levels_of(units, _no_scores(units), args.min_units, args.round_to)
+    return _levels(args, units, _no_scores(units))
 
 
-def counted(family: Family, model: nn.Module, target: str) -> Cost:
-    """What `model` costs by counts of units that are left, in MACs or parameters."""
+def counted(family: Family, model: nn.Module, target: str | None) -> Cost:
+    """What `model` costs by counts of units that are left, in MACs, also without a target, or parameters."""
+    name = COUNTED[target or "target_macs"]
 
     def cost(counts: Mapping[str, int]) -> float:
-        return family.cost(model, {key: range(count) for key, count in counts.items()})[COUNTED[target]]
+        return family.cost(model, {key: range(count) for key, count in counts.items()})[name]
 
     return cost
+
+
+def _asked(args: argparse.Namespace, model: nn.Module, units: Mapping[str, Units], whole: float) -> float:
+    """The share of the whole cost that may be left in the end."""
+    target = target_of(args)
+    if target:
+        return getattr(args, target) / (whole if target == LATENCY else 1)
+    return 1 - args.rate * sum(group.count * group.macs(model, group) for group in units.values()) / whole
 
 
 def _schedule(args: argparse.Namespace) -> str:
     return "constant" if args.struct == "oneshot" else args.ratio_schedule
 
 
-def _limit(args: argparse.Namespace, whole: float, state: int) -> float:
-    """What may be left of `whole` in this state."""
-    target = target_of(args)
-    wanted = getattr(args, target) * (1 if target == LATENCY else whole)
-    return scheduled_limit(whole, wanted, _schedule(args), state, args.pruning_times)
+def _limit(args: argparse.Namespace, whole: float, asked: float, state: int) -> float:
+    """What may be left of `whole` in this state, of which `asked` is the share that is left in the end."""
+    return scheduled_limit(whole, asked * whole, _schedule(args), state, args.pruning_times)
 
 
 def _counts(
@@ -152,45 +174,53 @@ def _counts(
     scores,
     state: int,
     rule: Rule,
+    worth=None,
 ) -> Counts:
     """What the layers keep in `state`, which is not the first one, by these scores of the units that are left."""
     if args.unit_counts is not None:
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
-    levels = levels_of(units, scores, args.min_units, args.round_to)
-    return rule(scores, levels, cost, _limit(args, cost({}), state))
+    limit = _limit(args, cost({}), _asked(args, model, units, cost({})), state)
+    return rule(scores, _levels(args, units, scores, worth), cost, limit)
 
 
-def choose_by_budget(run, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Which units stay in the state that begins; `scores` are -inf for those that are gone."""
-    args, state, target, rule = run.args, run.progress.state, target_of(run.args), _rule(run, scores)
+def choose_by_budget(run, scores: Mapping[str, Tensor], worth: Mapping[str, Tensor] | None = None) -> dict:
+    """Which units stay in the state that begins, {units key: ids}.
+
+    Args:
+        scores: -inf for units that are gone.
+        worth: as in `budget.step_values`, where branches go as a whole.
+    """
+    args, state, target = run.args, run.progress.state, target_of(run.args)
+    rule = _rule(run, scores, worth)
     if target == LATENCY:
         # of several processes the first one measures, and its choice counts
-        return best_units(scores, _counts_by_latency(run, scores, rule) if run.processes.first else {})
-    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, rule))
-    if target:
-        cost, asked = counted(run.family, run.dense, target), _limit(args, 1.0, state)
+        return best_units(scores, _counts_by_latency(run, scores, rule, worth) if run.processes.first else {})
+    kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, rule, worth))
+    if args.unit_counts is None:
+        cost = counted(run.family, run.dense, target)
+        asked = _limit(args, 1.0, _asked(args, run.dense, run.units, cost({})), state)
         share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})
         coarse = "; the next unit would pass it" if share < (1 - CLOSE) * asked else ""
         log.info(f"budget: {share:.4f} of the {WORDS[target]}, asked {asked:.4f}{coarse}")
     return kept
 
 
-def _rule(run, scores: Mapping[str, Tensor]) -> Rule:
+def _rule(run, scores: Mapping[str, Tensor], worth: Mapping[str, Tensor] | None) -> Rule:
     """How the state that begins shares a limit out among layers; sensitivity is measured by all processes together."""
     args = run.args
-    if args.ratio_allocation != SENSITIVITY:
-        return RULES[args.sorting_mode]
-    curves = sensitivity_curves(run, scores, levels_of(run.units, scores, args.min_units, args.round_to))
-    return lambda _, levels, cost, limit: least_loss_counts(curves, levels, cost, limit)
+    if args.ratio_allocation == SENSITIVITY:
+        curves = sensitivity_curves(run, scores, _levels(args, run.units, scores))
+        return lambda _, levels, cost, limit: least_loss_counts(curves, levels, cost, limit)
+    return partial(global_counts, worth=worth) if worth else RULES[args.sorting_mode]
 
 
-def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule) -> Counts:
+def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule, worth) -> Counts:
     """What is measured for a state stays in latency.json, so that the run chooses the same when it is resumed."""
     args, state = run.args, str(run.progress.state)
     table = latency.read_table(run.save_dir) or measure_run(run)
-    cost, levels = latency.table_cost(table), levels_of(run.units, scores, args.min_units, args.round_to)
+    cost, levels = latency.table_cost(table), _levels(args, run.units, scores, worth)
 
     def allocate(limit: float) -> Counts:
         return rule(scores, levels, cost, limit)
@@ -200,7 +230,8 @@ def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule) -> Counts:
         return small / dense * table["dense_ms"]  # beside other work both take longer
 
     if state not in table["states"]:
-        wanted = _limit(args, table["dense_ms"], run.progress.state)
+        whole = table["dense_ms"]
+        wanted = _limit(args, whole, _asked(args, run.dense, run.units, whole), run.progress.state)
         table["states"][state] = latency.meet(wanted, allocate, cost, measure)
         latency.write_table(run.save_dir, table)
     record = table["states"][state]

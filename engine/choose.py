@@ -11,15 +11,16 @@ import logging
 
 from torch import Tensor
 
-from engine.allocation import allocates, choose_by_budget
+from engine.allocation import allocates, choose_by_budget, takes_all
 from engine.checkpoint import Target
 from engine.run import Run
 from engine.sensitivity import SENSITIVITY, choose_by_sensitivity
+from pruning.depth import DEPTH, depth_note, rank_branches
 from pruning.masks import Masks, density, elementwise_step, refill_rows, structured_masks
 from pruning.nm import nm_step, parse_pattern, scheduled_keep
 from pruning.ranking import mark_removed, rank_units, scheduled_ratio, select_filters, target_ratios
 from pruning.reports import units_report
-from pruning.scores import score_units
+from pruning.scores import CRITERIA, score_units
 from pruning.units import row_units
 from utils import RunError
 
@@ -87,8 +88,7 @@ def _choose_units(run: Run) -> Target:
     if args.criteria == "remain" or single:
         alive = structured_masks(weights, run.units, progress.kept)
         progress.elementwise = elementwise_step(weights, progress.elementwise, args.rate, progress.state, alive)
-    scores = mark_removed(_score(run, run.units), progress.kept)
-    kept = choose_by_budget(run, scores) if allocates(args) else _choose_by_ratios(run, scores)
+    scores, kept = _choose_branches(run) if args.vit_prune_target in DEPTH else _choose_single(run)
     target = structured_masks(weights, run.units, kept)
     if single:
         pruned = {name.rpartition(".")[0] for group in run.units.values() for name in group.parts}
@@ -96,6 +96,33 @@ def _choose_units(run: Run) -> Target:
     log.info(f"state {progress.state} prunes by {args.criteria}:")
     _log_units(run, scores, kept, target)
     return target, kept
+
+
+def _choose_single(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    scores = mark_removed(_score(run, run.units), run.progress.kept)
+    if takes_all(run.args):
+        kept = choose_by_budget(run, scores, _worth_of_branches(run))
+        log.info(f"state {run.progress.state}: {depth_note(kept, 'branch', kept)}")
+        return scores, kept
+    return scores, choose_by_budget(run, scores) if allocates(run.args) else _choose_by_ratios(run, scores)
+
+
+def _worth_of_branches(run: Run) -> dict[str, Tensor]:
+    """Saliency tells what all heads or neurons of a branch are worth together; the other criteria tell it of each."""
+    if getattr(CRITERIA[run.args.criteria], "needs", "weights") != "gradient":
+        return {}
+    return _score(run, run.family.branches_as_units(run.dense))
+
+
+def _choose_branches(run: Run) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    args, progress = run.args, run.progress
+    schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
+    ratio = scheduled_ratio(schedule, args.rate, progress.state, run.states)
+    branches = run.family.branches_as_units(run.dense)
+    scores = _score(run, branches)
+    kept = rank_branches(branches, scores, args.vit_prune_target, ratio, progress.kept)
+    log.info(f"state {progress.state}: {depth_note(branches, args.vit_prune_target, kept)}")
+    return scores, kept
 
 
 def _choose_by_ratios(run: Run, scores: dict[str, Tensor]) -> dict[str, list[int]]:

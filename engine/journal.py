@@ -122,7 +122,7 @@ def states_table(rows: Sequence[Mapping], finish: int | None = None) -> str:
 
 def cost_columns(row: Mapping) -> dict:
     """Columns of a table for what a family's `cost` counts in this row."""
-    units = [kind for kind in ("heads", "neurons", "filters") if kind in row]
+    units = [kind for kind in ("blocks", "branches", "heads", "neurons", "filters") if kind in row]
     columns = {kind: lambda row, kind=kind: f"{row[kind]:,}" for kind in units}
     columns["parameters"] = lambda row: f"{row['parameters']:,}"
     columns["MACs"] = lambda row: f"{row['macs'] / 1e9:.4f} G"

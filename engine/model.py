@@ -14,6 +14,7 @@ from engine.optimizer import milestones_of
 from engine.shape import model_from_flags
 from families import Family, family_of
 from models.vit import PretrainedError, import_timm
+from pruning.depth import DEPTH, WHOLE
 from pruning.ranking import KINDS
 from pruning.rounding import ROUNDED, lowest_multiple
 from pruning.units import LayoutError, Units
@@ -100,11 +101,18 @@ def _units_that_go(args: argparse.Namespace, model: nn.Module, family: Family) -
         if args.struct == "oneshot":
             raise RunError("--struct oneshot: removes heads and neurons; add --vit_structured")
         return {}
+    if args.vit_prune_target in WHOLE:
+        try:
+            family.branches_as_units(model)
+        except LayoutError as error:
+            raise RunError(f"--vit_prune_target {args.vit_prune_target}: {error}; use head, mlp or both") from error
     return family.units(model, KINDS[args.vit_prune_target])
 
 
 def _check_counts(args: argparse.Namespace, units: dict[str, Units]) -> None:
-    """Whether every layer has as many units as the flags ask for."""
+    """Whether every layer has as many units as the flags ask for, where it goes by layers."""
+    if args.vit_structured and args.vit_prune_target in DEPTH:
+        return
     if args.vit_structured and units:
         smallest = min(group.count for group in units.values())
         if args.min_units > smallest:

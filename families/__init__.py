@@ -43,11 +43,21 @@ class Family(Protocol):
     def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
         """The units of these kinds, all when None; `first` as above, where the first layer has units."""
 
+    def branches_as_units(self, model: nn.Module) -> dict[str, Units]:
+        """Each branch of the residual stream as one unit, by the key that its units have in `units`.
+
+        Raises:
+            LayoutError: branches do not go alone in this model.
+        """
+
     def cost(self, model: nn.Module, kept: Kept) -> dict[str, int]:
         """Units of each kind ("heads", "filters", ...), "parameters" and "macs" once only the kept units are left."""
 
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         """The units that still work where single weights were pruned; what dead ones emit is folded away, in place."""
+
+    def drop_empty_blocks_(self, model: nn.Module) -> None:
+        """Take blocks that have no unit left out of a removed model, in place, where that changes nothing it gives."""
 
     def fold_(self, model: nn.Module) -> list[str]:
         """Fold, in place, what inference can do without into the weights before it; the names of what is gone."""

@@ -9,7 +9,7 @@ A module comes in; its `Units` go out, and what those of them give that hear not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -197,6 +197,9 @@ class Branch:
             if stream is not None:
                 bias[stream] += getattr(module, name).unflatten(0, (count, width))
         return self.silent(module, torch.cat(deaf), bias)
+
+
+Branches = Iterable[tuple[str, nn.Module, Branch]]  # units key, module, what its units own
 
 
 def _present(module: nn.Module, names: Mapping) -> Iterator[tuple]:

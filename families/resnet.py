@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.resnet import ResNet
-from pruning.units import Kept, Layout, Tap, Units
+from pruning.units import Kept, Layout, LayoutError, Tap, Units
 
 NARROW = 64  # channels of a residual stream; see fold_norms_
 
@@ -198,6 +198,12 @@ class CnnFamily:
 
     def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
         return filter_units(model, conv1=first) if kinds is None or "filter" in kinds else {}
+
+    def branches_as_units(self, model: nn.Module) -> dict[str, Units]:
+        raise LayoutError("a ResNet has filters, no attention and MLP branches")
+
+    def drop_empty_blocks_(self, model: nn.Module) -> None:
+        pass  # a block keeps a filter of each convolution
 
     def image_size(self, model: nn.Module) -> int:
         return model.img_size

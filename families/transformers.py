@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families.parts import Branch
+from families.depth import branch_units, layer_scale
+from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
 from utils import RunError
-
-Branches = Iterable[tuple[str, nn.Module, Branch]]
 
 
 def cost_of(
@@ -82,29 +81,27 @@ def fold_layer_scale_(model: nn.Module, branches: Branches) -> list[str]:
     """
     gone = []
     for key, module, branch in branches:
-        path, _, leaf = key.rpartition(".")
-        block, number = model.get_submodule(path), 1 if leaf == "attn" else 2
-        for name in (f"ls{number}", f"gamma_{number}", "ls") if block is not module else ():
-            scale = getattr(block, name, None)
-            factor = getattr(scale, "gamma", scale)
-            if isinstance(factor, nn.Parameter):
-                output = getattr(module, branch.output_name(module))
-                output.weight *= factor[:, None]
-                if output.bias is not None:
-                    output.bias *= factor
-                setattr(block, name, nn.Identity() if scale is not factor else None)
-                gone.append(f"{path}.{name}")
+        scale = layer_scale(model, key, module)
+        if scale is not None:
+            block, name, factor = scale
+            output = getattr(module, branch.output_name(module))
+            output.weight *= factor[:, None]
+            if output.bias is not None:
+                output.bias *= factor
+            setattr(block, name, None if getattr(block, name) is factor else nn.Identity())
+            gone.append(f"{key.rpartition('.')[0]}.{name}")
     return gone
 
 
 def describe_units(units: Mapping[str, Units], kept: Kept) -> dict:
-    """For config.json: how many heads and neurons are left in each layer, and which ids they had."""
-    heads, neurons = ([key for key, group in units.items() if group.kind == kind] for kind in ("head", "neuron"))
+    """For config.json: heads and neurons of each layer that is left, and their ids in each layer of the dense one."""
+    heads, neurons = ([group.count for group in units.values() if group.kind == kind] for kind in ("head", "neuron"))
+    attentions = [key for key in kept if key.endswith("attn")]
     return {
-        "heads": [units[key].count for key in heads],
-        "neurons": [units[key].count for key in neurons],
-        "kept_heads": [kept[key] for key in heads],
-        "kept_neurons": [kept[key] for key in neurons],
+        "heads": heads,
+        "neurons": neurons,
+        "kept_heads": [kept[key] for key in attentions],
+        "kept_neurons": [kept[key] for key in kept if key not in attentions],
     }
 
 
@@ -144,6 +141,12 @@ class TransformerFamily:
     def units(self, model: nn.Module, kinds: Iterable[str] | None = None, first: bool = True) -> dict[str, Units]:
         return self.find_units(model, self.kinds if kinds is None else kinds)
 
+    def branches_as_units(self, model: nn.Module) -> dict[str, Units]:
+        return branch_units(model, self.units(model), self.branches(model))
+
+    def drop_empty_blocks_(self, model: nn.Module) -> None:
+        pass
+
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         alive = find_working(self.branches(model))
         fold_dead_(self.branches(model), alive)
@@ -165,4 +168,6 @@ class TransformerFamily:
 
     def card(self, config: Mapping) -> tuple[str, str]:
         left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
+        if "blocks" in config:
+            left = f"Blocks of the dense model that are left, counted from 0: {config['blocks']}\n{left}"
         return left, f"## Loading it with timm alone\n\n```python\n{self.loading_lines(config)}```\n"

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from families.cards import MERGING_CARD, loading_lines, traits_of
+from families.depth import drop_empty_blocks_
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
@@ -272,7 +273,7 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
     `timm.create_model`; `stem` the channels into and out of each convolution of a stem; `token_merge` how many tokens
-    each block merges.
+    each block merges; `blocks`, where some are gone, the numbers that those left had in the dense model.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -295,6 +296,10 @@ def describe(small: nn.Module, kept: Kept) -> dict:
         config = {"timm": {"model_name": small.arch_name.removeprefix("timm/"), **small.arch_args}}
     units = vit_units(small)
     first_heads = next(group for group in units.values() if group.kind == "head")
+    if hasattr(small, "blocks_left"):
+        config["blocks"] = small.blocks_left
+        if "timm" in config:
+            config["timm"]["depth"] = len(blocks)
     config |= {**traits_of(small), "head_dim": first_heads.contribution.layout.width}
     if merged_tokens(small):
         config["token_merge"] = merged_tokens(small)
@@ -302,7 +307,7 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 
 
 def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
-    """The dense model that `describe` knew, with random weights, and how many units of it to keep."""
+    """The model that `describe` knew, with random weights and dense blocks, and how many units of it to keep."""
     if "vit" in config:
         # blocks of as many neurons as the widest has: how many there were in the dense model is not written
         ratio = max(2.0, (max(config["neurons"]) + 0.5) / config["vit"]["embed_dim"])
@@ -341,6 +346,9 @@ class VitFamily(TransformerFamily):
         count, folder = config["token_merge"], "model/folded" if "folded" in config else "model"
         left += f"\n\nEvery block merges {count} tokens of an image, at most half of its patches (token merging, ToMe)."
         return left, MERGING_CARD.format(count=count, folder=folder) + loading
+
+    def drop_empty_blocks_(self, model: nn.Module) -> None:
+        drop_empty_blocks_(model, self.branches(model))
 
 
 VIT = VitFamily()

@@ -45,6 +45,20 @@ def levels_of(
     return levels
 
 
+def emptied_levels(
+    levels: Levels, units: Mapping[str, Units], scores: Mapping[str, Tensor], worth: Mapping[str, Tensor]
+) -> dict[str, list[int]]:
+    """The levels of layers that may also go whole: below the last one comes 0, but for the most valuable layer of each
+    kind. `worth` as in `step_values`."""
+    keeps = {}
+    for key, group in units.items():
+        value = float(worth[key]) if key in worth else float(scores[key].max())
+        if value > keeps.get(group.kind, (-math.inf, ""))[0]:
+            keeps[group.kind] = value, key
+    spared = {key for _, key in keeps.values()}
+    return {key: [*steps, 0] if steps[-1] and key not in spared else [*steps] for key, steps in levels.items()}
+
+
 def lowest_cost(levels: Levels, cost: Cost) -> float:
     """What is left where every layer keeps as few units as it may."""
     return cost({key: steps[-1] for key, steps in levels.items()})
@@ -55,8 +69,13 @@ def best_units(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[
     return {key: sorted(best_first(value)[: counts.get(key)].tolist()) for key, value in scores.items()}
 
 
-def step_values(scores: Mapping[str, Tensor], levels: Levels, cost: Cost) -> dict[str, list[float]]:
+def step_values(
+    scores: Mapping[str, Tensor], levels: Levels, cost: Cost, worth: Mapping[str, Tensor] | None = None
+) -> dict[str, list[float]]:
     """What each step down a layer's levels gives away: the mean score of its units over the mean cost of the layer's.
+
+    `worth` [1] per key is what is known of all units of a layer together, which may be less than they are worth one by
+    one: where such a layer may empty, no step gives away more than that over the cost of all.
 
     Layers that cost the same whatever is left of them, such as filters that cannot be removed, are absent: what they
     give away buys nothing.
@@ -68,12 +87,21 @@ def step_values(scores: Mapping[str, Tensor], levels: Levels, cost: Cost) -> dic
         if saved > 0:
             ranked, unit = scores[key][best_first(scores[key])].tolist(), saved / (steps[0] - steps[-1])
             values[key] = [sum(ranked[low:high]) / (high - low) / unit for high, low in pairwise(steps)]
+            if worth and steps[-1] == 0:
+                together = float(worth[key]) / saved
+                values[key] = [min(value, together) for value in values[key]]
     return values
 
 
-def global_counts(scores: Mapping[str, Tensor], levels: Levels, cost: Cost, limit: float) -> Counts:
+def global_counts(
+    scores: Mapping[str, Tensor],
+    levels: Levels,
+    cost: Cost,
+    limit: float,
+    worth: Mapping[str, Tensor] | None = None,
+) -> Counts:
     """One ranking of all units of all kinds: they go in ascending order of score per cost until the limit is met."""
-    return counts_by_value(step_values(scores, levels, cost), levels, cost, limit)
+    return counts_by_value(step_values(scores, levels, cost, worth), levels, cost, limit)
 
 
 def counts_by_value(values: Mapping[str, Sequence[float]], levels: Levels, cost: Cost, limit: float) -> Counts:

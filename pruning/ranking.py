@@ -16,7 +16,9 @@ from pruning.masks import Masks, density
 from pruning.rounding import ROUNDED, fit_counts, fitting_count
 from pruning.units import Units
 
-KINDS = {"head": ("head",), "mlp": ("neuron",), "both": ("head", "neuron")}  # of --vit_prune_target
+BOTH = ("head", "neuron")
+# of --vit_prune_target: the kinds of units that go, one by one or all of a branch at once
+KINDS = {"head": ("head",), "mlp": ("neuron",), "both": BOTH, "block": BOTH, "branch": BOTH, "all": BOTH}
 
 
 # ------------------------------------------------------------------------------------------ how many

@@ -56,6 +56,7 @@ def units_report(
 
     Args:
         model: the dense one.
+        scores: [count] per key, or [1] where a layer's units go as one.
         cost: counts the units of each kind and the parameters, as a family's `cost` does.
     """
     lines = []
@@ -66,7 +67,9 @@ def units_report(
             100 * (1 - density({name: masks[name] for name in layers})) for masks in (masks_before, masks_after)
         ]
         values = scores[key].tolist()
-        if group.listed:
+        if len(values) < group.count:
+            detail = f"scored as a whole {values[0]:.4g}"
+        elif group.listed:
             detail = f"kept {after}, scores {' '.join(f'{value:.4g}' for value in values)}"
         else:
             stay = [values[unit] for unit in after]

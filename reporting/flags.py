@@ -6,9 +6,10 @@ import json
 import re
 import shlex
 
+from pruning.depth import DEPTH
 from reporting.runs import Run
 
-KINDS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons"}
+KINDS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", "all": "heads+neurons+branches", **DEPTH}
 TARGETS = {  # flag -> what it says, in words
     "target_macs": "{:.4g} of the dense network's MACs are left in the end",
     "target_params": "{:.4g} of the dense network's parameters are left in the end",
@@ -49,6 +50,10 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect |= _STRUCTURED - by_schedule
     elif args.get("vit_prune_target") == "head":
         without_effect.add("mlp_prune_ratio")
+    elif args.get("vit_prune_target") in DEPTH:
+        without_effect |= {"mlp_prune_ratio", "sorting_mode", "min_units", "rank_by", "round_to"}
+    elif args.get("vit_prune_target") == "all":
+        without_effect |= {"mlp_prune_ratio", "sorting_mode", "rank_by"}
     heads_only = structured and args.get("vit_prune_target") == "head"
     single_weights = not structured and has_filters(run) is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:

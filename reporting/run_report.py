@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import utils
+from pruning.depth import DEPTH
 from reporting import need
 from reporting.flags import TARGETS, command, flags_without_effect, has_filters
 from reporting.onnx_columns import onnx_columns
@@ -221,10 +222,12 @@ def _pruning_words(run: Run) -> str:
     else:
         neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
         target = args.get("vit_prune_target")
-        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
-        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
+        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both", "all") else []
+        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both", "all") else []
+        goals += [f"{percent(rate)} of all {DEPTH[target]}"] if target in DEPTH else []
+        ranked = "over the whole model" if target in DEPTH else escaped(args.get("sorting_mode", "layer-wise"))
         cut = (
-            f"{' and '.join(goals)} are gone in the end, chosen {escaped(args.get('sorting_mode', 'layer-wise'))} by "
+            f"{' and '.join(goals)} are gone in the end, chosen {ranked} by "
             f"criterion {escaped(args.get('criteria'))}, on a {escaped(args.get('ratio_schedule', ''))} schedule"
         )
     start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
