@@ -16,9 +16,9 @@ import rsst
 from cli.config import typed_out
 from cli.flags import build_parser
 from cli.resume import FREE_ON_RESUME
-from engine.allocation import SORTING, allocates, target_of
+from engine.allocation import SORTING, target_of
 from engine.sensitivity import SENSITIVITY
-from pruning.ranking import KINDS
+from pruning.depth import DEPTH
 from pruning.scores import CRITERIA
 from utils import RunError
 
@@ -46,16 +46,17 @@ def _always(flags: Flags) -> bool:
 
 
 def _by_ratio(flags: Flags) -> bool:
-    return not (flags["nm"] or allocates(argparse.Namespace(**flags)))
+    return not (flags["nm"] or flags["unit_counts"] or target_of(argparse.Namespace(**flags)))
 
 
 def _neurons_by_ratio(flags: Flags) -> bool:
-    return _by_ratio(flags) and flags["vit_structured"] and "neuron" in KINDS[flags["vit_prune_target"]]
+    return _by_ratio(flags) and flags["vit_structured"] and flags["vit_prune_target"] in ("mlp", "both")
 
 
 def _by_layer(flags: Flags) -> bool:
+    over_all = flags["vit_structured"] and flags["vit_prune_target"] in ("all", *DEPTH)
     goes_by_layer = flags["vit_structured"] or target_of(argparse.Namespace(**flags)) is not None
-    return goes_by_layer and flags["unit_counts"] is None and "sorting_mode" not in flags["given"]
+    return not over_all and goes_by_layer and flags["unit_counts"] is None and "sorting_mode" not in flags["given"]
 
 
 def _scores(flags: Flags) -> bool:
