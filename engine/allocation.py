@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from engine import latency
 from engine.sensitivity import SENSITIVITY, sensitivity_curves
 from families import Family
+from models.merging import unmerged
 from pruning.budget import (
     CLOSE,
     Cost,
@@ -118,11 +119,11 @@ def check_allocation(args: argparse.Namespace, model: nn.Module, units: Mapping[
             raise RunError(f"{flag}: {key} keeps {floor} (--min_units) to {units[key].count} units, not {count}")
     if target != LATENCY and args.unit_counts is None:
         cost = counted(family, model, target)
-        least = lowest_cost(_all_levels(args, units), cost) / cost({})
-        if least > _asked(args, model, units, cost({})):
+        least, dense = lowest_cost(_all_levels(args, units), cost), _of_dense(family, model, target)
+        if least > _asked(args, family, model, units):
             raise RunError(
-                f"{flag}: {least:.4f} of the {WORDS[target]} stay at least; ask for more, lower --min_units, or let "
-                "more units go (--vit_prune_target both)"
+                f"{flag}: {least / dense:.4f} of the {WORDS[target]} stay at least; ask for more, lower --min_units, "
+                "or let more units go (--vit_prune_target both)"
             )
 
 
@@ -149,12 +150,17 @@ def counted(family: Family, model: nn.Module, target: str | None) -> Cost:
     return cost
 
 
-def _asked(args: argparse.Namespace, model: nn.Module, units: Mapping[str, Units], whole: float) -> float:
-    """The share of the whole cost that may be left in the end."""
-    target = target_of(args)
-    if target:
-        return getattr(args, target) / (whole if target == LATENCY else 1)
-    return 1 - args.rate * sum(group.count * group.macs(model, group) for group in units.values()) / whole
+def _of_dense(family: Family, model: nn.Module, target: str | None) -> float:
+    """What the dense network costs, which merges no tokens even where `model` does."""
+    return counted(family, unmerged(model), target)({})
+
+
+def _asked(args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units]) -> float:
+    """What may be left in the end, in MACs or parameters."""
+    if target := target_of(args):
+        return getattr(args, target) * _of_dense(family, model, target)
+    whole = counted(family, model, None)({})
+    return whole - args.rate * sum(group.count * group.macs(model, group) for group in units.values())
 
 
 def _schedule(args: argparse.Namespace) -> str:
@@ -162,8 +168,8 @@ def _schedule(args: argparse.Namespace) -> str:
 
 
 def _limit(args: argparse.Namespace, whole: float, asked: float, state: int) -> float:
-    """What may be left of `whole` in this state, of which `asked` is the share that is left in the end."""
-    return scheduled_limit(whole, asked * whole, _schedule(args), state, args.pruning_times)
+    """What may be left of `whole` in this state, where `asked` is what may be left in the end."""
+    return scheduled_limit(whole, min(asked, whole), _schedule(args), state, args.pruning_times)
 
 
 def _counts(
@@ -181,7 +187,7 @@ def _counts(
         totals = {key: group.count for key, group in units.items()}
         return scheduled_counts(args.unit_counts, totals, _schedule(args), state, args.pruning_times)
     cost = counted(family, model, target_of(args))
-    limit = _limit(args, cost({}), _asked(args, model, units, cost({})), state)
+    limit = _limit(args, cost({}), _asked(args, family, model, units), state)
     return rule(scores, _levels(args, units, scores, worth), cost, limit)
 
 
@@ -200,8 +206,9 @@ def choose_by_budget(run, scores: Mapping[str, Tensor], worth: Mapping[str, Tens
     kept = best_units(scores, _counts(args, run.family, run.dense, run.units, scores, state, rule, worth))
     if args.unit_counts is None:
         cost = counted(run.family, run.dense, target)
-        asked = _limit(args, 1.0, _asked(args, run.dense, run.units, cost({})), state)
-        share = cost({key: len(ids) for key, ids in kept.items()}) / cost({})
+        dense = _of_dense(run.family, run.dense, target)
+        asked = _limit(args, cost({}), _asked(args, run.family, run.dense, run.units), state) / dense
+        share = cost({key: len(ids) for key, ids in kept.items()}) / dense
         coarse = "; the next unit would pass it" if share < (1 - CLOSE) * asked else ""
         log.info(f"budget: {share:.4f} of the {WORDS[target]}, asked {asked:.4f}{coarse}")
     return kept
@@ -231,7 +238,7 @@ def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule, worth) -> 
 
     if state not in table["states"]:
         whole = table["dense_ms"]
-        wanted = _limit(args, whole, _asked(args, run.dense, run.units, whole), run.progress.state)
+        wanted = _limit(args, whole, args.target_latency_ms, run.progress.state)
         table["states"][state] = latency.meet(wanted, allocate, cost, measure)
         latency.write_table(run.save_dir, table)
     record = table["states"][state]

@@ -274,6 +274,15 @@ def test_the_plan_shows_the_budget(run):
     assert "Milliseconds are measured when the run starts" in out
 
 
+def test_a_budget_is_a_share_of_the_dense_network_that_merges_no_tokens(run):
+    def left(*flags):
+        out = run(*words("--arch vit_mini --img_size 28 --pruning_times 2 --dry_run"), *BOTH, *words(*flags)).out
+        return float(out.split("About")[0].split(" G")[-2].split()[-1])
+
+    assert left("--token_merge 4 --min_units 3 --rate 0") < 0.9 * left("--rate 0")
+    assert left("--token_merge 4 --target_macs 0.5") == left("--target_macs 0.5") == round(left("--rate 0") / 2, 4)
+
+
 # flags, and what the one line has to name when that is not all of them
 BAD = """{both} --target_macs 0 -> --target_macs 0.0; {both} --target_macs 1 -> --target_macs 1.0;
 {both} --target_params nan -> --target_params nan; {both} --target_latency_ms 0 -> --target_latency_ms 0.0;

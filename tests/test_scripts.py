@@ -431,13 +431,12 @@ BOTH = [*UNITS, "both"]
 DENSE = ["--struct", "dense", "--pruning_times", "1"]
 ADAMW = [*DENSE, "--batch_size", "32", "--opt", "adamw", "--lr", "0.0005", "--weight_decay", "0.05"]
 BASE = [*ADAMW, "--sched", "cosine", "--min_lr", "1e-5"]
-BUDGET = ["--struct", "refill", "--vit_structured", "--target_macs", "0.5", "--vit_prune_target"]
+REFILL, HALF = ["--struct", "refill", *UNITS], ["--target_macs", "0.5", "--ratio_allocation"]
 RUNS = {
-    "compare_budgets": {
-        name: [*BUDGET, "both", "--ratio_allocation", name] for name in ("uniform", "global", "sensitivity")
-    }
-    | {target: [*BUDGET, target] for target in ("branch", "block", "all")}
-    | {"tokens": [*BUDGET, "both", "--ratio_allocation", "uniform", "--token_merge", "2"]},
+    "compare_budgets": {name: [*REFILL, "both", *HALF, name] for name in ("uniform", "global", "sensitivity")}
+    | {"all": [*REFILL, "all", "--target_macs", "0.5"]}
+    | {target: [*REFILL, target, "--rate", "0.5"] for target in ("branch", "block")}
+    | {"tokens": [*REFILL, "both", *HALF, "uniform", "--token_merge", "2"]},
     "compare_criteria": {
         name: ["--struct", "refill", *BOTH, "--criteria", name]
         for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
