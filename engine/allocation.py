@@ -242,6 +242,8 @@ def _counts_by_latency(run, scores: Mapping[str, Tensor], rule: Rule, worth) -> 
         table["states"][state] = latency.meet(wanted, allocate, cost, measure)
         latency.write_table(run.save_dir, table)
     record = table["states"][state]
+    if abs(record["measured_ms"] - record["asked_ms"]) > latency.WITHIN * record["asked_ms"]:
+        log.warning("budget: no choice was measured within 5% of what was asked; is the device busy with other work?")
     log.info(
         f"budget: {record['measured_ms']:.3f} ms measured, asked {record['asked_ms']:.3f}, dense "
         f"{table['dense_ms']:.3f} (batch {args.latency_batch}; {len(record['tried'])} tried)"
