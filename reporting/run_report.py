@@ -26,6 +26,7 @@ STARTS = {
     "pt": "from the pretrained weights",
     "finetune": "from the trained weights of the state before",
 }
+SENSITIVE = ", taken from the layers whose loss rises least"
 
 
 def write(save_dir: Path) -> None:
@@ -194,6 +195,7 @@ def budget_words(args: Mapping) -> str:
         return ""
     words = TARGETS[target].format(args[target])
     ranked = ", by one ranking of all units" if args.get("sorting_mode") == "global" else ""
+    ranked = SENSITIVE if args.get("ratio_allocation") == "sensitivity" else ranked
     return f"{words[0].upper()}{words[1:]}{ranked}"
 
 
@@ -219,9 +221,11 @@ def _pruning_words(run: Run) -> str:
         target = args.get("vit_prune_target")
         goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
         goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
+        probed = args.get("ratio_allocation") == "sensitivity"
+        how = f"{SENSITIVE}, chosen" if probed else f", chosen {escaped(args.get('sorting_mode', 'layer-wise'))}"
         cut = (
-            f"{' and '.join(goals)} are gone in the end, chosen {escaped(args.get('sorting_mode', 'layer-wise'))} by "
-            f"criterion {escaped(args.get('criteria'))}, on a {escaped(args.get('ratio_schedule', ''))} schedule"
+            f"{' and '.join(goals)} are gone in the end{how} by criterion {escaped(args.get('criteria'))}, on a "
+            f"{escaped(args.get('ratio_schedule', ''))} schedule"
         )
     start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
     return f"{cut}. Every state starts {start}." if start else f"{cut}."
