@@ -1,8 +1,8 @@
 """Sensitivity curves: what the loss becomes where a layer alone loses units, in; how many units each layer keeps, out.
 
-    counts = probed_counts(levels)                              # where a layer's curve is to be measured
-    values = loss_values(curves, levels, cost)                  # what a step down adds to the loss over what it saves
-    counts = least_loss_counts(curves, levels, cost, limit)     # as little loss as the limit allows
+    counts = probed_counts(levels)                            # where a layer's curve is to be measured
+    values = loss_values(curves, levels, cost)                # what each step down adds to the loss over what it saves
+    counts = least_loss_counts(curves, levels, cost, limit)   # as little loss as the limit allows
 
 A curve is a list of (units left, loss), units descending. The sum of the layers' curves stands for the loss of all
 together; what layers do to one another is not in it.

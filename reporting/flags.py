@@ -58,6 +58,8 @@ def flags_without_effect(run: Run) -> set[str]:
     single_weights = not structured and has_filters(run) is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:
         without_effect.add("round_to")
+    if args.get("ratio_allocation") == "sensitivity":
+        without_effect |= {"sorting_mode", "rank_by"}
     if allocated:
         without_effect |= {"mlp_prune_ratio", "rank_by"}
         if args.get("criteria") != "remain" and not (structured and args.get("refill") is False):

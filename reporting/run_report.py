@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import utils
-from pruning.depth import DEPTH
+from pruning.depth import DEPTH, WHOLE
 from reporting import need
 from reporting.flags import TARGETS, command, flags_without_effect, has_filters
 from reporting.onnx_columns import onnx_columns
@@ -27,6 +27,7 @@ STARTS = {
     "pt": "from the pretrained weights",
     "finetune": "from the trained weights of the state before",
 }
+SENSITIVE = ", taken from the layers whose loss rises least"
 
 
 def write(save_dir: Path) -> None:
@@ -195,6 +196,7 @@ def budget_words(args: Mapping) -> str:
         return ""
     words = TARGETS[target].format(args[target])
     ranked = ", by one ranking of all units" if args.get("sorting_mode") == "global" else ""
+    ranked = SENSITIVE if args.get("ratio_allocation") == "sensitivity" else ranked
     return f"{words[0].upper()}{words[1:]}{ranked}"
 
 
@@ -222,13 +224,16 @@ def _pruning_words(run: Run) -> str:
     else:
         neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
         target = args.get("vit_prune_target")
-        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both", "all") else []
-        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both", "all") else []
+        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
+        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
         goals += [f"{percent(rate)} of all {DEPTH[target]}"] if target in DEPTH else []
-        ranked = "over the whole model" if target in DEPTH else escaped(args.get("sorting_mode", "layer-wise"))
+        goals += [f"{percent(rate)} of the MACs of all heads and neurons"] if target == "all" else []
+        ranked = "over the whole model" if target in WHOLE else escaped(args.get("sorting_mode", "layer-wise"))
+        probed = args.get("ratio_allocation") == "sensitivity"
+        how = f"{SENSITIVE}, chosen" if probed else f", chosen {ranked}"
         cut = (
-            f"{' and '.join(goals)} are gone in the end, chosen {ranked} by "
-            f"criterion {escaped(args.get('criteria'))}, on a {escaped(args.get('ratio_schedule', ''))} schedule"
+            f"{' and '.join(goals)} are gone in the end{how} by criterion {escaped(args.get('criteria'))}, on a "
+            f"{escaped(args.get('ratio_schedule', ''))} schedule"
         )
     start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
     return f"{cut}. Every state starts {start}." if start else f"{cut}."
