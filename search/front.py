@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 
 import yaml
 
+from cli.config import typed_out
 from reporting.figures import BLUE, GREY, ORANGE, draw, percent_axis
 from reporting.page import write_bytes
 from reporting.runs import load_run
@@ -101,9 +103,9 @@ def _report(study, rows: list[dict], front: list[dict], columns: dict) -> str:
     counts = {
         state: sum(row["state"] == state for row in rows) for state in dict.fromkeys(row["state"] for row in rows)
     }
-    searched = [{"flag": f"`--{name}`", "in": in_words(values)} for name, values in study.space.values.items()]
+    searched = [{"flag": f"--{name}", "in": in_words(values)} for name, values in study.space.values.items()]
     columns_of_space = {name: lambda row, name=name: row[name] for name in ("flag", "in")}
-    given = " ".join(f"--{name} {value}" for name, value in {**study.own, **study.base}.items())
+    given = shlex.join(typed_out(study.parser, {**study.own, **study.base}, "--search"))
     again = f"python main_imp_fillback.py --config {study.folder / 'pareto' / '001.yaml'}"
     return (
         f"# Search: validation accuracy and {args.search_objective} of {args.arch} on {args.dataset}\n\n"
