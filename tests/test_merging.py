@@ -34,7 +34,7 @@ from models.merging import choices, match, matching_macs, merge, merge_tokens_, 
 from pruning.scores import score_units
 from pruning.units import unit_masks
 
-UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5"
+UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --pruning_times 2"
 # of timm's: a distilled DeiT, QK norm and LayerScale with a pool of all patches, an attention pool, registers
 TIMM = {
     "deit_tiny_distilled_patch16_224": {},
@@ -276,6 +276,7 @@ def test_scores_see_merged_tokens(criterion, add_noise):
 def run_micro(house, tmp_path, monkeypatch):
     """run_micro(flags) -> the folder of a finished micro run."""
     monkeypatch.setattr(entry.report, "write", lambda _: None)
+    monkeypatch.setattr(export, "size_table", lambda *_: "")  # nothing is timed
 
     def run(flags, name="run"):
         argv = [flag for flag in MICRO if flag != "--no-export"]
@@ -316,7 +317,7 @@ def test_a_run_trains_goes_on_and_exports(run_micro, around, tmp_path):
 @pytest.mark.slow
 def test_programs_merge_as_the_model_does(run_micro, command, tmp_path):
     """ONNX (float32 and int8), torch.export and AOTInductor, each compared with the model at batch 1 and 3."""
-    run = run_micro(f"{UNITS} --token_merge 3 --init {_noisy(tmp_path)} --pruning_times 2")
+    run = run_micro(f"{UNITS} --token_merge 3 --init {_noisy(tmp_path)}")
     code, _, err = command(run, "--onnx", "--opset", 18, "--int8", "--torch_export", "--aot", "--latency")
     assert code == 0, err
     table = rows_of(run / "model" / "onnx.csv")
