@@ -109,7 +109,7 @@ def _naming(run: Planned) -> dict:
         "cell": run.cell,
         "variant": run.variant,
         "method": run.kind.removeprefix(run.cell).strip("_") or run.flags.get("struct", "rsst"),
-        "asked": axes.get("macs", axes.get("density", "")),
+        "asked": axes.get("density", ""),
         "seed": axes.get("seed", run.flags.get("seed", "")),
     }
 

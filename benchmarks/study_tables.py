@@ -35,6 +35,7 @@ REFERENCES = {
     "refill_factor": ("both", "refill"),
     "fillback": ("fillback", "none"),
     "rewind": ("rewind", "finetune_rsst"),
+    "allocation": ("both", "refill"),
 }
 
 
