@@ -27,6 +27,7 @@ from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
 from families import family_of
 from models import BUILDERS
+from models.merging import merged_tokens
 from reporting.onnx_columns import onnx_columns
 from utils import RunError
 
@@ -180,6 +181,8 @@ def _export(args: argparse.Namespace) -> None:
         dataset, data, val_fraction, workers = args.dataset, args.data or "data", 0.1, 0
         folder = Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
+    if args.int8 and merged_tokens(masked):
+        raise RunError("--int8: ONNX Runtime's quantiser cannot follow the shapes of merged tokens; leave it out")
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
