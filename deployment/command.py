@@ -28,6 +28,7 @@ from deployment.speed import latency_table, size_table
 from engine.evaluation import accuracy
 from families import family_of
 from models import BUILDERS
+from models.merging import merged_tokens
 from reporting.onnx_columns import onnx_columns
 from utils import RunError
 
@@ -181,6 +182,7 @@ def _export(args: argparse.Namespace) -> None:
         dataset, data, val_fraction, workers = args.dataset, args.data or "data", 0.1, 0
         folder = Path(args.out)
         provenance = {"arch": args.arch, "checkpoint": Path(args.from_checkpoint).name}
+    _check_model(args, masked)
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
@@ -202,8 +204,6 @@ def _export(args: argparse.Namespace) -> None:
         test = make_batches(splits.test, facts, 256, device, workers=workers)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
         log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
-    if args.fold:
-        foldable(masked)
     small = write(folder, masked, kept, proving(), facts, provenance, metrics)
     log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
     variants = {}
@@ -230,6 +230,14 @@ def _export(args: argparse.Namespace) -> None:
         classes = class_names(dataset, data, facts.classes) if facts else ()
         write_hub(folder, Path(args.hf), dataset, size, classes)
         log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
+
+
+def _check_model(args: argparse.Namespace, masked: torch.nn.Module) -> None:
+    """Refuse, before any work, what cannot be made of this model."""
+    if args.int8 and merged_tokens(masked):
+        raise RunError("--int8: ONNX Runtime's quantiser cannot follow the shapes of merged tokens; leave it out")
+    if args.fold:
+        foldable(masked)
 
 
 def _write_latency(folder: Path, text: str) -> None:
