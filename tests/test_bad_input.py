@@ -442,14 +442,14 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
     for options, choices, valued in flags_in_help():
         name = options[0].removeprefix("--no-").removeprefix("--")
         name = "prune_patch_embed" if name == "conv1" else name
-        if name in FREE or (not valued and len(options) == 1 and stored[name] != options[0].startswith("--no-")):
+        if name in FREE or (not valued and len(options) == 1 and stored.get(name) != options[0].startswith("--no-")):
             continue  # free, or a switch that the run was started with
         flags = [option for option in options if not valued][-1:] or [options[0]]
         if valued:
             other = (
-                2 if name == "pruning_times" else 3 + (stored[name] or 0) if not isinstance(stored[name], str) else "x"
+                2 if name == "pruning_times" else 3 + (stored.get(name) or 0) if not isinstance(stored.get(name), str) else "x"
             )
-            flags.append(next((choice for choice in choices if choice != stored[name]), other))
+            flags.append(next((choice for choice in choices if choice != stored.get(name)), other))
         assert_refused(["--resume", "--save_dir", broken, *flags], name, folder=broken)
         checked += 1
     assert checked > 50

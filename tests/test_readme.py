@@ -111,7 +111,7 @@ def test_scripts_start_what_plans(tmp_path, monkeypatch, capsys):
     for program in ("main_imp_fillback.py", "report.py"):
         (tmp_path / program).write_text(RECORDER)
     scripts = [command for command in commands("README.md") if "bash " in command]
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     environment = {**os.environ, "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]}
     monkeypatch.chdir(ROOT)
     for command in scripts:
