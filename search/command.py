@@ -33,7 +33,8 @@ def search(args: argparse.Namespace) -> int:
     """
     need_optuna()
     with torch.device("meta"):
-        has_units = bool(units_of_run(args, make_model(args, weights=False)))
+        model = make_model(args, weights=False)
+    has_units = bool(units_of_run(args, model))
     _complete_objective(args, has_units)
     space, folder = Space(args, has_units), Path(args.save_dir or named_dir(args.exp_name))
     if args.dry_run:

@@ -215,6 +215,8 @@ def test_the_plan_shows_space_and_cost_and_writes_nothing(tmp_path, capsys):
     assert "rsst | refill" in out
     assert "7 times a trial" in out
     assert "86" in out.split("7 times")[1]  # 90% of 96 neurons, the least that is drawn to go
+    assert call([*SEARCH, "--search", 7, "--save_dir", tmp_path / "s", "--dry_run", "--target_macs", 0.7]) == 0
+    assert "rate " not in capsys.readouterr().out
     assert not (tmp_path / "s").exists()
 
 
