@@ -98,8 +98,10 @@ def _rows(args: argparse.Namespace, model: nn.Module, units: dict, family: Famil
         return depth_states(model, args.vit_prune_target, args.rate, states, schedule)
     if allocates(args) and args.struct != "dense":
         known = 1 if target_of(args) == LATENCY else states
+        planned = planned_counts(args, family, model, units, known)
         return [
-            {"state": state, **_state_by_counts(args, model, family, units, prunable, state)} for state in range(known)
+            {"state": state, **_cost_of_counts(model, family, units, prunable, left)}
+            for state, left in enumerate(planned)
         ]
     if args.vit_structured and args.struct != "dense":
         ratios = target_ratios(args.vit_prune_target, args.rate, args.mlp_prune_ratio)
@@ -140,11 +142,8 @@ def _state_by_density(
     return {"density": left / prunable, **cost, "parameters": cost["parameters"] - (prunable - left)}
 
 
-def _state_by_counts(
-    args: argparse.Namespace, model: nn.Module, family: Family, units: dict, prunable: int, state: int
-) -> dict:
-    """Density and cost of a state whose counts follow from a target or a file."""
-    left = planned_counts(args, family, model, units, state)
+def _cost_of_counts(model: nn.Module, family: Family, units: dict, prunable: int, left: dict[str, int]) -> dict:
+    """Density and cost where layers keep so many units."""
     gone = sum((group.count - left.get(key, group.count)) * unit_weights(model, group) for key, group in units.items())
     return {"density": 1 - gone / prunable, **family.cost(model, {key: range(count) for key, count in left.items()})}
 

@@ -37,6 +37,7 @@ from pruning.budget import (
     uniform_counts,
 )
 from pruning.curves import least_loss_counts
+from pruning.ranking import mark_removed
 from pruning.units import Units
 from utils import RunError
 
@@ -284,10 +285,12 @@ def measure_result(run) -> None:
 
 
 def planned_counts(
-    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], state: int
-) -> Counts:
-    """What layers keep in `state` where all units score alike and all layers give the same share: the totals of a run,
-    and of a uniform one each layer's count to a unit."""
-    if state == 0:
-        return {}
-    return _counts(args, family, model, units, _no_scores(units), state, uniform_counts)
+    args: argparse.Namespace, family: Family, model: nn.Module, units: Mapping[str, Units], states: int
+) -> list[Counts]:
+    """What layers keep in each state where all units score alike and all layers give the same share: the totals of a
+    run, and of a uniform one each layer's count to a unit."""
+    scores, found = _no_scores(units), [{}]
+    for state in range(1, states):
+        found.append(_counts(args, family, model, units, scores, state, uniform_counts))
+        scores = mark_removed(scores, best_units(scores, found[-1]))
+    return found

@@ -140,7 +140,8 @@ def uniform_counts(scores: Mapping[str, Tensor], levels: Levels, cost: Cost, lim
     """One share for all layers of all kinds, the largest that meets the limit; scores only decide who fills the rest.
 
     The share is found by bisection; a layer keeps the level that is nearest to it, ties up. What is left below the
-    limit is filled in rounds, in each of which every layer takes back one step at most, the best score per cost first.
+    limit is filled in rounds, in each of which every layer takes back one step at most, the best score per cost first;
+    what is too coarse for that is traded, see `_traded`.
     """
     values = step_values(scores, levels, cost)
     borders = {  # of each layer: the shares below which it takes a step down, descending
@@ -163,7 +164,34 @@ def uniform_counts(scores: Mapping[str, Tensor], levels: Levels, cost: Cost, lim
         for index, key in enumerate(values)
         for turn in range(down[key])
     ]
-    return _after(levels, _fill(down, [key for *_, key in sorted(rounds)], fits))
+    down = _fill(down, [key for *_, key in sorted(rounds)], fits)
+    return _after(levels, _traded(down, values, levels, cost, limit))
+
+
+def _traded(down: Counter, values: Mapping[str, Sequence[float]], levels: Levels, cost: Cost, limit: float) -> Counter:
+    """Where more than `CLOSE` of the limit is free, as every step back is too costly: one such step is taken back, the
+    most valuable that works, and cheaper ones go for it, in rounds, in each of which every layer takes one at most."""
+
+    def left(steps: Counter) -> float:
+        return cost(_after(levels, steps))
+
+    now = left(down)
+    if now >= (1 - CLOSE) * limit:
+        return down
+    next_step = {key: now - left(down + Counter([key])) for key in values if down[key] < len(values[key])}
+    fine = [key for key, saved in next_step.items() if 0 < saved <= CLOSE * limit]
+    turns = ((turn, key) for key in fine for turn in range(len(values[key]) - down[key]))
+    order = [key for _, _, key in sorted((turn, values[key][down[key] + turn], key) for turn, key in turns)]
+    coarse = [key for key in values if down[key] and key not in fine]
+    for key in sorted(coarse, key=lambda key: -values[key][down[key] - 1]):
+        back = down - Counter([key])
+        gone = bisect_left(
+            range(len(order)), True, key=lambda count: left(back + Counter(order[:count])) <= limit * (1 + SLACK)
+        )
+        traded = back + Counter(order[:gone])
+        if now < left(traded) <= limit * (1 + SLACK):
+            return traded
+    return down
 
 
 def _after(levels: Levels, down: Mapping[str, int]) -> Counts:

@@ -446,10 +446,9 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
             continue  # free, or a switch that the run was started with
         flags = [option for option in options if not valued][-1:] or [options[0]]
         if valued:
-            other = (
-                2 if name == "pruning_times" else 3 + (stored.get(name) or 0) if not isinstance(stored.get(name), str) else "x"
-            )
-            flags.append(next((choice for choice in choices if choice != stored.get(name)), other))
+            value = stored.get(name)
+            other = 2 if name == "pruning_times" else "x" if isinstance(value, str) else 3 + (value or 0)
+            flags.append(next((choice for choice in choices if choice != value), other))
         assert_refused(["--resume", "--save_dir", broken, *flags], name, folder=broken)
         checked += 1
     assert checked > 50

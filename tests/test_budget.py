@@ -75,6 +75,19 @@ def test_a_budget_is_met_by_states_that_only_take_away(build, name, rule):
         kept = now
 
 
+def test_one_share_meets_its_budget_also_where_heads_are_coarse_and_neurons_have_gone():
+    """A head of this model is 2.8% of its MACs, and what earlier states took cannot fill the rest."""
+    model = models.build_model("vit_mini", 10, 28, patch_size=7)
+    units, cost = family_of(model).units(model), cost_of(model, "macs")
+    kept = {key: range(group.count) for key, group in units.items()}
+    for state in range(1, 12):
+        limit = 0.514 ** (state / 11) * cost({})
+        scores = mark_removed({key: torch.zeros(group.count) for key, group in units.items()}, kept)
+        counts = uniform_counts(scores, levels_of(units, scores), cost, limit)
+        assert 0.99 * limit < cost(counts) <= limit, state
+        kept = best_units(scores, counts)
+
+
 def test_filters_that_save_nothing_stay():
     model = res_micro(projected=True)
     units, cost = family_of(model).units(model), cost_of(model, "macs")
