@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import packaging
@@ -431,6 +432,13 @@ BOTH = [*UNITS, "both"]
 DENSE = ["--struct", "dense", "--pruning_times", "1"]
 ADAMW = [*DENSE, "--batch_size", "32", "--opt", "adamw", "--lr", "0.0005", "--weight_decay", "0.05"]
 BASE = [*ADAMW, "--sched", "cosine", "--min_lr", "1e-5"]
+PARTS = {
+    "smoothing": ["--label_smoothing", "0.1"],
+    "rand": ["--aug", "rand"],
+    "mix": ["--mixup", "0.2", "--cutmix", "1"],
+    "drop_path": ["--drop_path", "0.1"],
+    "ema": ["--ema_decay", "0.99"],
+}
 REFILL, HALF = ["--struct", "refill", *UNITS], ["--target_macs", "0.5", "--ratio_allocation"]
 RUNS = {
     "compare_budgets": {name: [*REFILL, "both", *HALF, name] for name in ("uniform", "global", "sensitivity")}
@@ -448,16 +456,8 @@ RUNS = {
         for ending, teacher in (("", []), ("_taught", ["--teacher", "self"]))
     },
     "compare_recipes": {"defaults": DENSE, "adamw": ADAMW, "base": BASE}
-    | {
-        f"base_{part}": [*BASE, *flags]
-        for part, flags in {
-            "smoothing": ["--label_smoothing", "0.1"],
-            "rand": ["--aug", "rand"],
-            "mix": ["--mixup", "0.2", "--cutmix", "1"],
-            "drop_path": ["--drop_path", "0.1"],
-            "ema": ["--ema_decay", "0.99"],
-        }.items()
-    },
+    | {f"base_{part}": [*BASE, *flags] for part, flags in PARTS.items()}
+    | {"base_all": [*BASE, *chain.from_iterable(PARTS.values())]},
     "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
     "compare_nm": {
         f"{method}_{name}": ["--struct", method, "--pruning_times", "3", *flags]
