@@ -35,7 +35,6 @@ REFERENCES = {
     "refill_factor": ("both", "refill"),
     "fillback": ("fillback", "none"),
     "rewind": ("rewind", "finetune_rsst"),
-    "allocation": ("both", "refill"),
 }
 
 
