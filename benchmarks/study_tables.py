@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tables and the picture of a study: the rows that study.py wrote in, study.md and study.png out.
+"""Tables and pictures of a study: the rows that study.py wrote in, study.md and study*.png out.
 
     python benchmarks/study_tables.py results/study_cpu/study.csv --out results/study_cpu
 
@@ -11,6 +11,7 @@ one of them excludes zero is a method called better or worse (reporting/paired.p
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import statistics
 import sys
@@ -26,16 +27,23 @@ from reporting.paired import Difference, corrected, paired
 from reporting.words import md_table, percent, plural, thousands
 from utils import OneLineParser, RunError, write_text
 
-# cells whose methods stand in one table and in the picture
+# cells whose methods stand in one table and in one picture; the first names them
 TOGETHER = {"both": ("both", "small", "peer", "more", "dense"), "vit_small_both": ("vit_small_both", "vit_small_dense")}
-# what the methods of a cell are compared with; of others, their first method
+# what the methods of a cell are compared with, (cell, method): one for all, or one for each; if not here, the first
 REFERENCES = {
     "both": ("both", "refill"),
     "factor": ("both", "rsst"),
     "refill_factor": ("both", "refill"),
     "fillback": ("fillback", "none"),
-    "rewind": ("rewind", "finetune_rsst"),
+    "allocation": ("allocation", "uniform"),
+    "nm": {f"{method}_2-4": ("nm", method) for method in ("imp", "rsst")},
+    "rewind": {
+        f"{rewinding}_{method}": ("rewind", f"finetune_{method}")
+        for method in ("refill", "rsst", "imp")
+        for rewinding in ("rewind_lt", "lt")
+    },
 }
+LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
 
 
 @dataclass(frozen=True)
@@ -76,15 +84,53 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
     return [Entry(*key, runs) for key, runs in found.items()], failed
 
 
-def differences(entries: Sequence[Entry], references: Sequence[Entry]) -> list[tuple[Entry, Entry, Difference]]:
-    """Each entry minus the reference of its share, in test accuracy over the seeds of both; corrected for all."""
-    by_share = {entry.asked: entry for entry in references}
+@dataclass(frozen=True)
+class Group:
+    """The methods that stand in one table, and how they differ from their references, corrected for all of them."""
+
+    name: str
+    entries: Sequence[Entry]
+    found: Sequence[tuple[Entry, Entry, Difference]]
+
+    @property
+    def shares(self) -> list[str]:
+        return sorted({entry.asked for entry in self.entries if entry.asked}, key=float)
+
+    @property
+    def picture(self) -> str:
+        """Its file; the first group's is the study's."""
+        return "study.png" if self.name in TOGETHER else f"study_{self.name}.png"
+
+
+def groups(entries: Sequence[Entry]) -> list[Group]:
+    """The tables of a study in the order of its cells."""
+    taken = {cell for name, cells in TOGETHER.items() for cell in cells if any(e.cell == name for e in entries)}
+    found = []
+    for cell in dict.fromkeys(entry.cell for entry in entries):
+        if cell in TOGETHER or cell not in taken:
+            own = [entry for entry in entries if entry.cell in TOGETHER.get(cell, (cell,))]
+            own.sort(key=lambda entry: -float(entry.asked or 2))
+            first = next((entry.method for entry in own if entry.asked), own[0].method)
+            to = REFERENCES.get(cell, (cell, first))
+            found.append(Group(cell, own, differences(own, entries, to)))
+    return found
+
+
+def differences(
+    entries: Sequence[Entry], all_entries: Sequence[Entry], to: tuple[str, str] | Mapping[str, tuple[str, str]]
+) -> list[tuple[Entry, Entry, Difference]]:
+    """Each entry minus its reference at the same share, in test accuracy over the seeds of both; corrected for all.
+
+    Args:
+        to: (cell, method) of the reference, or that of each method that has one; it is looked for in `all_entries`.
+    """
     pairs = []
     for entry in entries:
+        name = to.get(entry.method) if isinstance(to, Mapping) else to
+        others = [other for other in all_entries if (other.cell, other.method) == name and other is not entry]
         # a dense network stands beside every share
-        shares = [entry.asked] if entry.asked else list(by_share)
-        pairs += [(entry, by_share[share]) for share in shares if share in by_share and entry is not by_share[share]]
-    pairs = [(entry, other) for entry, other in pairs if entry.runs.keys() & other.runs.keys()]
+        pairs += [(entry, other) for other in others if not entry.asked or entry.asked == other.asked]
+    pairs = [(entry, other) for entry, other in pairs if _shared(entry, other)]
     found = [
         paired([float(entry.runs[seed]["test"]) - float(other.runs[seed]["test"]) for seed in _shared(entry, other)])
         for entry, other in pairs
@@ -105,14 +151,11 @@ def study_text(entries: Sequence[Entry], failed: Sequence[str]) -> str:
     parts = ["# Study", f"{plural(runs, 'run')}; test accuracy in percent, differences in points, 95% intervals."]
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")
-    parts += ["![Test accuracy over MACs](study.png)", "## Accuracy at RSST's cut", cut_table(entries)]
-    taken = {cell for cells in TOGETHER.values() for cell in cells}
-    cells = list(dict.fromkeys(entry.cell for entry in entries))
-    for cell in cells:
-        if cell in TOGETHER or cell not in taken:
-            together = [entry for entry in entries if entry.cell in TOGETHER.get(cell, (cell,))]
-            together.sort(key=lambda entry: -float(entry.asked or 2))
-            parts += [f"## {cell}", accuracy_table(together), *_difference_parts(cell, together, entries)]
+    parts += ["## Accuracy at RSST's cut", cut_table(entries)]
+    for group in groups(entries):
+        parts += [f"## {group.name}", f"![{group.name}]({group.picture})", accuracy_table(group.entries)]
+        if group.found:
+            parts += [_said(group), difference_table(group)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -131,15 +174,18 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
     return md_table(entries, columns, left=1)
 
 
-def _difference_parts(cell: str, together: Sequence[Entry], entries: Sequence[Entry]) -> list[str]:
-    first = next((entry.method for entry in together if entry.asked), together[0].method)
-    reference = REFERENCES.get(cell, (cell, first))
-    found = differences(together, [entry for entry in entries if (entry.cell, entry.method) == reference])
-    if not found:
-        return []
+def _said(group: Group) -> str:
+    names = list(dict.fromkeys(f"{other.method} of {other.cell}" for _, other, _ in group.found))
+    count = group.found[0][2].comparisons
+    return f"Minus {', '.join(names)}, paired by seed; corrected for {plural(count, 'comparison')}:"
+
+
+def difference_table(group: Group) -> str:
+    """Differences with their intervals, a line a method and share."""
     columns = {
         "method": lambda row: row[0].method,
         "asked": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
+        "minus": lambda row: row[1].method,
         "n": lambda row: row[2].n,
         "difference": lambda row: f"{100 * row[2].mean:+.2f}",
         "t": lambda row: _span(row[2].interval),
@@ -147,10 +193,7 @@ def _difference_parts(cell: str, together: Sequence[Entry], entries: Sequence[En
         "corrected": lambda row: _span(row[2].corrected),
         "verdict": lambda row: row[2].verdict,
     }
-    said = (
-        f"Minus {reference[1]} of {reference[0]}, paired by seed; corrected for {found[0][2].comparisons} comparisons:"
-    )
-    return [said, md_table(found, columns, left=1)]
+    return md_table(group.found, columns, left=1)
 
 
 def cut_table(entries: Sequence[Entry]) -> str:
@@ -189,30 +232,42 @@ def _span(interval: tuple[float, float]) -> str:
     return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}" if math.isfinite(interval[0]) else "-"
 
 
-# ------------------------------------------------------------------------------------------------ picture
+# ------------------------------------------------------------------------------------------------ pictures
 
 
-def picture(entries: Sequence[Entry]) -> bytes:
-    """Test accuracy over MACs with 95% intervals, a line a method, dense networks as points; a panel a model."""
-    panels = [cells for cells in TOGETHER.values() if any(entry.cell == cells[0] for entry in entries)]
-    panels = panels or [tuple(dict.fromkeys(entry.cell for entry in entries))]
+def pictures(entries: Sequence[Entry]) -> dict[str, bytes]:
+    """PNG files by name: one with a panel for each model, and one for each other table."""
+    by_file: dict[str, list[Group]] = {}
+    for group in groups(entries):
+        if group.found or len(group.shares) >= LINES_FROM or group.name in TOGETHER:
+            by_file.setdefault(group.picture, []).append(group)
+    return {name: _picture(found) for name, found in by_file.items()}
+
+
+def _picture(found: Sequence[Group]) -> bytes:
+    lines = [len(group.shares) >= LINES_FROM or not group.found for group in found]
+    heights = [4.6 if line else 1.3 + 0.27 * len(group.found) for line, group in zip(lines, found, strict=True)]
 
     def paint(figure) -> None:
-        for panel, cells in zip(figure.subfigures(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-            _paint(panel, [entry for entry in entries if entry.cell in cells])
+        panels = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, group, line in zip(panels, found, lines, strict=True):
+            (_paint_lines if line else _paint_differences)(panel, group)
 
-    return draw(7.4, 4.6 * len(panels), paint)
+    return draw(7.4, sum(heights), paint)
 
 
-def _paint(panel, entries: Sequence[Entry]) -> None:
+def _paint_lines(panel, group: Group) -> None:
+    """Test accuracy with 95% intervals over MACs, over the weights left where MACs are the same; dense as points."""
     ax, colors = panel.add_subplot(), [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY]
-    for index, method in enumerate(dict.fromkeys(entry.method for entry in entries)):
-        points = sorted((entry for entry in entries if entry.method == method), key=lambda entry: entry.mean("macs"))
+    costs = [entry.mean("macs") for entry in group.entries if entry.asked]
+    cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
+    for index, method in enumerate(dict.fromkeys(entry.method for entry in group.entries)):
+        points = sorted((entry for entry in group.entries if entry.method == method), key=lambda e: e.mean(cost))
         intervals = [paired(entry.values("test")).interval for entry in points]
         reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in intervals]
         seeds = sorted({len(entry.runs) for entry in points})
         ax.errorbar(
-            [entry.mean("macs") / 1e6 for entry in points],
+            [entry.mean(cost) / unit for entry in points],
             [100 * entry.mean("test") for entry in points],
             reach,
             color=colors[index % len(colors)],
@@ -224,9 +279,29 @@ def _paint(panel, entries: Sequence[Entry]) -> None:
             label=f"{method}, n = {'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}",
         )
     percent_axis(ax.yaxis)
-    ax.set_xlabel("million MACs per image")
+    ax.set_xlabel("million MACs per image" if cost == "macs" else "weights left, %")
     ax.set_ylabel("test accuracy, mean and 95% interval")
     panel.legend(loc="outside lower center", ncols=3, fontsize=9)
+
+
+def _paint_differences(panel, group: Group) -> None:
+    """A line a method: the mean difference, its 95% interval, and the wider one that is corrected for all lines."""
+    ax = panel.add_subplot()
+    names = []
+    for index, (entry, other, difference) in enumerate(group.found):
+        color = {"better": GREEN, "worse": VERMILLION}.get(difference.verdict.split(" ")[0], GREY)
+        for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
+            ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
+        ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)
+        share = f", {percent(float(other.asked), 0)}" if len(group.shares) > 1 else ""
+        names.append(f"{entry.method}{share}")
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    to = list(dict.fromkeys(other.method for _, other, _ in group.found))
+    ax.set_xlabel(
+        f"test accuracy minus {' or '.join(to)}, points; thick: 95%, thin: corrected for all lines", fontsize=9
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,18 +312,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = Path(args.csv)
     try:
         entries, failed = read_entries(path)
-        text, png = study_text(entries, failed), picture(entries)
+        text, drawn = study_text(entries, failed), pictures(entries)
         out = Path(args.out) if args.out else path.parent
-        publish(
-            out,
-            {
-                "study.md": lambda path: write_text(path, text),
-                "study.png": lambda path: write_bytes(path, content=png),
-            },
-        )
+        writers = {name: functools.partial(write_bytes, content=png) for name, png in drawn.items()}
+        publish(out, {"study.md": lambda path: write_text(path, text), **writers})
     except RunError as error:
         parser.error(str(error))
-    print(f"{out / 'study.md'}, {out / 'study.png'}")
+    print(f"{out / 'study.md'}, {plural(len(drawn), 'picture')} beside it")
     return 0
 
 

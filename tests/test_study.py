@@ -272,8 +272,8 @@ def test_methods_are_compared_by_seed_at_the_share_they_were_asked_for(tmp_path)
     write_rows(tmp_path / "study.csv", rows)
     entries, failed = study_tables.read_entries(tmp_path / "study.csv")
     assert failed == ["broken_0.5_0"]
-    references = [entry for entry in entries if entry.method == "refill"]
-    found = {(a.method, b.asked): difference for a, b, difference in study_tables.differences(entries, references)}
+    differences = study_tables.differences(entries, entries, ("both", "refill"))
+    found = {(a.method, b.asked): difference for a, b, difference in differences}
     assert found.keys() == {("rsst", "0.5"), ("rsst", "0.2"), ("dense", "0.5"), ("dense", "0.2")}
     assert found["rsst", "0.5"].mean == pytest.approx(0.01)
     # t(0.975, 2) = 4.302653, sd = 0.005
@@ -293,7 +293,7 @@ def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
     assert "| both | decay | 4 | 1.00 | 5.00 |" in text
     # of 50% and 51%: 50.5 -+ t(0.975, 1) = 12.7062 times 0.5
     assert "| refill | 50% | 2 | 50.50 ± 6.35 | 50.0% | 100 | 0.50 M | 1 |" in text
-    assert "| rsst | 50% | 2 | +9.50 |" in text
+    assert "| rsst | 50% | refill | 2 | +9.50 |" in text
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         study_tables.main([str(tmp_path / "study.md")])
