@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,6 +43,7 @@ REFERENCES = {
         for rewinding in ("rewind_lt", "lt")
     },
 }
+HEADLINE = ("dense", "small", "refill", "rsst", "imp", "tp_magnitude", "tp_growing")  # methods of study.png
 LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
 
 
@@ -98,8 +99,21 @@ class Group:
 
     @property
     def picture(self) -> str:
-        """Its file; the first group's is the study's."""
-        return "study.png" if self.name in TOGETHER else f"study_{self.name}.png"
+        return f"study_{self.name}.png"
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether accuracy over cost is drawn, not differences."""
+        return len(self.shares) >= LINES_FROM or not self.found
+
+    @property
+    def drawable(self) -> bool:
+        return bool(self.found or self.shares)
+
+    @property
+    def headline(self) -> Group:
+        """Of the methods that most want to see."""
+        return replace(self, entries=[entry for entry in self.entries if entry.method in HEADLINE])
 
 
 def groups(entries: Sequence[Entry]) -> list[Group]:
@@ -153,7 +167,8 @@ def study_text(entries: Sequence[Entry], failed: Sequence[str]) -> str:
         parts.append(f"Failed: {', '.join(failed)}.")
     parts += ["## Accuracy at RSST's cut", cut_table(entries)]
     for group in groups(entries):
-        parts += [f"## {group.name}", f"![{group.name}]({group.picture})", accuracy_table(group.entries)]
+        drawn = [f"![{group.name}]({group.picture})"] if group.drawable else []
+        parts += [f"## {group.name}", *drawn, accuracy_table(group.entries)]
         if group.found:
             parts += [_said(group), difference_table(group)]
     return "\n\n".join(parts) + "\n"
@@ -236,22 +251,20 @@ def _span(interval: tuple[float, float]) -> str:
 
 
 def pictures(entries: Sequence[Entry]) -> dict[str, bytes]:
-    """PNG files by name: one with a panel for each model, and one for each other table."""
-    by_file: dict[str, list[Group]] = {}
-    for group in groups(entries):
-        if group.found or len(group.shares) >= LINES_FROM or group.name in TOGETHER:
-            by_file.setdefault(group.picture, []).append(group)
-    return {name: _picture(found) for name, found in by_file.items()}
+    """PNG files by name: study.png with a panel for each model, and one for each table."""
+    found = groups(entries)
+    models = [group.headline for group in found if group.name in TOGETHER]
+    drawn = {group.picture: _picture([group]) for group in found if group.drawable}
+    return {**({"study.png": _picture(models)} if models else {}), **drawn}
 
 
 def _picture(found: Sequence[Group]) -> bytes:
-    lines = [len(group.shares) >= LINES_FROM or not group.found for group in found]
-    heights = [4.6 if line else 1.3 + 0.27 * len(group.found) for line, group in zip(lines, found, strict=True)]
+    heights = [4.6 if group.has_lines else 1.3 + 0.27 * len(group.found) for group in found]
 
     def paint(figure) -> None:
         panels = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for panel, group, line in zip(panels, found, lines, strict=True):
-            (_paint_lines if line else _paint_differences)(panel, group)
+        for panel, group in zip(panels, found, strict=True):
+            (_paint_lines if group.has_lines else _paint_differences)(panel, group)
 
     return draw(7.4, sum(heights), paint)
 
@@ -261,13 +274,15 @@ def _paint_lines(panel, group: Group) -> None:
     ax, colors = panel.add_subplot(), [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY]
     costs = [entry.mean("macs") for entry in group.entries if entry.asked]
     cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
-    for index, method in enumerate(dict.fromkeys(entry.method for entry in group.entries)):
+    methods = list(dict.fromkeys(entry.method for entry in group.entries))
+    apart = 0.006 * max(entry.mean(cost) for entry in group.entries) / unit  # so that bars stand beside each other
+    for index, method in enumerate(methods):
         points = sorted((entry for entry in group.entries if entry.method == method), key=lambda e: e.mean(cost))
         intervals = [paired(entry.values("test")).interval for entry in points]
         reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in intervals]
         seeds = sorted({len(entry.runs) for entry in points})
         ax.errorbar(
-            [entry.mean(cost) / unit for entry in points],
+            [entry.mean(cost) / unit + apart * (index - (len(methods) - 1) / 2) for entry in points],
             [100 * entry.mean("test") for entry in points],
             reach,
             color=colors[index % len(colors)],

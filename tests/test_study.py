@@ -282,6 +282,19 @@ def test_methods_are_compared_by_seed_at_the_share_they_were_asked_for(tmp_path)
     assert found["dense", "0.2"].mean == pytest.approx(0.3)
 
 
+def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
+    tests = {"imp": 0.5, "imp_2-4": 0.51, "rsst": 0.6, "rsst_2-4": 0.58}
+    write_rows(
+        tmp_path / "study.csv", [row(name, seed, test, cell="nm") for name, test in tests.items() for seed in (0, 1)]
+    )
+    entries, _ = study_tables.read_entries(tmp_path / "study.csv")
+    (group,) = study_tables.groups(entries)
+    found = {(entry.method, other.method): difference.mean for entry, other, difference in group.found}
+    assert found == {("imp_2-4", "imp"): pytest.approx(0.01), ("rsst_2-4", "rsst"): pytest.approx(-0.02)}
+    assert group.found[0][2].comparisons == 2
+    assert study_tables.pictures(entries).keys() == {"study_nm.png"}
+
+
 def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
     cut = {"cuts": "2", "before_cut_mean": "0.75", "after_cut_mean": "0.74"}
     cuts = [{**cut, "before_cut_worst": "0.8", "after_cut_worst": worst} for worst in ("0.79", "0.75")]
