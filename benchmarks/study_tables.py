@@ -168,10 +168,33 @@ def study_text(entries: Sequence[Entry], failed: Sequence[str]) -> str:
     parts += ["## Accuracy at RSST's cut", cut_table(entries)]
     for group in groups(entries):
         drawn = [f"![{group.name}]({group.picture})"] if group.drawable else []
-        parts += [f"## {group.name}", *drawn, accuracy_table(group.entries)]
+        parts += [f"## {group.name}", *drawn, *([wide_table(group)] if group.shares and group.has_lines else [])]
+        parts.append(accuracy_table(group.entries))
         if group.found:
             parts += [_said(group), difference_table(group)]
     return "\n\n".join(parts) + "\n"
+
+
+def wide_table(group: Group) -> str:
+    """A line a method, a column a share: accuracy, and in brackets the difference to the reference and its verdict."""
+    accuracy = {
+        (e.method, e.asked): _interval(e.mean("test"), paired(e.values("test")).interval) for e in group.entries
+    }
+    against = {(e.method, other.asked): _difference(found) for e, other, found in group.found}
+
+    def cell(method: str, share: str) -> str:
+        said = accuracy.get((method, share)) or accuracy.get((method, ""), "")
+        return f"{said} {against.get((method, share), '')}".strip()
+
+    columns = {"method": lambda method: method}
+    for share in reversed(group.shares):
+        columns[percent(float(share), 0)] = functools.partial(cell, share=share)
+    return md_table(list(dict.fromkeys(entry.method for entry in group.entries)), columns, left=1)
+
+
+def _difference(found: Difference) -> str:
+    claim = {"better": ", better", "worse": ", worse"}.get(found.verdict.split(" ")[0], "")
+    return f"({100 * found.mean:+.2f}{claim})"
 
 
 def accuracy_table(entries: Sequence[Entry]) -> str:
