@@ -11,6 +11,7 @@ adamw=("${dense[@]}" --batch_size 32 --opt adamw --lr 0.0005 --weight_decay 0.05
 run adamw "${adamw[@]}"
 base=("${adamw[@]}" --sched cosine --min_lr 1e-5)
 run base "${base[@]}"
+run base_no_aug "${base[@]}" --aug none
 run base_smoothing "${base[@]}" --label_smoothing 0.1
 run base_rand "${base[@]}" --aug rand
 run base_mix "${base[@]}" --mixup 0.2 --cutmix 1

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,6 +47,18 @@ EVERY = 10  # steps between increments of the growing penalty, as in the paper f
 EVAL_BATCH = 256
 
 
+def torch_pruning() -> ModuleType:
+    """Torch-Pruning.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    try:
+        return importlib.import_module("torch_pruning")
+    except ImportError as error:
+        raise RunError(f"Torch-Pruning is missing ({error}); pip install torch-pruning", 1) from error
+
+
 def timm_twin(model: nn.Module) -> nn.Module:
     """timm's network of the same names, shapes and weights, which Torch-Pruning can follow."""
     family = family_of(model)
@@ -57,13 +71,11 @@ def timm_twin(model: nn.Module) -> nn.Module:
 
 def made(kind: Callable, model: nn.Module, ratio: float, **options) -> object:
     """A pruner of Torch-Pruning over neurons and dimensions of heads."""
-    import torch_pruning as tp
-
     parameter = next(model.parameters())
     return kind(
         model,
         torch.randn(1, 3, *model.patch_embed.img_size, device=parameter.device),
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        importance=torch_pruning().importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
         ignored_layers=[model.head, model.patch_embed.proj],
         num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
@@ -75,11 +87,9 @@ def made(kind: Callable, model: nn.Module, ratio: float, **options) -> object:
 
 def cut(model: nn.Module, ratio: float, neurons: float | None = None) -> nn.Module:
     """A copy of which Torch-Pruning has removed `ratio` of every layer, or `neurons` of those of its MLPs."""
-    import torch_pruning as tp
-
     small = copy.deepcopy(model)
     own = {} if neurons is None else {block.mlp.fc1: neurons for block in small.blocks}
-    made(tp.pruner.BasePruner, small, ratio, pruning_ratio_dict=own).step()
+    made(torch_pruning().pruner.BasePruner, small, ratio, pruning_ratio_dict=own).step()
     for block in small.blocks:
         attn = block.attn
         attn.attn_dim = attn.qkv.out_features // 3
@@ -167,8 +177,6 @@ class Peer:
 
     def train_state(self, state: int, regularised: bool) -> dict:
         """Train for a state's epochs; the epoch that is best on validation, its weights, and the last accuracy."""
-        import torch_pruning as tp
-
         args, model, per_epoch = self.args, self.model, self.train.steps_per_epoch
         total = per_epoch * args.epochs
         schedule = Schedule(args.sched, args.lr, args.warmup, tuple(milestones_of(args)), per_epoch, total, args.min_lr)
@@ -176,7 +184,7 @@ class Peer:
         pruner = None
         if regularised:
             growth = 1.0 / max(1, total // EVERY)
-            pruner = made(tp.pruner.GrowingRegPruner, model, 0.5, reg=0.0, delta_reg=growth)
+            pruner = made(torch_pruning().pruner.GrowingRegPruner, model, 0.5, reg=0.0, delta_reg=growth)
         best: dict = {"accuracy": -1.0}
         for epoch in range(args.epochs):
             model.train()
@@ -211,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--save_dir is needed")
     folder = Path(args.save_dir)
     try:
+        torch_pruning()
         folder.mkdir(parents=True, exist_ok=True)
         peer = Peer(args, own.pruner, Path(own.like))
         write_run_facts(folder, args, peer.device)
