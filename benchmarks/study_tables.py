@@ -36,6 +36,7 @@ REFERENCES = {
     "refill_factor": ("both", "refill"),
     "fillback": ("fillback", "none"),
     "allocation": ("allocation", "uniform"),
+    "early": ("small", "small"),
     "nm": {f"{method}_2-4": ("nm", method) for method in ("imp", "rsst")},
     "rewind": {
         f"{rewinding}_{method}": ("rewind", f"finetune_{method}")
