@@ -224,8 +224,9 @@ def difference_table(group: Group) -> str:
     columns = {
         "method": lambda row: row[0].method,
         "asked": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
-        "minus": lambda row: row[1].method,
         "n": lambda row: row[2].n,
+        "test": lambda row: f"{100 * row[0].mean('test'):.2f}",
+        "minus": lambda row: row[1].method,
         "difference": lambda row: f"{100 * row[2].mean:+.2f}",
         "t": lambda row: _span(row[2].interval),
         "bootstrap": lambda row: _span(row[2].bootstrap),
