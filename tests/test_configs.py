@@ -26,7 +26,7 @@ READY = {
     "res20s": "arch: res20s, struct: rsst, epochs: 120, batch_size: 256, lr: 0.01, warmup: 20, pruning_times: 20, "
     "rate: 0.2, reg_granularity_prune: 1.0, exponents: 4",
     "vit_tiny_deploy": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 80, pruning_times: 5, "
-    "rate: 0.33, mlp_prune_ratio: 0.7, round_to: 8",
+    "prune_type: finetune, rate: 0.33, mlp_prune_ratio: 0.7, round_to: 8",
     "check": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 5, pruning_times: 3, rate: 0.3, "
     "mlp_prune_ratio: 0.3",
 }
