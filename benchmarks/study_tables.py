@@ -238,12 +238,12 @@ def difference_table(group: Group) -> str:
 
 def cut_table(entries: Sequence[Entry]) -> str:
     """How far validation accuracy fell at the cuts of RSST's runs: the mean over all cuts, the largest fall of one."""
-    groups: dict[tuple[str, str], list[Mapping]] = {}
+    groups: dict[tuple[str, str, str], list[Mapping]] = {}
     for entry in entries:
         for row in entry.runs.values():
             if "--struct rsst" in row["command"] and row["cuts"] not in ("", "0"):
                 form = "gradient" if "--reg_form gradient" in row["command"] else "decay"
-                groups.setdefault((row["target"], form), []).append(row)
+                groups.setdefault((entry.cell, row["target"], form), []).append(row)
     rows = [
         {
             "key": key,
@@ -254,13 +254,14 @@ def cut_table(entries: Sequence[Entry]) -> str:
         for key, rows in groups.items()
     ]
     columns = {
-        "target": lambda row: row["key"][0],
-        "form": lambda row: row["key"][1],
+        "cell": lambda row: row["key"][0],
+        "target": lambda row: row["key"][1],
+        "form": lambda row: row["key"][2],
         "cuts": lambda row: row["cuts"],
         "mean fall": lambda row: f"{100 * row['mean']:.2f}",
         "largest fall": lambda row: f"{100 * row['worst']:.2f}",
     }
-    return md_table(rows, columns, left=2) if rows else "No run of RSST is complete yet."
+    return md_table(rows, columns, left=3) if rows else "No run of RSST is complete yet."
 
 
 def _interval(mean: float, interval: tuple[float, float]) -> str:

@@ -303,7 +303,7 @@ def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
     write_rows(tmp_path / "study.csv", rows)
     assert study_tables.main([str(tmp_path / "study.csv")]) == 0
     text = (tmp_path / "study.md").read_text()
-    assert "| both | decay | 4 | 1.00 | 5.00 |" in text
+    assert "| both | both | decay | 4 | 1.00 | 5.00 |" in text
     # of 50% and 51%: 50.5 -+ t(0.975, 1) = 12.7062 times 0.5
     assert "| refill | 50% | 2 | 50.50 ± 6.35 | 50.0% | 100 | 0.50 M | 1 |" in text
     assert "| rsst | 50% | 2 | 60.00 | refill | +9.50 |" in text
