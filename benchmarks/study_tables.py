@@ -238,12 +238,12 @@ def difference_table(group: Group) -> str:
 
 def cut_table(entries: Sequence[Entry]) -> str:
     """How far validation accuracy fell at the cuts of RSST's runs: the mean over all cuts, the largest fall of one."""
-    groups: dict[tuple[str, str, str], list[Mapping]] = {}
+    kinds: dict[tuple[str, str, str], list[Mapping]] = {}
     for entry in entries:
         for row in entry.runs.values():
             if "--struct rsst" in row["command"] and row["cuts"] not in ("", "0"):
                 form = "gradient" if "--reg_form gradient" in row["command"] else "decay"
-                groups.setdefault((entry.cell, row["target"], form), []).append(row)
+                kinds.setdefault((entry.cell, row["target"], form), []).append(row)
     rows = [
         {
             "key": key,
@@ -251,7 +251,7 @@ def cut_table(entries: Sequence[Entry]) -> str:
             "mean": statistics.fmean(float(row["before_cut_mean"]) - float(row["after_cut_mean"]) for row in rows),
             "worst": max(float(row["before_cut_worst"]) - float(row["after_cut_worst"]) for row in rows),
         }
-        for key, rows in groups.items()
+        for key, rows in kinds.items()
     ]
     columns = {
         "cell": lambda row: row["key"][0],
