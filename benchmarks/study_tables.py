@@ -44,7 +44,8 @@ REFERENCES = {
         for rewinding in ("rewind_lt", "lt")
     },
 }
-HEADLINE = ("dense", "small", "refill", "rsst", "imp", "tp_magnitude", "tp_growing")  # methods of study.png
+# methods of study.png
+HEADLINE = ("dense", "small", "refill", "rsst", "imp", "refill_sensitivity", "tp_magnitude", "tp_growing")
 LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
 
 
