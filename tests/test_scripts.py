@@ -455,7 +455,7 @@ RUNS = {
         for method in ("refill", "rsst")
         for ending, teacher in (("", []), ("_taught", ["--teacher", "self"]))
     },
-    "compare_recipes": {"defaults": DENSE, "adamw": ADAMW, "base": BASE}
+    "compare_recipes": {"defaults": DENSE, "adamw": ADAMW, "base": BASE, "base_no_aug": [*BASE, "--aug", "none"]}
     | {f"base_{part}": [*BASE, *flags] for part, flags in PARTS.items()}
     | {"base_all": [*BASE, *chain.from_iterable(PARTS.values())]},
     "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
