@@ -65,6 +65,11 @@ class Entry:
         values = self.values(name)
         return statistics.fmean(values) if values else math.nan
 
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of the mean test accuracy, 95%."""
+        return paired(self.values("test")).interval
+
 
 def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
     """The runs of a study.csv by cell, method and share, and the names of those that failed.
@@ -161,14 +166,14 @@ def _shared(entry: Entry, other: Entry) -> list[str]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def study_text(entries: Sequence[Entry], failed: Sequence[str]) -> str:
+def study_text(entries: Sequence[Entry], failed: Sequence[str], found: Sequence[Group]) -> str:
     """study.md."""
     runs = sum(len(entry.runs) for entry in entries)
     parts = ["# Study", f"{plural(runs, 'run')}; test accuracy in percent, differences in points, 95% intervals."]
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")
     parts += ["## Accuracy at RSST's cut", cut_table(entries)]
-    for group in groups(entries):
+    for group in found:
         drawn = [f"![{group.name}]({group.picture})"] if group.drawable else []
         parts += [f"## {group.name}", *drawn, *([wide_table(group)] if group.shares and group.has_lines else [])]
         parts.append(accuracy_table(group.entries))
@@ -179,9 +184,7 @@ def study_text(entries: Sequence[Entry], failed: Sequence[str]) -> str:
 
 def wide_table(group: Group) -> str:
     """A line a method, a column a share: accuracy, and in brackets the difference to the reference and its verdict."""
-    accuracy = {
-        (e.method, e.asked): _interval(e.mean("test"), paired(e.values("test")).interval) for e in group.entries
-    }
+    accuracy = {(e.method, e.asked): _interval(e.mean("test"), e.interval) for e in group.entries}
     against = {(e.method, other.asked): _difference(found) for e, other, found in group.found}
 
     def cell(method: str, share: str) -> str:
@@ -195,8 +198,14 @@ def wide_table(group: Group) -> str:
 
 
 def _difference(found: Difference) -> str:
-    claim = {"better": ", better", "worse": ", worse"}.get(found.verdict.split(" ")[0], "")
-    return f"({100 * found.mean:+.2f}{claim})"
+    claim = _claim(found)
+    return f"({100 * found.mean:+.2f}{', ' if claim else ''}{claim})"
+
+
+def _claim(found: Difference) -> str:
+    """`better`, `worse`, or nothing where the two are not told apart."""
+    word = found.verdict.partition(" ")[0]
+    return word if word in ("better", "worse") else ""
 
 
 def accuracy_table(entries: Sequence[Entry]) -> str:
@@ -205,7 +214,7 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
         "method": lambda entry: entry.method,
         "asked": lambda entry: percent(float(entry.asked), 0) if entry.asked else "-",
         "n": lambda entry: len(entry.runs),
-        "test": lambda entry: _interval(entry.mean("test"), paired(entry.values("test")).interval),
+        "test": lambda entry: _interval(entry.mean("test"), entry.interval),
         "density": lambda entry: percent(entry.mean("density"), 1),
         "parameters": lambda entry: thousands(entry.mean("parameters")),
         "MACs": lambda entry: f"{entry.mean('macs') / 1e6:,.2f} M",
@@ -277,9 +286,8 @@ def _span(interval: tuple[float, float]) -> str:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def pictures(entries: Sequence[Entry]) -> dict[str, bytes]:
+def pictures(found: Sequence[Group]) -> dict[str, bytes]:
     """PNG files by name: study.png with a panel for each model, and one for each table."""
-    found = groups(entries)
     models = [group.headline for group in found if group.name in TOGETHER]
     drawn = {group.picture: _picture([group]) for group in found if group.drawable}
     return {**({"study.png": _picture(models)} if models else {}), **drawn}
@@ -305,8 +313,7 @@ def _paint_lines(panel, group: Group) -> None:
     apart = 0.006 * max(entry.mean(cost) for entry in group.entries) / unit  # so that bars stand beside each other
     for index, method in enumerate(methods):
         points = sorted((entry for entry in group.entries if entry.method == method), key=lambda e: e.mean(cost))
-        intervals = [paired(entry.values("test")).interval for entry in points]
-        reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in intervals]
+        reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in (entry.interval for entry in points)]
         seeds = sorted({len(entry.runs) for entry in points})
         ax.errorbar(
             [entry.mean(cost) / unit + apart * (index - (len(methods) - 1) / 2) for entry in points],
@@ -331,7 +338,7 @@ def _paint_differences(panel, group: Group) -> None:
     ax = panel.add_subplot()
     names = []
     for index, (entry, other, difference) in enumerate(group.found):
-        color = {"better": GREEN, "worse": VERMILLION}.get(difference.verdict.split(" ")[0], GREY)
+        color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)
@@ -354,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = Path(args.csv)
     try:
         entries, failed = read_entries(path)
-        text, drawn = study_text(entries, failed), pictures(entries)
+        found = groups(entries)
+        text, drawn = study_text(entries, failed, found), pictures(found)
         out = Path(args.out) if args.out else path.parent
         writers = {name: functools.partial(write_bytes, content=png) for name, png in drawn.items()}
         publish(out, {"study.md": lambda path: write_text(path, text), **writers})

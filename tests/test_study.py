@@ -288,11 +288,11 @@ def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
         tmp_path / "study.csv", [row(name, seed, test, cell="nm") for name, test in tests.items() for seed in (0, 1)]
     )
     entries, _ = study_tables.read_entries(tmp_path / "study.csv")
-    (group,) = study_tables.groups(entries)
+    (group,) = groups = study_tables.groups(entries)
     found = {(entry.method, other.method): difference.mean for entry, other, difference in group.found}
     assert found == {("imp_2-4", "imp"): pytest.approx(0.01), ("rsst_2-4", "rsst"): pytest.approx(-0.02)}
     assert group.found[0][2].comparisons == 2
-    assert study_tables.pictures(entries).keys() == {"study_nm.png"}
+    assert study_tables.pictures(groups).keys() == {"study_nm.png"}
 
 
 def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
