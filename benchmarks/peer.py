@@ -5,10 +5,14 @@
         --like results/refill --pruning_times 3 --epochs 2 --save_dir results/peer
 
 Weights, order of images, rates, epochs, choice of the epoch and evaluation are those that main_imp_fillback.py takes
-from the same flags (`--prune_type finetune`); what goes is up to Torch-Pruning (`pip install torch-pruning`): neurons
-and dimensions of heads by group magnitude, the same share of each layer, as is its default; the width of the tokens
-stays. The ratio is searched for, so that MACs come down, by a geometric schedule, to those that the run of `--like`
-ended with. (Its global ranking leaves layers whole that it would empty, and does not reach a tenth of the MACs.)
+from the same flags (`--prune_type finetune`); what goes is up to Torch-Pruning (`pip install torch-pruning`), by group
+magnitude; the width of the tokens stays.
+
+--heads narrow, the default, takes neurons and dimensions of all heads, the same share of each layer, as is its default.
+The ratio is searched for, so that MACs come down, by a geometric schedule, to those that the run of `--like` ended
+with. (Its global ranking leaves layers whole that it would empty, and does not reach a tenth of the MACs.)
+--heads whole takes neurons and whole heads, as many of each layer in each state as the run of `--like` did; which
+cannot be all of a layer's.
 
 magnitude: cut before each state but the first. growing: `GrowingRegPruner` (Wang et al., "Neural Pruning via Growing
 Regularization", ICLR 2021) regularises each state but the last, at whose end is cut. The paper raises the penalty to 1
@@ -22,7 +26,7 @@ import copy
 import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +44,7 @@ from engine.model import first_model
 from engine.objective import cross_entropy
 from engine.optimizer import Schedule, make_optimizer, milestones_of, set_rate
 from families import family_of
-from reporting.runs import load_run
+from reporting.runs import Run, load_run
 from utils import OneLineParser, RunError, autocast, pick_device, pick_precision, seed_everything, write_csv
 
 EVERY = 10  # steps between increments of the growing penalty, as in the paper for CIFAR
@@ -89,12 +93,34 @@ def cut(model: nn.Module, ratio: float, neurons: float | None = None) -> nn.Modu
     """A copy of which Torch-Pruning has removed `ratio` of every layer, or `neurons` of those of its MLPs."""
     small = copy.deepcopy(model)
     own = {} if neurons is None else {block.mlp.fc1: neurons for block in small.blocks}
-    made(torch_pruning().pruner.BasePruner, small, ratio, pruning_ratio_dict=own).step()
+    _remove(small, ratio, pruning_ratio_dict=own)
+    return small
+
+
+def cut_to_counts(model: nn.Module, left: Mapping[str, int]) -> nn.Module:
+    """A copy in which Torch-Pruning has left so many whole heads and neurons of each layer, by units key."""
+    small = copy.deepcopy(model)
+    # it takes ceil(ratio * heads) heads and leaves floor((1 - ratio) * width) neurons: half a unit is on the safe side
+    gone = {key: (group.count - left[key] - 0.5) / group.count for key, group in family_of(small).units(small).items()}
+    _remove(
+        small,
+        0.5,  # of dimensions, which stay; it looks for heads only in layers where some would go
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio_dict={small.get_submodule(key).qkv: gone[key] for key in gone if key.endswith("attn")},
+        pruning_ratio_dict={small.get_submodule(key).fc1: gone[key] for key in gone if key.endswith("mlp")},
+    )
+    return small
+
+
+def _remove(small: nn.Module, ratio: float, **options) -> None:
+    pruner = made(torch_pruning().pruner.BasePruner, small, ratio, **options)
+    pruner.step()
     for block in small.blocks:
         attn = block.attn
+        attn.num_heads = pruner.num_heads[attn.qkv]
         attn.attn_dim = attn.qkv.out_features // 3
         attn.head_dim = attn.attn_dim // attn.num_heads
-    return small
 
 
 def cut_to(model: nn.Module, macs: float) -> nn.Module:
@@ -122,15 +148,33 @@ def cut_to(model: nn.Module, macs: float) -> nn.Module:
     return nearer or small
 
 
+def counts_of_states(run: Run, states: int) -> dict[int, dict[str, int]]:
+    """How many units of each layer a run had in each of its states.
+
+    Raises:
+        RunError: it has not that many states, or emptied a layer, which Torch-Pruning cannot.
+    """
+    counts: dict[int, dict[str, int]] = {}
+    for row in run.units:
+        counts.setdefault(row["state"], {})[row["layer"]] = int(row["kept"])
+    if set(range(states)) - counts.keys():
+        raise RunError(f"--like {run.folder}: it does not say what it kept in each of {states} states")
+    empty = [name for left in counts.values() for name, count in left.items() if not count]
+    if empty:
+        raise RunError(f"--like {run.folder}: nothing is left of {empty[0]}, and Torch-Pruning cannot empty a layer")
+    return counts
+
+
 class Peer:
     """A run by Torch-Pruning: the data and flags of an ordinary one, states of training with cuts between them."""
 
-    def __init__(self, args: argparse.Namespace, pruner: str, like: Path):
+    def __init__(self, args: argparse.Namespace, pruner: str, heads: str, like: Path):
         self.args, self.pruner = args, pruner
-        states = load_run(like).states
-        if not states:
+        found = load_run(like)
+        if not found.states:
             raise RunError(f"--like {like}: this run has no finished state")
-        self.share = states[-1]["macs"] / states[0]["macs"]
+        self.share = found.states[-1]["macs"] / found.states[0]["macs"]
+        self.counts = counts_of_states(found, args.pruning_times) if heads == "whole" else None
         self.device = pick_device(args.device, args.gpu)
         self.precision = pick_precision(args.amp, self.device)
         seed_everything(args.seed)
@@ -154,6 +198,11 @@ class Peer:
     def prunable(self) -> int:
         return sum(layer.weight.numel() for layer in family_of(self.model).prunable_layers(self.model).values())
 
+    def cut(self, state: int) -> nn.Module:
+        if self.counts:
+            return cut_to_counts(self.model, self.counts[state])
+        return cut_to(self.model, self.dense_macs * self.share ** (state / (self.args.pruning_times - 1)))
+
     def run(self) -> list[dict]:
         """All states; a row of states.csv for each."""
         rows, states = [], self.args.pruning_times
@@ -161,7 +210,7 @@ class Peer:
             started, before, after = time.perf_counter(), "", ""
             if state:
                 before = accuracy(self.model, self.val, self.precision)
-                self.model = cut_to(self.model, self.dense_macs * self.share ** (state / (states - 1)))
+                self.model = self.cut(state)
                 after = accuracy(self.model, self.val, self.precision)
             best = self.train_state(state, regularised=self.pruner == "growing" and state < states - 1)
             last = copy.deepcopy(self.model)
@@ -212,7 +261,8 @@ class Peer:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--pruner", choices=["magnitude", "growing"], default="magnitude")
-    parser.add_argument("--like", required=True, metavar="DIR", help="the run whose MACs are the target")
+    parser.add_argument("--heads", choices=["narrow", "whole"], default="narrow")
+    parser.add_argument("--like", required=True, metavar="DIR", help="the run whose MACs, or units, are the target")
     own, rest = parser.parse_known_args(argv)
     args = parse_args(rest)
     if not args.save_dir:
@@ -221,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         torch_pruning()
         folder.mkdir(parents=True, exist_ok=True)
-        peer = Peer(args, own.pruner, Path(own.like))
+        peer = Peer(args, own.pruner, own.heads, Path(own.like))
         write_run_facts(folder, args, peer.device)
         write_csv(folder / "states.csv", peer.run())
     except RunError as error:

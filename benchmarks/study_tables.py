@@ -28,7 +28,11 @@ from reporting.words import md_table, percent, plural, thousands
 from utils import OneLineParser, RunError, write_text
 
 # cells whose methods stand in one table and in one picture; the first names them
-TOGETHER = {"both": ("both", "small", "peer", "more", "dense"), "vit_small_both": ("vit_small_both", "vit_small_dense")}
+TOGETHER = {
+    "both": ("both", "small", "peer", "more", "dense"),
+    "counts": ("counts", "counts_peer", "counts_small"),
+    "vit_small_both": ("vit_small_both", "vit_small_dense"),
+}
 # what the methods of a cell are compared with, (cell, method): one for all, or one for each; if not here, the first
 REFERENCES = {
     "both": ("both", "refill"),
@@ -44,7 +48,8 @@ REFERENCES = {
         for rewinding in ("rewind_lt", "lt")
     },
 }
-# methods of study.png
+# cells and methods of study.png
+MODELS = ("both", "vit_small_both")
 HEADLINE = ("dense", "small", "refill", "rsst", "imp", "refill_sensitivity", "tp_magnitude", "tp_growing")
 LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
 
@@ -288,7 +293,7 @@ def _span(interval: tuple[float, float]) -> str:
 
 def pictures(found: Sequence[Group]) -> dict[str, bytes]:
     """PNG files by name: study.png with a panel for each model, and one for each table."""
-    models = [group.headline for group in found if group.name in TOGETHER]
+    models = [group.headline for group in found if group.name in MODELS]
     drawn = {group.picture: _picture([group]) for group in found if group.drawable}
     return {**({"study.png": _picture(models)} if models else {}), **drawn}
 
