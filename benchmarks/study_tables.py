@@ -51,6 +51,14 @@ REFERENCES = {
 # cells and methods of study.png
 MODELS = ("both", "vit_small_both")
 HEADLINE = ("dense", "small", "refill", "rsst", "imp", "refill_sensitivity", "tp_magnitude", "tp_growing")
+# questions that have some lines of tables to themselves: cells, and the methods of each; the corrections stay
+_CRITERIA, _WHEN = ("magnitude", "l2", "saliency", "remain", "random"), ("states_2", "states_6", "linear", "constant")
+_HOW_LONG = ("epochs_1", "epochs_4", "finish_6", "lr_0.001", "lr_0.002")
+QUESTIONS = {
+    "criterion": {"both": ("random",), "refill_factor": _CRITERIA, "factor": _CRITERIA},
+    "when": {"both": ("oneshot",), "refill_factor": _WHEN, "factor": _WHEN},
+    "how_long": {"refill_factor": _HOW_LONG, "factor": _HOW_LONG},
+}
 LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
 
 
@@ -99,7 +107,10 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
 
 @dataclass(frozen=True)
 class Group:
-    """The methods that stand in one table, and how they differ from their references, corrected for all of them."""
+    """The methods that stand in one table, and how they differ from their references, corrected for all of them.
+
+    A question's group has `found` alone, lines of other groups.
+    """
 
     name: str
     entries: Sequence[Entry]
@@ -117,6 +128,11 @@ class Group:
     def has_lines(self) -> bool:
         """Whether accuracy over cost is drawn, not differences."""
         return len(self.shares) >= LINES_FROM or not self.found
+
+    @property
+    def asked(self) -> set[str]:
+        """Shares at which something is compared."""
+        return {other.asked for _, other, _ in self.found}
 
     @property
     def drawable(self) -> bool:
@@ -139,7 +155,17 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
             first = next((entry.method for entry in own if entry.asked), own[0].method)
             to = REFERENCES.get(cell, (cell, first))
             found.append(Group(cell, own, differences(own, entries, to)))
-    return found
+    return found + _questions(found)
+
+
+def _questions(found: Sequence[Group]) -> list[Group]:
+    """The lines of QUESTIONS that are there."""
+    lines = [line for group in found for line in group.found]
+    asked = [
+        Group(name, [], [line for line in lines if line[0].method in methods.get(line[0].cell, ())])
+        for name, methods in QUESTIONS.items()
+    ]
+    return [group for group in asked if group.found]
 
 
 def differences(
@@ -181,7 +207,8 @@ def study_text(entries: Sequence[Entry], failed: Sequence[str], found: Sequence[
     for group in found:
         drawn = [f"![{group.name}]({group.picture})"] if group.drawable else []
         parts += [f"## {group.name}", *drawn, *([wide_table(group)] if group.shares and group.has_lines else [])]
-        parts.append(accuracy_table(group.entries))
+        if group.entries:
+            parts.append(accuracy_table(group.entries))
         if group.found:
             parts += [_said(group), difference_table(group)]
     return "\n\n".join(parts) + "\n"
@@ -230,8 +257,9 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
 
 def _said(group: Group) -> str:
     names = list(dict.fromkeys(f"{other.method} of {other.cell}" for _, other, _ in group.found))
-    count = group.found[0][2].comparisons
-    return f"Minus {', '.join(names)}, paired by seed; corrected for {plural(count, 'comparison')}:"
+    tables = {entry.cell: difference.comparisons for entry, _, difference in group.found}
+    counts = [f"{plural(count, 'comparison')} of {cell}" for cell, count in tables.items()]
+    return f"Minus {', '.join(names)}, paired by seed; corrected for {', '.join(counts)}:"
 
 
 def difference_table(group: Group) -> str:
@@ -341,21 +369,21 @@ def _paint_lines(panel, group: Group) -> None:
 def _paint_differences(panel, group: Group) -> None:
     """A line a method: the mean difference, its 95% interval, and the wider one that is corrected for all lines."""
     ax = panel.add_subplot()
+    to = list(dict.fromkeys(other.method for _, other, _ in group.found))
     names = []
     for index, (entry, other, difference) in enumerate(group.found):
         color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)
-        share = f", {percent(float(other.asked), 0)}" if len(group.shares) > 1 else ""
-        names.append(f"{entry.method}{share}")
+        minus = f" - {other.method}" if len(to) > 1 else ""
+        share = f", {percent(float(other.asked), 0)}" if len(group.asked) > 1 else ""
+        names.append(f"{entry.method}{minus}{share}")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    to = list(dict.fromkeys(other.method for _, other, _ in group.found))
-    ax.set_xlabel(
-        f"test accuracy minus {' or '.join(to)}, points; thick: 95%, thin: corrected for all lines", fontsize=9
-    )
+    minus = f" minus {to[0]}" if len(to) == 1 else ", difference"
+    ax.set_xlabel(f"test accuracy{minus}, points; thick: 95%, thin: corrected for all lines", fontsize=9)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -295,6 +295,20 @@ def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
     assert study_tables.pictures(groups).keys() == {"study_nm.png"}
 
 
+def test_a_question_repeats_its_lines_with_the_corrections_of_their_tables(tmp_path):
+    tests = {("both", "refill"): 0.5, ("both", "rsst"): 0.51, ("both", "random"): 0.49}
+    tests |= {("factor", "l2"): 0.52, ("factor", "g_2"): 0.5, ("factor", "linear"): 0.5}
+    rows = [row(name, seed, test + seed / 100, "0.2", cell) for (cell, name), test in tests.items() for seed in (0, 1)]
+    write_rows(tmp_path / "study.csv", rows)
+    groups = {group.name: group for group in study_tables.groups(study_tables.read_entries(tmp_path / "study.csv")[0])}
+    assert list(groups) == ["both", "factor", "criterion", "when"]
+    found = {(a.method, b.method): d.comparisons for a, b, d in groups["criterion"].found}
+    assert found == {("random", "refill"): 2, ("l2", "rsst"): 3}
+    text = study_tables.study_text([], [], [groups["criterion"]])
+    assert "Minus refill of both, rsst of both, paired by seed; corrected for 2 comparisons of both, 3" in text
+    assert study_tables.pictures([groups["criterion"]]).keys() == {"study_criterion.png"}
+
+
 def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
     cut = {"cuts": "2", "before_cut_mean": "0.75", "after_cut_mean": "0.74"}
     cuts = [{**cut, "before_cut_worst": "0.8", "after_cut_worst": worst} for worst in ("0.79", "0.75")]
