@@ -37,6 +37,7 @@ TOGETHER = {
 REFERENCES = {
     "both": ("both", "refill"),
     "factor": ("both", "rsst"),
+    "best": {"rsst": ("both", "rsst"), "refill": ("both", "refill")},
     "refill_factor": ("both", "refill"),
     "fillback": ("fillback", "none"),
     "allocation": ("allocation", "uniform"),
