@@ -258,8 +258,10 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
 
 def _said(group: Group) -> str:
     names = list(dict.fromkeys(f"{other.method} of {other.cell}" for _, other, _ in group.found))
-    tables = {entry.cell: difference.comparisons for entry, _, difference in group.found}
-    counts = [f"{plural(count, 'comparison')} of {cell}" for cell, count in tables.items()]
+    counts = [plural(group.found[0][2].comparisons, "comparison")]
+    if not group.entries:  # lines of several tables
+        tables = {entry.cell: difference.comparisons for entry, _, difference in group.found}
+        counts = [f"{plural(count, 'comparison')} of {cell}" for cell, count in tables.items()]
     return f"Minus {', '.join(names)}, paired by seed; corrected for {', '.join(counts)}:"
 
 
