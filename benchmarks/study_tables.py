@@ -155,7 +155,9 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
             own.sort(key=lambda entry: -float(entry.asked or 2))
             first = next((entry.method for entry in own if entry.asked), own[0].method)
             to = REFERENCES.get(cell, (cell, first))
-            found.append(Group(cell, own, differences(own, entries, to)))
+            lines = differences(own, entries, to)
+            lines.sort(key=lambda line: (-float(line[1].asked or 2), -line[2].mean))  # what helps most comes first
+            found.append(Group(cell, own, lines))
     return found + _questions(found)
 
 
