@@ -42,6 +42,7 @@ REFERENCES = {
     "fillback": ("fillback", "none"),
     "allocation": ("allocation", "uniform"),
     "early": ("small", "small"),
+    "mlp": {"refill": ("head", "refill"), "rsst": ("mlp", "refill")},  # the same share of neurons as of heads
     "nm": {f"{method}_2-4": ("nm", method) for method in ("imp", "rsst")},
     "rewind": {
         f"{rewinding}_{method}": ("rewind", f"finetune_{method}")
@@ -129,6 +130,11 @@ class Group:
     def has_lines(self) -> bool:
         """Whether accuracy over cost is drawn, not differences."""
         return len(self.shares) >= LINES_FROM or not self.found
+
+    def reference(self, other: Entry) -> str:
+        """How its lines name what they are compared with."""
+        cells = {other.cell for _, other, _ in self.found}
+        return other.method if len(cells) == 1 else f"{other.method} of {other.cell}"
 
     @property
     def asked(self) -> set[str]:
@@ -274,7 +280,7 @@ def difference_table(group: Group) -> str:
         "asked": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
         "n": lambda row: row[2].n,
         "test": lambda row: f"{100 * row[0].mean('test'):.2f}",
-        "minus": lambda row: row[1].method,
+        "minus": lambda row: group.reference(row[1]),
         "difference": lambda row: f"{100 * row[2].mean:+.2f}",
         "t": lambda row: _span(row[2].interval),
         "bootstrap": lambda row: _span(row[2].bootstrap),
@@ -374,14 +380,14 @@ def _paint_lines(panel, group: Group) -> None:
 def _paint_differences(panel, group: Group) -> None:
     """A line a method: the mean difference, its 95% interval, and the wider one that is corrected for all lines."""
     ax = panel.add_subplot()
-    to = list(dict.fromkeys(other.method for _, other, _ in group.found))
+    to = list(dict.fromkeys(group.reference(other) for _, other, _ in group.found))
     names = []
     for index, (entry, other, difference) in enumerate(group.found):
         color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)
-        minus = f" - {other.method}" if len(to) > 1 else ""
+        minus = f" - {group.reference(other)}" if len(to) > 1 else ""
         share = f", {percent(float(other.asked), 0)}" if len(group.asked) > 1 else ""
         names.append(f"{entry.method}{minus}{share}")
     ax.axvline(0, color="black", linewidth=0.8)

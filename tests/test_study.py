@@ -295,6 +295,16 @@ def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
     assert study_tables.pictures(groups).keys() == {"study_nm.png"}
 
 
+def test_references_of_several_cells_are_named_with_theirs(tmp_path):
+    tests = {("head", "refill"): 0.4, ("mlp", "refill"): 0.5, ("mlp", "rsst"): 0.52}
+    rows = [row(name, seed, test, cell=cell) for (cell, name), test in tests.items() for seed in (0, 1)]
+    write_rows(tmp_path / "study.csv", rows)
+    entries, failed = study_tables.read_entries(tmp_path / "study.csv")
+    text = study_tables.study_text(entries, failed, study_tables.groups(entries))
+    assert "| refill | 50% | 2 | 50.00 | refill of head | +10.00 |" in text
+    assert "| rsst | 50% | 2 | 52.00 | refill of mlp | +2.00 |" in text
+
+
 def test_a_question_repeats_its_lines_with_the_corrections_of_their_tables(tmp_path):
     tests = {("both", "refill"): 0.5, ("both", "rsst"): 0.51, ("both", "random"): 0.49}
     tests |= {("factor", "l2"): 0.52, ("factor", "g_2"): 0.5, ("factor", "linear"): 0.5}
