@@ -86,8 +86,12 @@ class Planned:
         return shlex.join(["python", *self.argv])
 
 
-def read_study(path: Path, out: Path, more: Mapping | None = None) -> tuple[dict, list[Planned]]:
+def read_study(
+    path: Path, out: Path, more: Mapping | None = None, seeds: Sequence[int] | None = None
+) -> tuple[dict, list[Planned]]:
     """The settings of a study, with `more` flags for every run, and its runs in the order of stages, seeds and cells.
+
+    `seeds` take the place of the file's, for a second look at what the first ones said.
 
     Raises:
         RunError: the file is no study, or a run of it could not be made; names the cell.
@@ -108,6 +112,8 @@ def read_study(path: Path, out: Path, more: Mapping | None = None) -> tuple[dict
         if odd or not isinstance(cell.get("name"), str):
             raise RunError(f"{path}: a cell has {', '.join(sorted(odd)) or 'no name'}; known: {', '.join(CELL_KEYS)}")
         stage = cell.get("stage", stage)
+        if seeds and "seed" in (cell.get("each") or {}):
+            cell = {**cell, "each": {**cell["each"], "seed": seeds}}
         runs += _runs_of(cell, stage, content["base"], out)
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -4,6 +4,7 @@
     python benchmarks/study.py --scale cpu --list                   # how many runs, how many hours
     python benchmarks/study.py --scale cpu                          # benchmarks/studies/cpu.yaml into results/study_cpu
     python benchmarks/study.py FILE.yaml --out DIR --processes 2 --only both start
+    python benchmarks/study.py --scale cpu --seeds 5 6 7 --out DIR  # the same with other seeds, in a folder of its own
     python benchmarks/study_tables.py results/study_cpu/study.csv   # tables and picture
 
 The same command goes on where it was stopped: complete runs are left as they are, those broken off go on from their
@@ -47,6 +48,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--processes", type=int, help="runs at once; the file's, or one for each core, if not given")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells or runs (or NAM*) and what they need")
     parser.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="as if `base` of the file said so")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the file's: a second look")
     parser.add_argument("--list", action="store_true", help="print all runs and how long they would take, and exit")
     return parser
 
@@ -315,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out or (f"results/study_{file.stem}" if args.file else SCALES[args.scale]))
     try:
         more = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-        settings, runs = read_study(file, out, more)
+        settings, runs = read_study(file, out, more, args.seeds)
         runs = checked(wanted(runs, args.only), settings)
         processes = args.processes or settings.get("processes") or cores()
         speed = float(settings.get("speed", 5)) * 1e9

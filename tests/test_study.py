@@ -97,6 +97,15 @@ def test_every_combination_is_a_run_and_runs_come_by_stage_then_seed(grid):
     )
 
 
+def test_other_seeds_take_the_place_of_the_files(grid):
+    file, out = grid
+    _, runs = read_study(file, out, seeds=[7])
+    cuts = [f"cut_{method}_{density}_s7" for method in ("soft", "hard") for density in (0.5, 0.1)]
+    assert [run.name for run in runs] == ["start_s7", *cuts]
+    assert all(run.flags["seed"] == 7 for run in runs)
+    assert runs[1].needs == ("start_s7",)
+
+
 @pytest.mark.parametrize(("back", "states"), [(0, 2), (0, 4), (0.05, 3)])
 def test_the_rate_reaches_the_density_with_what_is_given_back(tmp_path, back, states):
     (tmp_path / "grid.yaml").write_text(
