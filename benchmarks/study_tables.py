@@ -128,13 +128,17 @@ class Group:
 
     @property
     def has_lines(self) -> bool:
-        """Whether accuracy over cost is drawn, not differences."""
-        return len(self.shares) >= LINES_FROM or not self.found
+        """Whether accuracy over cost is drawn, not differences: with shares enough and one cell to compare with."""
+        return not self.found or (len(self.shares) >= LINES_FROM and len(self._cells) == 1)
+
+    @property
+    def _cells(self) -> set[str]:
+        """Those of what the entries are compared with."""
+        return {other.cell for _, other, _ in self.found}
 
     def reference(self, other: Entry) -> str:
         """How its lines name what they are compared with."""
-        cells = {other.cell for _, other, _ in self.found}
-        return other.method if len(cells) == 1 else f"{other.method} of {other.cell}"
+        return other.method if len(self._cells) == 1 else f"{other.method} of {other.cell}"
 
     @property
     def asked(self) -> set[str]:

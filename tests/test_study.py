@@ -306,12 +306,21 @@ def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
 
 def test_references_of_several_cells_are_named_with_theirs(tmp_path):
     tests = {("head", "refill"): 0.4, ("mlp", "refill"): 0.5, ("mlp", "rsst"): 0.52}
-    rows = [row(name, seed, test, cell=cell) for (cell, name), test in tests.items() for seed in (0, 1)]
+    shares = ("0.5", "0.2", "0.1")
+    rows = [
+        row(name, seed, test, share, cell)
+        for (cell, name), test in tests.items()
+        for seed in (0, 1)
+        for share in shares
+    ]
     write_rows(tmp_path / "study.csv", rows)
     entries, failed = study_tables.read_entries(tmp_path / "study.csv")
-    text = study_tables.study_text(entries, failed, study_tables.groups(entries))
+    groups = study_tables.groups(entries)
+    text = study_tables.study_text(entries, failed, groups)
     assert "| refill | 50% | 2 | 50.00 | refill of head | +10.00 |" in text
     assert "| rsst | 50% | 2 | 52.00 | refill of mlp | +2.00 |" in text
+    # a line a method cannot say which of the references is meant
+    assert [group.has_lines for group in groups] == [True, False]
 
 
 def test_a_question_repeats_its_lines_with_the_corrections_of_their_tables(tmp_path):
