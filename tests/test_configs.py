@@ -22,13 +22,13 @@ READY = {
     "vit_small_pretrained": "arch: vit_small, struct: rsst, pretrained: true, epochs: 80, batch_size: 64, lr: 0.0005, "
     "warmup: 20, pruning_times: 15, rate: 0.15, reg_granularity_prune: 0.3, exponents: 2",
     "vit_tiny_head_mlp": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 80, pruning_times: 20, "
-    "rate: 0.3, mlp_prune_ratio: 0.3, reg_granularity_prune: 1.0, exponents: 4",
+    "prune_type: finetune, rate: 0.3, mlp_prune_ratio: 0.3, reg_granularity_prune: 1.0, exponents: 4",
     "res20s": "arch: res20s, struct: rsst, epochs: 120, batch_size: 256, lr: 0.01, warmup: 20, pruning_times: 20, "
     "rate: 0.2, reg_granularity_prune: 1.0, exponents: 4",
-    "vit_tiny_deploy": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 80, pruning_times: 5, "
-    "prune_type: finetune, rate: 0.33, mlp_prune_ratio: 0.7, round_to: 8",
-    "check": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 5, pruning_times: 3, rate: 0.3, "
-    "mlp_prune_ratio: 0.3",
+    "vit_tiny_deploy": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 200, pruning_times: 2, "
+    "prune_type: finetune, criteria: saliency, target_macs: 0.5, ratio_allocation: sensitivity, round_to: 8",
+    "check": "struct: rsst, vit_structured: true, vit_prune_target: both, epochs: 5, pruning_times: 3, "
+    "prune_type: finetune, rate: 0.3, mlp_prune_ratio: 0.3",
 }
 # what recipes share
 DENSE = "struct: dense, pruning_times: 1, opt: adamw, weight_decay: 0.05, sched: cosine, clip_grad: 1.0, "
@@ -57,7 +57,6 @@ LEFT = {
     "vit_tiny_refill": (0.82**17 + 0.1 * (1 - 0.82**17), 27, 3456),
     "vit_small_pretrained": (0.85**14, 72, 18432),
     "vit_tiny_head_mlp": (None, 18, 9 * 268),
-    "vit_tiny_deploy": (None, 18, 9 * 112),  # of 115
     "check": (None, 18, 9 * 268),
     "recipe_vit_tiny_scratch": (1, 27, 3456),
     "recipe_finetune_imagenet": (1, 72, 18432),
