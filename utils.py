@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import platform
 import random
 import signal
 import sys
@@ -102,6 +103,14 @@ def pick_device(name: str = "auto", gpu: int = 0) -> torch.device:
     if name == "mps" or (name == "auto" and torch.backends.mps.is_available()):
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def processor_name() -> str:
+    """The processor's model where the system says it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:

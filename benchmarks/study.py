@@ -93,6 +93,7 @@ def row_of(run: Planned, wall_seconds: float | None) -> dict:
         "seconds": round(found.seconds, 1),
         "wall_seconds": "" if wall_seconds is None else round(wall_seconds, 1),
         "device": found.environment.get("device_name", ""),
+        "precision": found.environment.get("precision", ""),
         "torch": found.environment.get("versions", {}).get("torch", ""),
         "commit": found.environment.get("commit") or "",
         "failure": "",

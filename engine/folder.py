@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from engine.checkpoint import has_checkpoint
-from utils import RunError, precision_name, write_csv, write_text
+from utils import RunError, precision_name, processor_name, write_csv, write_text
 
 try:
     import fcntl
@@ -125,7 +125,7 @@ def environment(device: torch.device, amp: str) -> dict:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
     )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -222,6 +222,8 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
     assert "commit" in environment
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    assert "model name" not in cpuinfo or f": {environment['device_name']}\n" in cpuinfo
     precision = {"off": "float32", "bf16": "bf16"}[args["amp"]]
     assert (environment["device"], environment["precision"]) == ("cpu", precision)
     # the best of the last state, among epochs that end when nothing is doomed any more

@@ -246,7 +246,7 @@ def test_a_row_has_the_numbers_of_a_real_run(finished_run):
     run = Planned("run", "cell", "cell", 0, {"seed": 1}, {}, study.MAIN, finished_run, ())
     row = study.row_of(run, 7.0)
     assert study.is_complete(run)
-    assert (row["target"], row["cuts"], row["heads"]) == ("both", 1, 2)
+    assert (row["target"], row["cuts"], row["heads"], row["precision"]) == ("both", 1, 2, "float32")
     assert 0 <= row["test"] <= 1
 
 
