@@ -112,9 +112,7 @@ def read_study(
         if odd or not isinstance(cell.get("name"), str):
             raise RunError(f"{path}: a cell has {', '.join(sorted(odd)) or 'no name'}; known: {', '.join(CELL_KEYS)}")
         stage = cell.get("stage", stage)
-        if seeds and "seed" in (cell.get("each") or {}):
-            cell = {**cell, "each": {**cell["each"], "seed": seeds}}
-        runs += _runs_of(cell, stage, content["base"], out)
+        runs += _runs_of(cell, stage, content["base"], out, seeds)
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     unknown = sorted({f"{run.name} needs {need}" for run in runs for need in run.needs if need not in names})
@@ -124,8 +122,10 @@ def read_study(
     return content, [runs[index] for index in order]
 
 
-def _runs_of(cell: Mapping, stage: int, base: Mapping, out: Path) -> list[Planned]:
+def _runs_of(cell: Mapping, stage: int, base: Mapping, out: Path, seeds: Sequence[int] | None) -> list[Planned]:
     axes, runs = cell.get("each") or {}, []
+    if seeds and "seed" in axes:
+        axes = {**axes, "seed": seeds}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         flags = {**base, **(cell.get("flags") or {})}
