@@ -29,7 +29,7 @@ except ImportError:  # Windows: runs go unlocked
 
 RUN_FILES = (
     "args.yaml", "environment.json", "run.log", "metrics.jsonl", "metrics.csv", "states.csv",
-    "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html", "tracking.json",
+    "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html",
     "init.pt", "rewind.pt", "teacher.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
 )  # fmt: skip
 

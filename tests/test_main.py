@@ -208,7 +208,7 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     present = set(os.listdir(folder))
     optional = {"rewind.pt": args["prune_type"] == "rewind_lt" and args["rewind_epoch"] > 0}
     optional["penalty.csv"] = args["struct"] == "rsst" and states > 1
-    assert present - {"run.lock", "tracking.json"} == FILES | {file for file, there in optional.items() if there}
+    assert present - {"run.lock"} == FILES | {file for file, there in optional.items() if there}
     rows = metrics(folder)
     assert [(row["state"], row["epoch"]) for row in rows] == list(itertools.product(range(states), range(epochs)))
     for line, row in zip(rows_of(folder / "metrics.csv"), rows, strict=True):
