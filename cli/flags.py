@@ -1,396 +1,486 @@
-"""The flag table: every flag of the command with its meaning, unit and default, in groups; a parser comes out."""
+"""The table of flags: one record each, in groups. A new flag is one record here and the line that uses its value.
+
+`cli/flag.py` says what a record holds, and makes parser, help and checks of it; `cli/effect.py` holds the rules on when
+a flag has an effect. args.yaml, notes and refusals, resume, the identity of a run, the search space and docs/flags.md
+follow from this table.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import rsst
+from cli import effect
+from cli.flag import (
+    AUTO,
+    CLOSED,
+    NOT_ZERO,
+    OFF_OR_MORE,
+    OPEN,
+    POSITIVE,
+    SHARE,
+    Check,
+    Flag,
+    Flags,
+    Values,
+    at_least,
+    markdown,
+    matches,
+    parser_of,
+)
 from dataset import DATASETS
+from engine.allocation import SORTING
 from engine.capture import GRAPHS
+from engine.sensitivity import SENSITIVITY
 from models import BUILDERS
 from models.embedding import STEMS
 from pruning.ranking import KINDS
 from pruning.scores import CRITERIA, SCORE_BATCHES
 from utils import OneLineParser
 
-Group = argparse._ArgumentGroup
-AUTO = "auto"  # of --resume
+
+def one_of(names: Iterable[str]) -> Check:
+    return Check(lambda value: value in names, f"unknown; choose from {', '.join(names)}")
 
 
-def _switch(group: Group, name: str, text: str, *aliases: str) -> None:
-    group.add_argument(name, *aliases, action="store_true", default=False, help=text)
+def _searched_rate(flags: Flags) -> Values:
+    """Whole units: the share that is gone in the end. Otherwise what goes each time, so that 90% to 5% are left."""
+    if flags["vit_structured"]:
+        return {"low": 0.1, "high": 0.8}
+    times = max(1, flags["pruning_times"] - 1)
+    return {"low": round(1 - 0.9 ** (1 / times), 4), "high": round(1 - 0.05 ** (1 / times), 4)}
 
 
-def _run(group: Group) -> None:
-    group.add_argument("--save_dir", help="folder of the run; results/<run name> when not given")
-    group.add_argument("--exp_name", help="replaces the run name")
-    group.add_argument("--seed", type=int, default=42, help="of weights and batches; 0 is a seed")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    group.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=[AUTO],
-        help="go on from the latest checkpoint of --save_dir, with its flags; auto: where there is one, and start the "
-        "run where there is none, so that one command can be given again and again",
-    )
-    group.add_argument("--checkpoint", help="go on from this checkpoint file")
-    group.add_argument(
-        "--checkpoint_every", metavar="N|Nm", help="a checkpoint every N steps or N minutes (10m) besides every epoch"
-    )
-    _switch(group, "--deterministic", "only operations that give the same bits each time; slower on a GPU")
-    group.add_argument("--config", metavar="FILE", help="a YAML file of flags; flags given by hand win")
-    group.add_argument("--print_freq", type=int, default=200, help="log every so many batches")
-    _switch(group, "--verbose", "log more: names of tensors, ids of neurons")
-    _switch(group, "--dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit")
-    group.add_argument(
-        "--list_archs",
-        nargs="?",
-        const="*",
-        metavar="PATTERN",
-        help="print timm's models that can be pruned (names like PATTERN) and exit; with --verbose the others and why",
-    )
-    _switch(group, "--overwrite", "replace the run that --save_dir holds")
-    group.add_argument(
-        "--no-export", dest="export", action="store_false", default=True, help="do not write the small model to model/"
-    )
+def _searched_starts(flags: Flags) -> Values:
+    return ["lt", "rewind_lt", "finetune", *(["pt"] if flags["pretrained"] else [])]
 
 
-def _data(group: Group) -> None:
-    group.add_argument("--dataset", default="cifar100", help=f"one of {', '.join(DATASETS)}")
-    group.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
-    group.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
-    group.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
-    group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
-    group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
-    group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
-    group.add_argument(
-        "--aug",
-        choices=["none", "basic", "strong", "rand"],
-        default="basic",
-        help="basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and "
-        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to 33%% of "
-        "the area of a quarter of the images), on folders too",
-    )
+def _first_criterion(args: argparse.Namespace) -> str:
+    return "magnitude" if args.struct == "imp" and args.vit_structured else "l1"
 
 
-def _model(group: Group) -> None:
-    group.add_argument(
-        "--arch",
-        default="vit_tiny",
-        help=f"one of {', '.join(BUILDERS)}, timm/NAME (--list_archs), or the folder of an exported model: its shape, "
-        "with fresh weights",
-    )
-    group.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
-    group.add_argument(
-        "--pretrained",
-        "--vit_pretrained",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="FILE",
-        help="start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
-    )
-    group.add_argument("--pretrained_tag", help="which of timm's public weights, such as augreg_in21k")
-    group.add_argument(
-        "--patch_embed",
-        choices=["resample", "reinit"],
-        default="resample",
-        help="pretrained patch embedding of another patch size: resample it, or start it anew",
-    )
-    _switch(group, "--pretrained_fallback", "start from random weights when the pretrained ones cannot be had")
-    group.add_argument(
-        "--layer_scale", type=float, metavar="V", help="our ViTs' branches end in a learned factor from V on; off"
-    )
-    group.add_argument(
-        "--stem",
-        choices=list(STEMS),
-        default="patch",
-        help="how our ViTs make tokens of pixels. patch: one convolution per patch; conv: 3x3 convolutions of stride 2 "
-        "with batch norm and ReLU, and a 1x1 (patch size a power of two); pretrained patch embeddings have no place in "
-        "it, it starts anew",
-    )
-    group.add_argument(
-        "--token_merge",
-        type=int,
-        default=0,
-        metavar="R",
-        help="between attention and MLP of each block of a plain ViT, ours or timm's, the R most similar pairs of "
-        "tokens merge into their averages (ToMe), at most half of the patch tokens that are left; 0 is off",
-    )
-    group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
+def _first_milestones(args: argparse.Namespace) -> str:
+    return ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
 
 
-def _train(group: Group) -> None:
-    group.add_argument("--epochs", type=int, default=120, help="per state")
-    group.add_argument("--opt", choices=["sgd", "adamw"], default="sgd", help="optimizer")
-    group.add_argument("--lr", type=float, default=0.01, help="learning rate after the warm-up")
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    group.add_argument("--weight_decay", type=float, default=1e-4, help="on weight matrices, not biases and norms")
-    group.add_argument("--warmup", type=int, help="epochs of linear warm-up, per step; epochs // 6 when not given")
-    group.add_argument("--sched", choices=["multistep", "cosine"], default="multistep", help="learning-rate schedule")
-    group.add_argument("--min_lr", type=float, help="the cosine ends there, at the last step of a state")
-    group.add_argument(
-        "--layer_decay",
-        type=float,
-        metavar="D",
-        help="for pretrained starts: layer i of a ViT with N blocks trains at D^(N + 1 - i) of the learning rate, the "
+WHERE = {"computes": False, "resumes": True, "searchable": False}  # where and how a run is made
+FIXED = {"searchable": False}  # of trials that are to be compared
+
+RUN = (
+    Flag("save_dir", "folder of the run; results/<run name> when not given", common=True, **WHERE),
+    Flag(
+        "exp_name", "replaces the run name", computes=False, **FIXED,
+        check=matches(r"(?!\.{1,2}$)[^/\\\0]+", "must be the plain name of a folder, which results/ will hold"),
+    ),
+    Flag(
+        "seed", "of weights and batches; 0 is a seed", 42, int, **FIXED,
+        check=Check(lambda value: 0 <= value < 2**63, "must be 0 or more, and below 2^63"),
+    ),
+    Flag("device", "where to compute", "auto", choices=("auto", "cpu", "cuda", "mps"), **WHERE),
+    Flag("gpu", "index of the GPU when CUDA is used", 0, int, check=at_least(0), **WHERE),
+    Flag(
+        "resume",
+        "go on from the latest checkpoint of --save_dir, with its flags; auto: where there is one, and start the run "
+        "where there is none, so that one command can be given again and again",
+        False, choices=(AUTO,), const=True, common=True, **WHERE,
+    ),
+    Flag("checkpoint", "go on from this checkpoint file", **WHERE),
+    Flag(
+        "checkpoint_every", "a checkpoint every N steps or N minutes (10m) besides every epoch", metavar="N|Nm",
+        check=matches(r"[1-9]\d*m?", "give steps (500) or minutes (10m)"), **WHERE,
+    ),
+    Flag("deterministic", "only operations that give the same bits each time; slower on a GPU", False, bool),
+    Flag("config", "a YAML file of flags; flags given by hand win", metavar="FILE", common=True, **WHERE),
+    Flag("print_freq", "log every so many batches", 200, int, check=at_least(1), **WHERE),
+    Flag("verbose", "log more: names of tensors, ids of neurons", False, bool, **WHERE),
+    Flag(
+        "dry_run", "print the plan (per state: density, units, parameters, MACs; disk) and exit", False, bool,
+        common=True, **WHERE,
+    ),
+    Flag(
+        "list_archs",
+        "print timm's models that can be pruned (names like PATTERN) and exit; with --verbose the others and why",
+        const="*", metavar="PATTERN", **WHERE,
+    ),
+    Flag("overwrite", "replace the run that --save_dir holds", False, bool, **WHERE),
+    Flag("export", "do not write the small model to model/", True, bool, computes=False, **FIXED),
+)  # fmt: skip
+
+DATA = (
+    Flag("dataset", f"one of {', '.join(DATASETS)}", "cifar100", check=one_of(DATASETS), common=True, **FIXED),
+    Flag("data", "folder of the data; downloaded into it when missing", "data", common=True, **WHERE),
+    Flag("workers", "processes that read image folders; others need none", 4, int, check=at_least(0), **WHERE),
+    Flag("batch_size", "images per forward pass", 128, int, check=at_least(1), common=True),
+    Flag("img_size", "pixels the model sees; the data set's or architecture's own", kind=int, check=at_least(1)),
+    Flag("val_fraction", "share of training images that validate", 0.1, float, check=OPEN, **FIXED),
+    Flag("train_limit", "keep so many training images, balanced by class", kind=int, check=at_least(1), **FIXED),
+    Flag(
+        "aug",
+        "basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and RandAugment. "
+        "rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2% to 33% of the area of a "
+        "quarter of the images), on folders too",
+        "basic", choices=("none", "basic", "strong", "rand"),
+    ),
+)  # fmt: skip
+
+MODEL = (
+    Flag(
+        "arch",
+        f"one of {', '.join(BUILDERS)}, timm/NAME (--list_archs), or the folder of an exported model: its shape, with "
+        "fresh weights",
+        "vit_tiny", common=True,
+    ),
+    Flag("patch_size", "pixels per patch side; the architecture's own when not given", kind=int, check=at_least(1)),
+    Flag(
+        "pretrained", "start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
+        False, const=True, metavar="FILE", also=("--vit_pretrained",), common=True,
+    ),
+    Flag("pretrained_tag", "which of timm's public weights, such as augreg_in21k"),
+    Flag(
+        "patch_embed", "pretrained patch embedding of another patch size: resample it, or start it anew",
+        "resample", choices=("resample", "reinit"), idle=effect.patch_embed,
+    ),
+    Flag("pretrained_fallback", "start from random weights when the pretrained ones cannot be had", False, bool),
+    Flag(
+        "layer_scale", "our ViTs' branches end in a learned factor from V on; off",
+        kind=float, metavar="V", check=OFF_OR_MORE,
+    ),
+    Flag(
+        "stem",
+        "how our ViTs make tokens of pixels. patch: one convolution per patch; conv: 3x3 convolutions of stride 2 with "
+        "batch norm and ReLU, and a 1x1 (patch size a power of two); pretrained patch embeddings have no place in it, "
+        "it starts anew",
+        "patch", choices=tuple(STEMS),
+    ),
+    Flag(
+        "token_merge",
+        "between attention and MLP of each block of a plain ViT, ours or timm's, the R most similar pairs of tokens "
+        "merge into their averages (ToMe), at most half of the patch tokens that are left; 0 is off",
+        0, int, metavar="R", check=at_least(0),
+    ),
+    Flag("init", "initial weights: a state dict of this architecture", metavar="FILE"),
+)  # fmt: skip
+
+_FINISHES = ("finish_epochs", "which says for how long")
+TRAINING = (
+    Flag("epochs", "per state", 120, int, check=at_least(1), common=True),
+    Flag("opt", "optimizer", "sgd", choices=("sgd", "adamw"), common=True),
+    Flag("lr", "learning rate after the warm-up", 0.01, float, check=POSITIVE, common=True),
+    Flag("momentum", "of SGD", 0.9, float, check=SHARE, idle=effect.momentum),
+    Flag("weight_decay", "on weight matrices, not biases and norms", 1e-4, float, check=at_least(0)),
+    Flag(
+        "warmup", "epochs of linear warm-up, per step; epochs // 6 when not given", kind=int, check=at_least(0),
+        follows=lambda args: args.epochs // 6,
+    ),
+    Flag("sched", "learning-rate schedule", "multistep", choices=("multistep", "cosine")),
+    Flag("min_lr", "the cosine ends there, at the last step of a state", kind=float, check=at_least(0)),
+    Flag(
+        "layer_decay",
+        "for pretrained starts: layer i of a ViT with N blocks trains at D^(N + 1 - i) of the learning rate, the "
         "embedding being layer 0 and the classifier N + 1",
-    )
-    group.add_argument("--decreasing_lr", help="epochs at which lr is divided by 10; 1/2 and 3/4 when not given")
-    group.add_argument("--clip_grad", type=float, help="largest L2 norm of the gradient; off when not given")
-    group.add_argument("--label_smoothing", type=float, default=0.0, help="of the cross entropy, in [0, 1)")
-    group.add_argument("--mixup", type=float, metavar="A", help="mix images in pairs, shares by Beta(A, A); off")
-    group.add_argument(
-        "--cutmix", type=float, metavar="A", help="paste rectangles of one image into another, areas by Beta(A, A); off"
-    )
-    group.add_argument(
-        "--drop_path",
-        type=float,
-        metavar="R",
-        help="stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a "
-        "ViT to R in the last; off",
-    )
-    group.add_argument(
-        "--ema_decay",
-        type=float,
-        metavar="D",
-        help="validate, select and export the exponential moving average of the weights of a state, of decay D, or "
+        kind=float, metavar="D", check=NOT_ZERO,
+    ),
+    Flag(
+        "decreasing_lr", "epochs at which lr is divided by 10; 1/2 and 3/4 when not given",
+        follows=_first_milestones, idle=effect.decreasing_lr,
+    ),
+    Flag("clip_grad", "largest L2 norm of the gradient; off when not given", kind=float, check=POSITIVE),
+    Flag("label_smoothing", "of the cross entropy, in [0, 1)", 0.0, float, check=SHARE),
+    Flag(
+        "mixup", "mix images in pairs, shares by Beta(A, A); off", kind=float, metavar="A", check=OFF_OR_MORE
+    ),
+    Flag(
+        "cutmix", "paste rectangles of one image into another, areas by Beta(A, A); off",
+        kind=float, metavar="A", check=OFF_OR_MORE,
+    ),
+    Flag(
+        "drop_path",
+        "stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a ViT "
+        "to R in the last; off",
+        kind=float, metavar="R", check=SHARE,
+    ),
+    Flag(
+        "ema_decay",
+        "validate, select and export the exponential moving average of the weights of a state, of decay D, or "
         "(1 + t) / (10 + t) after t steps while that is smaller; off",
-    )
-    group.add_argument("--accum_steps", type=int, default=1, help="forward passes per optimizer step")
-    group.add_argument(
-        "--finish_epochs",
-        type=int,
-        metavar="N",
-        help="behind the last state train its selected model for N epochs more, masks as they are, with warm-up, "
-        "milestones and cosine over these epochs; off",
-    )
-    group.add_argument("--finish_lr", type=float, metavar="LR", help="learning rate of the finish; --lr when not given")
-    _switch(
-        group,
-        "--finish_on_all",
+        kind=float, metavar="D", check=SHARE,
+    ),
+    Flag("accum_steps", "forward passes per optimizer step", 1, int, check=at_least(1)),
+    Flag(
+        "finish_epochs",
+        "behind the last state train its selected model for N epochs more, masks as they are, with warm-up, milestones "
+        "and cosine over these epochs; off",
+        kind=int, metavar="N", check=at_least(1),
+    ),
+    Flag(
+        "finish_lr", "learning rate of the finish; --lr when not given", kind=float, metavar="LR", check=POSITIVE,
+        follows=lambda args: args.lr if args.finish_epochs else None, needs=_FINISHES,
+    ),
+    Flag(
+        "finish_on_all",
         "the finish trains on training and validation images; what it ends with is exported, as nothing is left to "
         "select by",
-    )
-    group.add_argument(
-        "--compile",
-        nargs="?",
-        const="default",
-        default=None,
-        choices=["default", "reduce-overhead", "max-autotune", *GRAPHS],
-        help="train with torch.compile in one of its modes; graph: capture the whole step as a CUDA graph, bit for bit "
-        "what it is without; compiled-graph: both",
-    )
-    group.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="autocast precision")
+        False, bool, needs=_FINISHES, **FIXED,
+    ),
+    Flag(
+        "compile",
+        "train with torch.compile in one of its modes; graph: capture the whole step as a CUDA graph, bit for bit what "
+        "it is without; compiled-graph: both",
+        const="default", choices=("default", "reduce-overhead", "max-autotune", *GRAPHS),
+    ),
+    Flag("amp", "autocast precision", "auto", choices=("auto", "off", "bf16", "fp16")),
+)  # fmt: skip
 
+PRUNING = (
+    Flag(
+        "struct",
+        "rsst: penalty first, cut later; refill: cut at once; imp: element-wise lottery ticket; oneshot: remove all "
+        "units after state 0; dense: no pruning, one schedule over all states",
+        "rsst", choices=("rsst", "refill", "imp", "oneshot", "dense"), common=True, search=["rsst", "refill"],
+    ),
+    Flag(
+        "pruning_times", "states S; there are S - 1 prunings between them", 20, int, check=at_least(1), common=True
+    ),
+    Flag(
+        "rate", "of the weights left, per state; heads, blocks, branches: of all", 0.2, float, check=SHARE,
+        idle=effect.rate, search=_searched_rate, common=True,
+    ),
+    Flag(
+        "mlp_prune_ratio", "share of all neurons that goes; --rate when not given", kind=float, check=SHARE,
+        idle=effect.mlp_prune_ratio, search={"low": 0.1, "high": 0.9}, common=True,
+    ),
+    Flag(
+        "nm",
+        "element-wise, in the place of --rate: in the end N of every M consecutive weights of a row stay, as in 2:4; "
+        "--ratio_schedule says how many stay before that; off when not given",
+        metavar="N:M", idle=effect.prunes,
+    ),
+    Flag(
+        "criteria", f"score of a unit: {', '.join(CRITERIA)}; l1 when not given", check=one_of(CRITERIA),
+        follows=_first_criterion, idle=effect.criteria, search=[name for name in CRITERIA if name != "random"],
+        common=True,
+    ),
+    Flag(
+        "score_batches", "training batches that scores see", SCORE_BATCHES, int, check=at_least(1),
+        idle=effect.criteria,
+    ),
+    Flag(
+        "fillback_rate", "element-wise refill: share given back a layer", 0.0, float, check=CLOSED,
+        idle=effect.fillback_rate,
+    ),
+    Flag(
+        "prune_patch_embed", "the patch embedding (a conv stem's 1x1) is prunable too, element-wise", False, bool,
+        also=("--conv1",), idle=effect.prune_patch_embed,
+    ),
+    Flag("fc", "the classifier rewinds too", False, bool, idle=effect.prunes),
+    Flag("vit_structured", "prune whole heads and neurons", False, bool, idle=effect.prunes, common=True),
+    Flag(
+        "vit_prune_target",
+        "which units go: heads, neurons, both; branch: whole attentions and MLPs; block: whole blocks; all: heads, "
+        "neurons and branches in one ranking by score per MAC",
+        "head", choices=tuple(KINDS), idle=effect.structured, common=True,
+    ),
+    Flag(
+        "sorting_mode", "rank in a layer or over all; an older way to say --ratio_allocation uniform or global",
+        "layer-wise", choices=("layer-wise", "global"), idle=effect.sorting_mode,
+    ),
+    Flag(
+        "target_macs",
+        "share of the dense network's MACs that is left in the end, in (0, 1); says in place of ratios how many heads, "
+        "neurons or filters go; off",
+        kind=float, metavar="F", check=OPEN, idle=effect.prunes, common=True,
+        words="{:.4g} of the dense network's MACs are left in the end",
+    ),
+    Flag(
+        "target_params", "share of the dense network's parameters, likewise; off", kind=float, metavar="F",
+        check=OPEN, idle=effect.prunes, words="{:.4g} of the dense network's parameters are left in the end",
+    ),
+    Flag(
+        "target_latency_ms",
+        "milliseconds that a batch of --latency_batch images takes the small network in the end, likewise, as measured "
+        "on the device of the run in float32; off",
+        kind=float, metavar="T", check=POSITIVE, idle=effect.prunes,
+        words="a batch takes the small network {:.4g} ms in the end",
+    ),
+    Flag(
+        "latency_batch", "images; 1 when not given", kind=int, metavar="N", check=at_least(1), idle=effect.prunes,
+        follows=lambda args: 1 if args.target_latency_ms is not None else None,
+        needs=("target_latency_ms", "which it is measured for"),
+    ),
+    Flag(
+        "ratio_allocation",
+        "uniform: layers give away one share; global: by one ranking of all; without a target as --sorting_mode, which "
+        "it follows when not given; sensitivity: so that the loss rises least, as far as --score_batches of training "
+        "images tell where a layer alone loses its lowest-scored units. FILE: counts by layer that the last pruning "
+        "reaches, as JSON or as the units.csv of another run",
+        metavar="uniform|global|sensitivity|FILE", idle=effect.ratio_allocation, search=[*SORTING, SENSITIVITY],
+        common=True,
+    ),
+    Flag(
+        "prune_type",
+        "a state starts from: initial weights, weights after --rewind_epoch, pretrained ones, trained ones",
+        "lt", choices=("lt", "rewind_lt", "pt", "finetune"), idle=effect.prunes, search=_searched_starts, common=True,
+    ),
+    Flag(
+        "rewind_epoch", "epoch of state 0 that rewind_lt returns to; epochs // 5", kind=int, check=at_least(0),
+        follows=lambda args: args.epochs // 5, idle=effect.rewind_epoch,
+    ),
+    Flag(
+        "ratio_schedule",
+        "how the shares of units, and of --nm, grow over the states; the last pruning reaches them",
+        "geometric", choices=("geometric", "linear", "constant"), idle=effect.ratio_schedule,
+    ),
+    Flag(
+        "rank_by",
+        "score_per_mac ranks heads and neurons together by cost; needs global sorting and target both",
+        "score", choices=("score", "score_per_mac"), idle=effect.rank_by,
+    ),
+    Flag(
+        "min_units", "units a layer keeps at least; 0 may empty it", 1, int, check=at_least(0), idle=effect.min_units
+    ),
+    Flag(
+        "round_to",
+        "neurons and filters that a layer keeps are a multiple of N, the nearest one; heads are left alone",
+        1, int, metavar="N", check=at_least(1), idle=effect.round_to,
+    ),
+    Flag(
+        "refill", "surviving units keep the element-wise mask instead of being whole", True, bool,
+        idle=effect.structured,
+    ),
+    Flag(
+        "compact_training", "train the physically smaller network once units are cut (structured runs)", True, bool,
+        both=True, idle=effect.structured,
+    ),
+)  # fmt: skip
 
-def _prune(group: Group) -> None:
-    group.add_argument(
-        "--struct",
-        choices=["rsst", "refill", "imp", "oneshot", "dense"],
-        default="rsst",
-        help="rsst: penalty first, cut later; refill: cut at once; imp: element-wise lottery ticket; oneshot: remove "
-        "all units after state 0; dense: no pruning, one schedule over all states",
-    )
-    group.add_argument("--pruning_times", type=int, default=20, help="states S; there are S - 1 prunings between them")
-    group.add_argument(
-        "--rate", type=float, default=0.2, help="of the weights left, per state; heads, blocks, branches: of all"
-    )
-    group.add_argument(
-        "--nm",
-        metavar="N:M",
-        help="element-wise, in the place of --rate: in the end N of every M consecutive weights of a row stay, as in "
-        "2:4; --ratio_schedule says how many stay before that; off when not given",
-    )
-    group.add_argument(
-        "--prune_type",
-        choices=["lt", "rewind_lt", "pt", "finetune"],
-        default="lt",
-        help="a state starts from: initial weights, weights after --rewind_epoch, pretrained ones, trained ones",
-    )
-    group.add_argument("--rewind_epoch", type=int, help="epoch of state 0 that rewind_lt returns to; epochs // 5")
-    group.add_argument("--criteria", help=f"score of a unit: {', '.join(CRITERIA)}; l1 when not given")
-    group.add_argument("--score_batches", type=int, default=SCORE_BATCHES, help="training batches that scores see")
-    group.add_argument("--fillback_rate", type=float, default=0.0, help="element-wise refill: share given back a layer")
-    _switch(
-        group, "--prune_patch_embed", "the patch embedding (a conv stem's 1x1) is prunable too, element-wise", "--conv1"
-    )
-    _switch(group, "--fc", "the classifier rewinds too")
-    _switch(group, "--vit_structured", "prune whole heads and neurons")
-    group.add_argument(
-        "--vit_prune_target",
-        choices=list(KINDS),
-        default="head",
-        help="which units go: heads, neurons, both; branch: whole attentions and MLPs; block: whole blocks; all: "
-        "heads, neurons and branches in one ranking by score per MAC",
-    )
-    group.add_argument("--mlp_prune_ratio", type=float, help="share of all neurons that goes; --rate when not given")
-    group.add_argument(
-        "--sorting_mode", choices=["layer-wise", "global"], default="layer-wise", help="rank in a layer or over all"
-    )
-    group.add_argument(
-        "--target_macs",
-        type=float,
-        metavar="F",
-        help="share of the dense network's MACs that is left in the end, in (0, 1); says in place of ratios how many "
-        "heads, neurons or filters go; off",
-    )
-    group.add_argument(
-        "--target_params", type=float, metavar="F", help="share of the dense network's parameters, likewise; off"
-    )
-    group.add_argument(
-        "--target_latency_ms",
-        type=float,
-        metavar="T",
-        help="milliseconds that a batch of --latency_batch images takes the small network in the end, likewise, as "
-        "measured on the device of the run in float32; off",
-    )
-    group.add_argument("--latency_batch", type=int, metavar="N", help="images; 1 when not given")
-    group.add_argument(
-        "--ratio_allocation",
-        metavar="uniform|global|sensitivity|FILE",
-        help="uniform: layers give away one share; global: by one ranking of all; without a target as --sorting_mode, "
-        "which it follows when not given; sensitivity: so that the loss rises least, as far as --score_batches of "
-        "training images tell where a layer alone loses its lowest-scored units. FILE: counts by layer that the last "
-        "pruning reaches, as JSON or as the units.csv of another run",
-    )
-    group.add_argument(
-        "--ratio_schedule",
-        choices=["geometric", "linear", "constant"],
-        default="geometric",
-        help="how the shares of units, and of --nm, grow over the states; the last pruning reaches them",
-    )
-    group.add_argument(
-        "--rank_by",
-        choices=["score", "score_per_mac"],
-        default="score",
-        help="score_per_mac ranks heads and neurons together by cost; needs global sorting and target both",
-    )
-    group.add_argument("--min_units", type=int, default=1, help="units a layer keeps at least; 0 may empty it")
-    group.add_argument(
-        "--round_to",
-        type=int,
-        default=1,
-        metavar="N",
-        help="neurons and filters that a layer keeps are a multiple of N, the nearest one; heads are left alone",
-    )
-    group.add_argument(
-        "--no-refill",
-        dest="refill",
-        action="store_false",
-        default=True,
-        help="surviving units keep the element-wise mask instead of being whole",
-    )
-    group.add_argument(
-        "--compact_training",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train the physically smaller network once units are cut (structured runs)",
-    )
+RSST = (
+    Flag(
+        "reg_granularity_prune", "strength g: lambda ends at g", 1.0, float, check=POSITIVE, idle=effect.rsst,
+        search={"low": 0.2, "high": 2.0, "log": True},
+    ),
+    Flag(
+        "RST_schedule", "shape of lambda over time", "exp_custom_exponents", choices=tuple(rsst.SHAPES),
+        idle=effect.rsst, search=list(rsst.SHAPES),
+    ),
+    Flag("exponents", "p of exp_custom_exponents", 4.0, float, check=POSITIVE, idle=effect.exponents),
+    Flag(
+        "reg_form",
+        "decay: shrink by exp(-20 g) in all, whatever the learning rate; gradient: add lambda * w to the gradient",
+        "decay", choices=("decay", "gradient"), idle=effect.rsst,
+    ),
+    Flag(
+        "reg_clock", "gradient form: the ramp restarts each epoch (default) or not", choices=("epoch", "state"),
+        idle=effect.rsst,
+    ),
+    Flag(
+        "reg_finish", "share of the state before the cut; 0.25, gradient form 1", kind=float, check=NOT_ZERO,
+        follows=lambda args: 1.0 if args.reg_form == "gradient" else 0.25, idle=effect.rsst,
+        search={"low": 0.1, "high": 0.75},
+    ),
+    Flag("block_loss_grad", "doomed weights get no gradient from the loss", False, bool, idle=effect.rsst),
+)  # fmt: skip
 
-
-def _penalty(group: Group) -> None:
-    group.add_argument(
-        "--RST_schedule", choices=list(rsst.SHAPES), default="exp_custom_exponents", help="shape of lambda over time"
-    )
-    group.add_argument("--reg_granularity_prune", type=float, default=1.0, help="strength g: lambda ends at g")
-    group.add_argument("--exponents", type=float, default=4.0, help="p of exp_custom_exponents")
-    group.add_argument(
-        "--reg_form",
-        choices=["decay", "gradient"],
-        default="decay",
-        help="decay: shrink by exp(-20 g) in all, whatever the learning rate; gradient: add lambda * w to the gradient",
-    )
-    group.add_argument(
-        "--reg_clock", choices=["epoch", "state"], help="gradient form: the ramp restarts each epoch (default) or not"
-    )
-    group.add_argument("--reg_finish", type=float, help="share of the state before the cut; 0.25, gradient form 1")
-    _switch(group, "--block_loss_grad", "doomed weights get no gradient from the loss")
-
-
-def _teaching(group: Group) -> None:
-    group.add_argument(
-        "--teacher",
-        metavar="self|PATH|timm/NAME",
-        help="learn from this model, too: self, the selected model of state 0, kept as teacher.pt; an "
-        "exported model/ or the run's folder that holds it; a checkpoint, or a file of weights of this architecture; "
-        "public weights of timm that know the data set's classes",
-    )
-    group.add_argument("--kd_alpha", type=float, help="the teacher's share of the loss, in [0, 1]; 0.5 with a teacher")
-    group.add_argument("--kd_temperature", type=float, help="divides the logits of both; 2 with a teacher")
-    _switch(
-        group,
-        "--kd_hard",
+_TEACHES = ("teacher", "which says who teaches")
+DISTILLATION = (
+    Flag(
+        "teacher",
+        "learn from this model, too: self, the selected model of state 0, kept as teacher.pt; an exported model/ or "
+        "the run's folder that holds it; a checkpoint, or a file of weights of this architecture; public weights of "
+        "timm that know the data set's classes",
+        metavar="self|PATH|timm/NAME", idle=effect.teacher, common=True,
+    ),
+    Flag(
+        "kd_alpha", "the teacher's share of the loss, in [0, 1]; 0.5 with a teacher", kind=float, check=CLOSED,
+        follows=lambda args: None if args.teacher is None else 0.5, needs=_TEACHES,
+    ),
+    Flag(
+        "kd_temperature", "divides the logits of both; 2 with a teacher", kind=float, check=POSITIVE,
+        follows=lambda args: None if args.teacher is None or args.kd_hard else 2.0, needs=_TEACHES,
+    ),
+    Flag(
+        "kd_hard",
         "the teacher's largest logit is a label for its share; else the divergence from all its logits (soft). Of a "
         "distilled DeiT the head of the distillation token learns from the teacher, the class head from the labels; "
         "without a teacher both do; evaluation takes the mean of both",
-    )
-    group.add_argument(
-        "--kd_features",
-        type=float,
-        metavar="W",
-        help="add W times the mean squared distance between the normalised output tokens behind the last block, the "
+        False, bool, needs=_TEACHES, idle=effect.kd_hard,
+    ),
+    Flag(
+        "kd_features",
+        "add W times the mean squared distance between the normalised output tokens behind the last block, the "
         "student's and the teacher's, which has the same width and grid; off when not given",
-    )
+        kind=float, metavar="W", check=OFF_OR_MORE, needs=_TEACHES,
+    ),
+)  # fmt: skip
 
+TRACKING = (
+    Flag(
+        "wandb_mode",
+        "auto: the environment's WANDB_MODE, or online where credentials exist, else offline",
+        "auto", choices=("auto", "online", "offline", "disabled"), **WHERE,
+    ),
+    Flag("wandb_project", "Weights & Biases project", "RSST", **WHERE),
+    Flag("wandb_entity", "user or team of the project", **WHERE),
+)  # fmt: skip
 
-def _tracking(group: Group) -> None:
-    group.add_argument(
-        "--wandb_mode",
-        choices=["auto", "online", "offline", "disabled"],
-        default="auto",
-        help="auto: the environment's WANDB_MODE, or online where credentials exist, else offline",
-    )
-    group.add_argument("--wandb_project", default="RSST", help="Weights & Biases project")
-    group.add_argument("--wandb_entity", help="user or team of the project")
-
-
-def _search(group: Group) -> None:
-    group.add_argument(
-        "--search",
-        type=int,
-        metavar="N",
-        help="try N sets of the flags of pruning that are left alone, each as a run in --save_dir, and end with those "
-        "that no other beats in validation accuracy and cost; the same command goes on, or helps in another shell",
-    )
-    group.add_argument(
-        "--search_space",
-        metavar="FILE",
-        help="a YAML file of the flags to search instead: a list of values, or {low: 0.1, high: 1, log: true}",
-    )
-    group.add_argument(
-        "--search_objective",
-        choices=["macs", "params", "latency"],
-        help="the cost: MACs or parameters of the last state, or milliseconds of the small model for one image on this "
+_TRIALS = {"computes": False, "searchable": False}
+_TRIED = ("search", "which says how many trials")
+SEARCH = (
+    Flag(
+        "search",
+        "try N sets of the flags of pruning that are left alone, each as a run in --save_dir, and end with those that "
+        "no other beats in validation accuracy and cost; the same command goes on, or helps in another shell",
+        kind=int, metavar="N", check=at_least(1), **_TRIALS,
+    ),
+    Flag(
+        "search_space",
+        "a YAML file of the flags to search instead: a list of values, or {low: 0.1, high: 1, log: true}",
+        metavar="FILE", needs=_TRIED, **_TRIALS,
+    ),
+    Flag(
+        "search_objective",
+        "the cost: MACs or parameters of the last state, or milliseconds of the small model for one image on this "
         "device; macs, and params where only single weights go",
-    )
-    group.add_argument(
-        "--search_patience",
-        type=int,
-        metavar="K",
-        help="stop a trial that is worse than the median of K or more complete ones that cost no more; 0 stops none; "
-        "5 when not given",
-    )
-
+        choices=("macs", "params", "latency"), needs=_TRIED, **_TRIALS,
+    ),
+    Flag(
+        "search_patience",
+        "stop a trial that is worse than the median of K or more complete ones that cost no more; 0 stops none; 5 when "
+        "not given",
+        kind=int, metavar="K", check=at_least(0), needs=_TRIED, **_TRIALS,
+        follows=lambda args: None if args.search is None else 5,
+    ),
+)  # fmt: skip
 
 GROUPS = {
-    "run": _run,
-    "data": _data,
-    "model": _model,
-    "training (each state anew)": _train,
-    "pruning": _prune,
-    "rsst": _penalty,
-    "distillation": _teaching,
-    "tracking": _tracking,
-    "search": _search,
+    "run": RUN,
+    "data": DATA,
+    "model": MODEL,
+    "training (each state anew)": TRAINING,
+    "pruning": PRUNING,
+    "rsst": RSST,
+    "distillation": DISTILLATION,
+    "tracking": TRACKING,
+    "search": SEARCH,
 }
+FLAGS: dict[str, Flag] = {flag.name: flag for flags in GROUPS.values() for flag in flags}
 
 
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(description="Prune a Vision Transformer iteratively: train, prune, rewind, retrain.")
-    for title, add_flags in GROUPS.items():
-        add_flags(parser.add_argument_group(title))
-    return parser
+def build_parser(shows_all: bool = True) -> OneLineParser:
+    return parser_of(GROUPS, shows_all)
+
+
+def complete(flags: Flags) -> dict[str, object]:
+    """A run's flags with the defaults of those that its version did not know, and no counts where it has none."""
+    return {**{name: flag.default for name, flag in FLAGS.items()}, "unit_counts": None, **flags}
+
+
+def idle_flags(flags: Flags) -> dict[str, str]:
+    """{name: why} of the flags that have no effect beside the others."""
+    known = complete(flags)
+    reasons = {name: flag.idle(known) for name, flag in FLAGS.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+if __name__ == "__main__":
+    print(markdown(GROUPS), end="")

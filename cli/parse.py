@@ -8,7 +8,8 @@ import sys
 from cli.archs import list_archs
 from cli.checks import check_and_complete, check_search
 from cli.config import config_flags
-from cli.flags import AUTO, build_parser
+from cli.flag import AUTO
+from cli.flags import build_parser
 from cli.resume import finds_run, is_complete, resumed_args
 from engine.processes import first_of_all
 from utils import RunError

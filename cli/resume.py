@@ -8,18 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.checks import check_run_name
-from cli.flags import AUTO
-from engine.allocation import allocates
+from cli.flag import AUTO, check_values
+from cli.flags import FLAGS, complete
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.folder import named_dir
 from engine.model import run_length
 from utils import OneLineParser, RunError, load_tensors
-
-FREE_ON_RESUME = {
-    "workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data", "config",
-    "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite", "list_archs",
-}  # fmt: skip
 
 
 def finds_run(args: argparse.Namespace) -> bool:
@@ -28,7 +22,7 @@ def finds_run(args: argparse.Namespace) -> bool:
     Raises:
         RunError: the command names no folder, or not clearly; or its run had checkpoints and has lost them.
     """
-    check_run_name(args)
+    check_values([FLAGS["exp_name"]], args)
     if not (args.save_dir or args.exp_name):
         raise RunError("--resume auto: needs --save_dir DIR or --exp_name NAME, or it would not find its run again")
     if args.checkpoint:
@@ -76,19 +70,17 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
     if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
         raise TypeError("no flags, or no state")
     missing = {"arch", "dataset", "struct", "epochs", "pruning_times", "lr", "rate", "seed"} - stored.keys()
-    wrong = [action.dest for action in parser._actions if action.dest in stored and not _could_be(action, stored)]
+    wrong = [name for name, flag in FLAGS.items() if name in stored and not flag.could_be(stored[name])]
     if missing or wrong:
         raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
-    stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
+    stored = complete(stored)
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
-    by_schedule = (
-        stored["vit_structured"] or stored["nm"] or allocates(argparse.Namespace(**{"unit_counts": None, **stored}))
-    )
-    grows = by_schedule and stored["ratio_schedule"] != "constant"
+    grows = not FLAGS["ratio_schedule"].idle(stored) and stored["ratio_schedule"] != "constant"
     if longer and stored["finish_epochs"] and content["run"]["state"] >= stored["pruning_times"]:
         more = given["pruning_times"]
         parser.error(f"--pruning_times {more}: this run is in its finish, which no state can follow; leave it out")
-    free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
+    free = {name for name, flag in FLAGS.items() if flag.resumes}
+    free |= {"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set()
     other = [f"--{name} {value}" for name, value in given.items() if name not in free and stored.get(name) != value]
     if other:
         way_out = "give those of its args.yaml, or another --save_dir" if args.resume == AUTO else "leave them out"
@@ -96,16 +88,3 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
     resumed = argparse.Namespace(**{**vars(args), **stored, **{name: given[name] for name in free if name in given}})
     resumed.save_dir, resumed.resume, resumed.resumed_from = args.save_dir, True, content
     return resumed
-
-
-def _could_be(action: argparse.Action, stored: dict) -> bool:
-    """Whether the value of a stored flag is of a kind that the parser gives it."""
-    value = stored[action.dest]
-    if value is None:
-        return action.default is None
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return action.nargs == "?"
-    kinds = {int: int, float: (int, float)}.get(action.type, str)
-    return isinstance(value, kinds) and (not action.choices or value in action.choices)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from cli.errors import leave
+from cli.flags import FLAGS
 from cli.plan import plan
-from cli.resume import FREE_ON_RESUME
 from engine.folder import named_dir
 from engine.model import make_model, units_of_run
 from engine.processes import ALONE
@@ -41,7 +41,7 @@ def search(args: argparse.Namespace) -> int:
         print(_planned(args, space, folder))
         return 0
     given = {name: value for name, value in args.given.items() if name not in OWN and not name.startswith("search")}
-    own = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    own = {name: value for name, value in given.items() if FLAGS[name].resumes}
     study = Study(args, folder, {name: value for name, value in given.items() if name not in own}, own, space)
     log.info(f"search in {folder}: {args.search} trials\n{_space_table(space)}")
     try:

@@ -24,7 +24,6 @@ import numpy as np
 
 from cli.checks import check_and_complete
 from cli.config import typed_out
-from cli.flags import build_parser
 from cli.plan import planned_states
 from deployment.folder import load
 from deployment.speed import throughput
@@ -140,7 +139,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, folder: Path, base: dict, own: dict, space: Space):
         self.args, self.folder, self.base, self.own, self.space = args, folder, base, own, space
-        self.parser, self.signals, self.optuna = build_parser(), StopSignals(), need_optuna()
+        self.signals, self.optuna = StopSignals(), need_optuna()
         self.running, self.weak, self.failed, self.complete = (
             self.optuna.trial.TrialState[name] for name in ("RUNNING", "PRUNED", "FAIL", "COMPLETE")
         )
@@ -250,9 +249,7 @@ class Study:
         folder, number = self.folder_of(trial), trial.number
         words = ", ".join(f"{name} {value}" for name, value in trial.user_attrs["plan"]["flags"].items())
         log.info(f"trial {number} ({len(self.trials())} of {self.args.search} begun): {words}")
-        outcome = run_trial(
-            typed_out(self.parser, self.flags_of(trial), str(folder)), folder, self._judge(trial), self.signals
-        )
+        outcome = run_trial(typed_out(self.flags_of(trial), str(folder)), folder, self._judge(trial), self.signals)
         if not outcome:
             accuracy, cost = self._values(folder)
             self.study.tell(number, [accuracy, cost])

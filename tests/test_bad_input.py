@@ -280,7 +280,7 @@ def test_no_config_file_ends_in_a_traceback(content, tmp_path_factory):
 def flags_in_help():
     """(spellings, choices, whether it takes a value) of each flag, from --help."""
     found = []
-    for given_as in re.findall(r"^  (--.*?)(?:\s{2,}|$)", call(["--help"])[1], re.MULTILINE):
+    for given_as in re.findall(r"^  (--.*?)(?:\s{2,}|$)", call(["--help", "all"])[1], re.MULTILINE):
         choices = re.search(r"\{(.*?)\}", given_as)
         options = re.findall(r"--[\w-]+", given_as)
         found.append((options, choices[1].split(",") if choices else [], " " in given_as.replace(", ", "")))

@@ -148,8 +148,15 @@ def test_what_is_left_to_itself_scales_with_the_epochs(epochs, warmup, milestone
     assert (by_hand.warmup, by_hand.decreasing_lr, by_hand.rewind_epoch) == (0, "5,70", 0)
 
 
-def test_help_has_its_groups_and_every_flag(capsys):
+def test_help_shows_the_common_flags_and_how_to_see_the_rest(capsys):
     assert call(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--help all" in text
+    assert 20 <= len(re.findall(r"^  --", text, re.MULTILINE)) <= 25
+
+
+def test_help_has_its_groups_and_every_flag(capsys):
+    assert call(["--help", "all"]) == 0
     text = capsys.readouterr().out
     for group in ("run", "data", "model", "training", "pruning", "rsst", "tracking"):
         assert re.search(rf"^{group}\b.*:$", text, re.MULTILINE), group
