@@ -142,7 +142,7 @@ def patch_embed(flags: Flags) -> str:
 
 
 def teacher(flags: Flags) -> str:
-    wants = flags["kd_alpha"] or flags["kd_features"]
+    wants = flags["kd_alpha"] != 0 or flags["kd_features"]  # None: it follows, and is not 0
     return "" if wants else "with --kd_alpha 0 and no --kd_features, which leave it no share of the loss"
 
 

@@ -15,8 +15,9 @@ TARGETS = {name: flag.words for name, flag in FLAGS.items() if name.startswith("
 
 
 def flags_without_effect(run: Run) -> set[str]:
-    """Flags that this run's other flags leave without effect."""
-    return set(idle_flags({**run.args, "has_units": _has_units(run)}))
+    """Flags that this run's other flags leave without effect, and `units` of `identity` where none are removed."""
+    idle = set(idle_flags({**run.args, "has_units": _has_units(run)}))
+    return idle | ({"units"} if run.method == "dense" else set())
 
 
 def has_filters(run: Run) -> bool | None:

@@ -255,7 +255,7 @@ BLOCK = (*BOTH[:2], "block")
 
 def test_rsst_fades_a_block_and_exports_fewer(run, monkeypatch):
     done = run("--struct", "rsst", *BLOCK, "--rate", 0.5, "--min_units", 0, "--epochs", 4, "--reg_finish", 0.5)
-    assert "note: --min_units: has no effect, blocks are ranked over the whole model" in done.out
+    assert "note: --min_units: has no effect where blocks are ranked over the whole model" in done.out
     assert "1 of 2 blocks stay" in done.out
     rows = rows_of(done.dir / "states.csv")
     assert [float(row["density"]) for row in rows] == [1, 0.5, 0.5]

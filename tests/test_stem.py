@@ -295,4 +295,4 @@ def test_what_cannot_be_is_refused(flags, words, capsys):
 @pytest.mark.usefixtures("house")
 def test_what_has_no_effect_is_said(capsys):
     notes = entry.parse_args([*MICRO, "--stem", "conv", "--patch_embed", "resample"]).notes
-    assert [note for note in notes if "--patch_embed resample" in note]
+    assert [note for note in notes if "--patch_embed: has no effect on a conv stem" in note]
