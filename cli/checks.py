@@ -10,10 +10,9 @@ import os
 
 import models
 from cli import effect
-from cli.effect import takes_all, target_of
 from cli.flag import check_values, require
 from cli.flags import FLAGS, SEARCH, idle_flags
-from engine.allocation import SORTING, read_counts
+from engine.allocation import SORTING, TARGETS, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF
 from engine.optimizer import milestones_of
@@ -100,7 +99,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
     if (
         args.rank_by == "score_per_mac"
-        and not takes_all(vars(args))
+        and not takes_all(args)
         and not (args.sorting_mode == "global" and args.vit_prune_target == "both")
     ):
         raise RunError(
@@ -123,11 +122,8 @@ def _check_pattern(args: argparse.Namespace) -> None:
 
 def _check_allocation(args: argparse.Namespace, given: dict) -> None:
     """What says how many units stay; a file's counts go along as `unit_counts`, so that a resumed run has them."""
-    targets, target, how = (
-        [name for name in effect.TARGETS if getattr(args, name)],
-        target_of(vars(args)),
-        args.ratio_allocation,
-    )
+    targets, target = [name for name in TARGETS if getattr(args, name)], target_of(args)
+    how = args.ratio_allocation
     if len(targets) > 1:
         raise RunError(
             f"--{targets[1]} {getattr(args, targets[1]):g}: a run has one target; leave it or --{target} out"
@@ -138,7 +134,7 @@ def _check_allocation(args: argparse.Namespace, given: dict) -> None:
         raise RunError(
             f"--{asked} {getattr(args, asked)}: --vit_prune_target {args.vit_prune_target} goes by --rate; use all"
         )
-    if takes_all(vars(args)):
+    if takes_all(args):
         if how not in (None, "global"):
             raise RunError(f"--ratio_allocation {how}: --vit_prune_target all ranks all layers together; leave it out")
         args.sorting_mode = "global"

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from dataset import dataset_facts
-from engine.allocation import check_allocation
+from engine.allocation import Allocation, allocation_of
 from engine.depth import has_branches
 from engine.optimizer import milestones_of
 from engine.shape import model_from_flags
@@ -62,8 +62,9 @@ def first_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]:
-    """The units that this run removes: heads and neurons if structured, a CNN's filters; none element-wise.
+def units_of_run(args: argparse.Namespace, model: nn.Module) -> tuple[dict[str, Units], Allocation | None]:
+    """The units that this run removes, heads and neurons if structured, a CNN's filters, none element-wise; and how
+    many of them.
 
     A `--round_to` that none of them goes by is noted in `args.notes`.
 
@@ -76,8 +77,7 @@ def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]
         raise RunError(f"--arch {args.arch}: {error}") from error
     units = _units_that_go(args, model, family)
     _check_counts(args, units)
-    check_allocation(args, model, units, family)
-    return units
+    return units, allocation_of(args, family, model, units)
 
 
 def _units_that_go(args: argparse.Namespace, model: nn.Module, family: Family) -> dict[str, Units]:

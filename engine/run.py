@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
-from engine.allocation import measure_result, measure_run
+from engine.allocation import Timed
 from engine.checkpoint import Background, RunState, Target, save_checkpoint
 from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
@@ -78,7 +78,7 @@ class Run:
         layout = self.family.memory_format(False, self.precision)
         if layout is not None:
             self.dense.to(memory_format=layout)
-        self.units = units_of_run(args, dense)
+        self.units, self.allocation = units_of_run(args, dense)
         self.facts, facts, workers = splits.facts, splits.facts, args.workers
         mixes = bool(args.mixup or args.cutmix)
         self.share = replace(processes.share, paired=processes.several and mixes)  # of training batches
@@ -130,8 +130,8 @@ class Run:
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
         self.start_tracking()
         self._say_what_counts()
-        if self.times_itself:
-            self.write(measure_run, self)
+        if self.states > 1 and isinstance(self.allocation, Timed):
+            self.write(self.allocation.measure, self)
 
     def take_over(self, content: dict) -> None:
         """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
@@ -296,11 +296,6 @@ class Run:
             raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
 
     @property
-    def times_itself(self) -> bool:
-        """Whether measured milliseconds say how many units go."""
-        return self.args.target_latency_ms is not None and bool(self.units) and self.states > 1
-
-    @property
     def finishing(self) -> bool:
         """Whether the round that trains, or is next, is the finish, behind the last state."""
         return self.progress.state == self.finish_state
@@ -359,8 +354,8 @@ class Run:
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
         if finish_follows:
             self._enter_finish()
-        if progress.state == self.rounds and self.times_itself:
-            self.write(measure_result, self)
+        if progress.state == self.rounds and self.states > 1 and isinstance(self.allocation, Timed):
+            self.write(self.allocation.measure_result, self)
         self.checkpoint()
 
     def _load_selected(self, finish_follows: bool) -> None:

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.budget import Levels, best_units, levels_of
-from pruning.curves import Curve, least_loss_counts, probed_counts
-from pruning.ranking import best_first, keep_count
+from pruning.budget import Levels
+from pruning.curves import Curve, probed_counts
+from pruning.ranking import best_first
 from pruning.scores import evaluating
 from pruning.units import Units, unit_masks
 from utils import RunError, write_text
@@ -64,21 +64,6 @@ def sensitivity_curves(run: Run, scores: Mapping[str, Tensor], levels: Levels) -
     else:
         log.info(f"sensitivity: the curves of state {state} are those in {FILE}")
     return {row["layer"]: list(zip(row["left"], row["loss"], strict=True)) for row in found["layers"]}
-
-
-def choose_by_sensitivity(run: Run, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, list[int]]:
-    """Which units stay where each kind loses a ratio of all its units, from the layers that miss them least."""
-    levels = levels_of(run.units, scores, run.args.min_units, run.args.round_to)
-    curves, counts = sensitivity_curves(run, scores, levels), {}
-    for kind, ratio in ratios.items():
-        pool = {key: steps for key, steps in levels.items() if run.units[key].kind == kind}
-        limit = keep_count(sum(len(scores[key]) for key in pool), ratio, len(pool) * run.args.min_units)
-
-        def left(of: Mapping[str, int], pool: Levels = pool) -> int:
-            return sum(of.get(key, steps[0]) for key, steps in pool.items())
-
-        counts |= least_loss_counts(curves, pool, left, limit)
-    return best_units(scores, counts)
 
 
 def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> dict:

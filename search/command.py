@@ -34,7 +34,7 @@ def search(args: argparse.Namespace) -> int:
     need_optuna()
     with torch.device("meta"):
         model = make_model(args, weights=False)
-    has_units = bool(units_of_run(args, model))
+    has_units = bool(units_of_run(args, model)[0])
     _complete_objective(args, has_units)
     space, folder = Space(args, has_units), Path(args.save_dir or named_dir(args.exp_name))
     if args.dry_run:

@@ -27,8 +27,8 @@ FLAGS = {
     "seed": 42, "dataset": "digits", "data": "data", "arch": "vit_tiny", "struct": "rsst", "epochs": 4,
     "pruning_times": 3, "rate": 0.34, "mlp_prune_ratio": 0.5, "criteria": "magnitude", "vit_structured": True,
     "vit_prune_target": "both", "prune_type": "lt", "opt": "adamw", "lr": 0.0005, "sched": "cosine",
-    "batch_size": 32, "aug": "none", "reg_finish": 0.25, "RST_schedule": "x", "ratio_schedule": "geometric", "refill": True,
-    "export": True, "compact_training": True, "sorting_mode": "layer-wise", "device": "auto",
+    "batch_size": 32, "aug": "none", "reg_finish": 0.25, "RST_schedule": "x", "ratio_schedule": "geometric",
+    "refill": True, "export": True, "compact_training": True, "sorting_mode": "layer-wise", "device": "auto",
 }  # fmt: skip
 ENVIRONMENT = {"python": "3.11.7", "platform": "Linux", "versions": {"torch": "2.15.0"}, "device": "cpu",
                "device_name": "EPYC", "threads": 2, "commit": "0123456789abcdef", "precision": "bf16"}  # fmt: skip
