@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import torch
 from timm.models.vision_transformer import VisionTransformer

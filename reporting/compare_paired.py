@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reporting.groups import Group, Point, equal_density, equal_levels
-from reporting.paired import Difference, corrected, paired
+from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import escaped, giga, md_table, percent
 
 ALL_PAIRS = 6  # so many groups are compared each with each; more, each with the first one
@@ -176,15 +176,6 @@ def _table(comparisons: Sequence[Comparison], names: Mapping[int, str]) -> str:
         "A - B": lambda each: f"{names[id(each.a[0])]} - {names[id(each.b[0])]}",
         "A is": lambda each: each.difference.verdict,
         "states": lambda each: f"{each.a[1].title}, {each.b[1].title}",
-        "n": lambda each: each.difference.n,
-        "difference": lambda each: f"{100 * each.difference.mean:+.2f}",
-        "95% interval": lambda each: _points(each.difference.interval),
-        "corrected": lambda each: _points(each.difference.corrected),
-        "bootstrap": lambda each: _points(each.difference.bootstrap),
+        **difference_columns(lambda each: each.difference),
     }
     return md_table(comparisons, columns, left=3)
-
-
-def _points(interval: tuple[float, float]) -> str:
-    low, high = (100 * end for end in interval)
-    return f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "-"

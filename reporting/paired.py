@@ -16,7 +16,7 @@ less than 95%), so it makes no claim by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,7 @@ class Difference:
             return f"no interval (n = {self.n})"
         if self.sd <= ROUNDING:
             return "the same in every pair" if abs(self.mean) <= ROUNDING else "no interval (no spread)"
-        words = "not told apart"
+        words = "no difference found"
         if excludes_zero(self.corrected):
             words = "better" if self.mean > 0 else "worse"
         return words + (" (t and bootstrap disagree about zero)" if self.agree is False else "")
@@ -125,3 +125,24 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
         wide = NONE if each.sd <= ROUNDING else _t_interval(each.n, each.mean, each.sd, ALPHA / count)
         found[place] = replace(each, comparisons=count, corrected=wide, p_holm=largest)
     return found
+
+
+def points(interval: tuple[float, float]) -> str:
+    """An interval of fractions, in percentage points."""
+    low, high = (100 * end for end in interval)
+    return f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "-"
+
+
+def difference_columns(difference: Callable[[object], Difference]) -> dict[str, Callable[[object], object]]:
+    """Title to a function of a row, for `md_table`: the numbers of every table of differences of accuracies.
+
+    Args:
+        difference: the row's, in fractions; it is shown in percentage points.
+    """
+    return {
+        "n": lambda row: difference(row).n,
+        "difference": lambda row: f"{100 * difference(row).mean:+.2f}",
+        "95% interval": lambda row: points(difference(row).interval),
+        "corrected": lambda row: points(difference(row).corrected),
+        "bootstrap": lambda row: points(difference(row).bootstrap),
+    }
