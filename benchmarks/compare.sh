@@ -1,8 +1,8 @@
-# Sourced by the scripts beside it: makes the runs of benchmarks/studies/NAME.yaml and compares them as report.py does.
+# Sourced by the scripts in this folder: makes the runs of benchmarks/studies/NAME.yaml and compares them as report.py does.
 #
 #     [OUT=DIR] [PROCESSES=N] bash benchmarks/NAME.sh DATASET SEED... [-- FLAG...]
 #
-# The same command goes on where it was stopped. PROCESSES runs are made at once (see study.py).
+# The same command continues where it was stopped. PROCESSES runs are made at once (see study.py).
 # shellcheck shell=bash
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

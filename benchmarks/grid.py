@@ -8,7 +8,7 @@
         each: {seed: [0, 1]}
         flags: {struct: dense}
       - name: both
-        stage: 1                        # stages go one after the other, and within one seed by seed; 0, or as before
+        stage: 1                        # stages run in order, and each seed by seed; default 0, then the cell's before
         each:                           # every combination is a run
           method:                     # a mapping: the name, and the flags it stands for
             refill: {struct: refill}
@@ -55,7 +55,7 @@ class Planned:
     """One run of a study.
 
     Attributes:
-        kind: what it has in common with runs that differ in values of lists alone.
+        kind: the same for runs that differ only in values of lists.
         needs: names of the runs whose files it reads.
         words: flags as they were typed, which follow all others and win.
         cost: its forward MACs in all, as long as nothing is cut.
@@ -197,7 +197,7 @@ def check(run: Planned, base: Mapping) -> argparse.Namespace:
     """
     pending = {name for name, value in run.flags.items() if _runs_in({name: value}, run.folder.parent)}
     flags = {name: value for name, value in run.flags.items() if name not in pending}
-    if run.program != MAIN:  # which may have flags of its own besides
+    if run.program != MAIN:  # it may have more flags
         flags = {name: value for name, value in flags.items() if name in vars(build_parser().parse_args([]))}
     if "arch" in pending and "arch" in base:
         flags["arch"] = base["arch"]

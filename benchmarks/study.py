@@ -4,13 +4,13 @@
     python benchmarks/study.py --scale cpu --list                   # how many runs, how many hours
     python benchmarks/study.py --scale cpu                          # benchmarks/studies/cpu.yaml into results/study_cpu
     python benchmarks/study.py FILE.yaml --out DIR --processes 2 --only both start
-    python benchmarks/study.py --scale cpu --seeds 5 6 7 --out DIR  # the same with other seeds, in a folder of its own
+    python benchmarks/study.py --scale cpu --seeds 5 6 7 --out DIR  # the same with other seeds
     python benchmarks/study.py FILE.yaml --report -- --epochs 10    # flags for every run, and report.py's comparison
     python benchmarks/study_tables.py results/study_cpu/study.csv   # tables and picture
 
-The same command goes on where it was stopped: complete runs are left as they are, those broken off go on from their
-checkpoint, those that failed are tried again. Ctrl-C and SIGTERM let each run write a checkpoint first. How the file is
-written stands in benchmarks/grid.py.
+The same command continues where it was stopped: complete runs are kept, interrupted ones continue from their
+checkpoint, failed ones are tried again. Ctrl-C and SIGTERM let each run write a checkpoint first. benchmarks/grid.py
+explains the file.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------------ finished runs
 
 
 def is_complete(run: Planned) -> bool:
@@ -110,7 +110,7 @@ def row_of(run: Planned, wall_seconds: float | None) -> dict:
 def _naming(run: Planned) -> dict:
     """The cells of a row that the study itself knows.
 
-    `method` is what the mappings of `each` chose, `asked` the share that is to be left, `variant` all but the seed.
+    `method` is what the mappings of `each` chose, `asked` the share to keep, `variant` all but the seed.
     """
     axes = run.axes
     return {
@@ -241,7 +241,7 @@ class Study:
         return next((run for run in self.waiting if made.issuperset(run.needs)), None)
 
     def _give_up_dependents(self) -> None:
-        """A run whose starting point failed, or is not part of this call and not there, cannot be made."""
+        """Drop runs whose starting point failed, or is neither there nor part of this call."""
         possible = {run.name for run in [*self.waiting, *self.working, *self.done]}
         for run in list(self.waiting):
             missing = [need for need in run.needs if need not in possible]
@@ -260,7 +260,7 @@ class Study:
         threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = {"WANDB_MODE": "disabled", "OMP_WAIT_POLICY": "passive", **os.environ, **threads}
         with (run.folder / "output.log").open("a", encoding="utf-8") as output:
-            process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us only, and once
+            process = subprocess.Popen(  # in its own session, so that Ctrl-C reaches it only through us, and once
                 argv, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.working[run] = process, time.perf_counter()
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         lock.release()
     if signals.received:
-        print("stopped, with a checkpoint of each run that was under way; the same command goes on", file=sys.stderr)
+        print("stopped; each unfinished run has a checkpoint, and the same command continues", file=sys.stderr)
         return 128 + signals.received
     for name, reason in study.failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)

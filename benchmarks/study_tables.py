@@ -4,7 +4,7 @@
     python benchmarks/study_tables.py results/study_cpu/study.csv --out results/study_cpu
 
 Means have 95% intervals of Student's t over the seeds. Methods are compared by the differences of runs with the same
-seed, at the same share that was asked for; the corrected intervals of one table hold together at 95%, and only where
+seed, that keep the same share; the corrected intervals of one table hold together at 95%, and only where
 one of them excludes zero is a method called better or worse (reporting/paired.py).
 """
 
@@ -66,7 +66,7 @@ LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differe
 
 @dataclass(frozen=True)
 class Entry:
-    """The runs of one method of a cell at one share, by seed; `asked` is "" for networks that nothing is cut from."""
+    """The runs of one method of a cell at one share, by seed; `asked` is the share to keep, "" for dense networks."""
 
     cell: str
     method: str
@@ -193,7 +193,7 @@ def differences(
     for entry in entries:
         name = to.get(entry.method) if isinstance(to, Mapping) else to
         others = [other for other in all_entries if (other.cell, other.method) == name and other is not entry]
-        # a dense network stands beside every share
+        # a dense network is compared at every share
         pairs += [(entry, other) for other in others if not entry.asked or entry.asked == other.asked]
     pairs = [(entry, other) for entry, other in pairs if _shared(entry, other)]
     found = [
@@ -259,7 +259,7 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
     """Means over seeds, a line a method and share."""
     columns = {
         "method": lambda entry: entry.method,
-        "asked": lambda entry: percent(float(entry.asked), 0) if entry.asked else "-",
+        "kept": lambda entry: percent(float(entry.asked), 0) if entry.asked else "-",
         "n": lambda entry: len(entry.runs),
         "test": lambda entry: _interval(entry.mean("test"), entry.interval),
         "density": lambda entry: percent(entry.mean("density"), 1),
@@ -283,7 +283,7 @@ def difference_table(section: Section) -> str:
     """Differences with their intervals, a line a method and share."""
     columns = {
         "method": lambda row: row[0].method,
-        "asked": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
+        "kept": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
         "test": lambda row: f"{100 * row[0].mean('test'):.2f}",
         "minus": lambda row: section.reference(row[1]),
         "verdict": lambda row: row[2].verdict,
@@ -352,7 +352,7 @@ def _paint_lines(panel, section: Section) -> None:
     costs = [entry.mean("macs") for entry in section.entries if entry.asked]
     cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
     methods = list(dict.fromkeys(entry.method for entry in section.entries))
-    apart = 0.006 * max(entry.mean(cost) for entry in section.entries) / unit  # so that bars stand beside each other
+    apart = 0.006 * max(entry.mean(cost) for entry in section.entries) / unit  # so that bars do not overlap
     for index, method in enumerate(methods):
         points = sorted((entry for entry in section.entries if entry.method == method), key=lambda e: e.mean(cost))
         reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in (entry.interval for entry in points)]
@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         publish(out, {"study.md": lambda path: write_text(path, text), **writers})
     except RunError as error:
         parser.error(str(error))
-    print(f"{out / 'study.md'}, {plural(len(drawn), 'picture')} beside it")
+    print(f"{out / 'study.md'}, {plural(len(drawn), 'picture')} next to it")
     return 0
 
 

@@ -75,7 +75,7 @@ def paired(differences: Sequence[float]) -> Difference:
     normal differences. The bootstrap is BCa (Efron 1987, "Better bootstrap confidence intervals"), with fixed random
     numbers. One pair has no interval; two give the t interval of one degree of freedom, 9 sd wide to either side, and
     no bootstrap (three means are all that it could draw). Pairs without a spread have none either: they would claim
-    certainty, and come of test sets too small to tell accuracies apart.
+    certainty, and come from test sets too small to show a difference.
 
     Args:
         differences: A - B of each pair, (n,).
@@ -111,7 +111,7 @@ def _t_interval(n: int, mean: float, sd: float, alpha: float) -> tuple[float, fl
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
     """The same comparisons, corrected for there being so many of them.
 
-    Of m comparisons that two pairs or more stand behind, each gets the t interval at 1 - 0.05 / m: by Bonferroni's
+    Of m comparisons with two pairs or more, each gets the t interval at 1 - 0.05 / m: by Bonferroni's
     inequality all m hold together with 95% or more, dependent or not (Dunn 1961, "Multiple comparisons among means").
     They make the verdicts. `p_holm` is Holm's p (1979, "A simple sequentially rejective multiple test procedure"): with
     p in rising order, the largest (m - i) p(i) up to there, i from 0. It tests the same 5%, with more power than
