@@ -35,7 +35,7 @@ def interleaved(
 
     Args:
         candidates: each measures itself and returns one number.
-        fewer: rounds for slow candidates; they take part in the first ones.
+        fewer: rounds for slow candidates, which run in the first rounds only.
     """
     measured: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats):
@@ -55,7 +55,7 @@ def seconds(
     result = work()
     wait()
     spent = clock() - started
-    del result  # giving its memory back is not part of the work
+    del result  # freeing its memory is not timed
     return spent
 
 
@@ -63,7 +63,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:
-    """`--clock`: beside other work, the processor's time of one thread says more than what a clock on the wall does."""
+    """`--clock`: on a busy machine, processor time of one thread is more reliable than wall-clock time."""
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
@@ -79,7 +79,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def pairwise(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median over the rounds that both took part in of one's number over the other's."""
+    """Median ratio over the rounds that both have."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/compare_commits.py OLD NEW [--jobs 1] [--only NAME ...] [--kill]
 
-Each commit is checked out into a temporary worktree ("." for NEW is the tree as it is) and runs eight short commands
+Each commit is checked out into a temporary worktree ("." for NEW is the tree as it is) and runs short commands of every kind
 on digits, on the CPU with one thread. What they leave must be equal: the tensors of model/model.safetensors bit by
 bit, states.csv but for its seconds, and the kept units (units.csv, model/config.json); columns that only NEW has are
 allowed. With --kill each command of OLD is started once more, killed in its state 1 and finished by NEW: it must end
@@ -30,6 +30,11 @@ BASE = (
     "--checkpoint_every 4 --device cpu --amp off --wandb_mode disabled"
 )
 BOTH = "--vit_structured --vit_prune_target both --rate 0.34"
+BUDGET, ADAMW = "--struct refill --vit_structured --vit_prune_target both", "--opt adamw --lr 0.001 --prune_type finetune"
+RECIPE = (
+    "--sched cosine --min_lr 1e-5 --aug rand --mixup 0.2 --cutmix 1 --label_smoothing 0.1 --drop_path 0.1 "
+    "--ema_decay 0.9 --clip_grad 1 --accum_steps 2 --layer_decay 0.8"
+)
 COMMANDS = {
     "rsst": "--struct rsst",
     "imp": "--struct imp",
@@ -39,6 +44,16 @@ COMMANDS = {
     "refill_units": f"--struct refill {BOTH}",
     "rsst_filters": "--struct rsst --arch res20s",
     "gradient": "--reg_form gradient --reg_finish 1 --block_loss_grad --lr 0.02 --reg_granularity_prune 20",
+    "oneshot": f"--struct oneshot {BOTH} --criteria random",
+    "pattern": "--struct imp --nm 2:4",
+    "macs": f"{BUDGET} --target_macs 0.6 --ratio_allocation global --criteria magnitude --round_to 4 --min_units 0",
+    "sensitivity": f"{BUDGET} --target_macs 0.6 --ratio_allocation sensitivity --criteria saliency {ADAMW}",
+    "branches": f"--struct refill --vit_structured --vit_prune_target branch --rate 0.3 {ADAMW}",
+    "depth": f"--vit_structured --vit_prune_target all --target_params 0.6 {ADAMW} --prune_type rewind_lt",
+    "recipe": f"{BUDGET} --target_macs 0.7 {ADAMW} {RECIPE} --finish_epochs 1 --finish_on_all",
+    "teacher": f"--struct refill {BOTH} --sorting_mode global --teacher self --kd_features 1 --finish_epochs 1",
+    "tokens": f"--stem conv --layer_scale 0.1 --token_merge 2 --img_size 16 {BOTH} --criteria l2",
+    "timm": f"--arch timm/test_vit --img_size 32 {BOTH} --sorting_mode global --rank_by score_per_mac",
 }
 
 

@@ -1,11 +1,6 @@
 #!/usr/bin/env bash
-# What RSST removes: single weights, heads, neurons, or heads and neurons:
+# RSST on single weights, heads, neurons, or heads and neurons:
 #
 #     bash benchmarks/compare_variants.sh digits 0 1 2 -- --epochs 10 --pruning_times 4 --rate 0.34
 # shellcheck source=benchmarks/compare.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/compare.sh"
-run weights --struct rsst
-for target in head mlp both; do
-    run "$target" --struct rsst --vit_structured --vit_prune_target "$target"
-done
-compare

@@ -1,16 +1,12 @@
 #!/usr/bin/env python
-"""Images a second of our batches against torchvision in a DataLoader, in memory and from folders of JPEG files.
+"""Images a second of our batches against torchvision in a DataLoader, for images in memory.
 
     python benchmarks/data_pipeline.py [--images 20000] [--batch_size 128] [--repeats 5] [--threads 1]
-    python benchmarks/data_pipeline.py --folders [--files 1000]
 
-In memory: device-resident batches of CIFAR-shaped random pixels.
+Ours are device-resident batches of CIFAR-shaped random pixels.
 `PIL` is the usual CIFAR recipe: Image.fromarray, RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and
 Normalize; `v2` the same on uint8 tensors by torchvision.transforms.v2, image by image. Both run once inside the
 training process (0 workers) and once with 2 workers.
-
-From folders: JPEG files of 400x500 pixels, of the detail of photographs, to 224x224. `ImageFolder` is the usual
-ImageNet recipe (RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize, drop_last), with as many workers as ours.
 
 Rates are interleaved medians over one epoch a round; ratios are per core, that is after dividing by --threads or by
 the number of workers.
@@ -21,28 +17,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torchvision import transforms
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from dataset import DATASETS, Batches, FolderBatches, Split, load_dataset
+from dataset import DATASETS, Batches, Split
 from utils import format_table
 
 FACTS = DATASETS["cifar10"]
 WORKERS = 2
-FOLDER_BATCH = 32
 
 
 class PilImages(Dataset):
@@ -101,14 +95,13 @@ def rate(epoch: Callable[[], Iterable]) -> float:
     return shown / spent
 
 
-def ours(data: Batches | FolderBatches) -> Callable[[], Iterable]:
+def ours(data: Batches) -> Callable[[], Iterable]:
     """Passes over the data, an epoch each."""
     epochs = iter(range(10**9))
 
     def epoch() -> Iterable:
         number = next(epochs)  # a new one each time, so that drawing the epoch's random numbers is counted
         yield from (data.batch(0, number, step) for step in range(data.steps_per_epoch))
-        data.close()
 
     return epoch
 
@@ -135,52 +128,9 @@ def small_images(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Itera
     return ways, cores
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files with coarse shapes and fine grain, in two classes."""
-    generator = torch.Generator().manual_seed(0)
-    for number in range(count):
-        coarse = torch.randn(1, 3, 9, 11, generator=generator)
-        pixels = torch.nn.functional.interpolate(coarse, (400, 500), mode="bicubic")[0] * 40 + 128
-        pixels = pixels + 9 * torch.randn(1, 400, 500, generator=generator)
-        path = folder / "train" / f"class{number % 2}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        image.save(path, quality=85)
-
-
-def folders(root: Path) -> tuple[dict[str, Callable[[], Iterable]], dict[str, int]]:
-    """The same for JPEG files that are read anew each time; starting workers counts, for all."""
-    splits = load_dataset("folder", root, 224)
-    usual = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(splits.facts.mean, splits.facts.std),
-        ]
-    )
-
-    def resumable(workers: int) -> Callable[[], Iterable]:
-        return ours(FolderBatches(splits.train, splits.facts, FOLDER_BATCH, aug="basic", workers=workers))
-
-    def plain(workers: int) -> Callable[[], Iterable]:
-        source = datasets.ImageFolder(root / "train", usual)
-        loader = DataLoader(source, FOLDER_BATCH, shuffle=True, drop_last=True, num_workers=workers)
-        return lambda: (each for each in loader)
-
-    ways, cores = {}, {}
-    for workers in (0, WORKERS):
-        for name, way in (("FolderBatches", resumable), ("ImageFolder", plain)):
-            ways[f"{name}, {workers} workers"] = way(workers)
-            cores[f"{name}, {workers} workers"] = max(1, workers)
-    return ways, cores
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--folders", action="store_true", help="read JPEG files instead")
-    parser.add_argument("--files", type=int, default=1000, help="how many")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of the training process")
@@ -188,17 +138,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        if args.folders:
-            write_photographs(Path(folder), args.files)
-            ways, cores = folders(Path(folder))
-            baselines = [f"ImageFolder, {workers} workers" for workers in (0, WORKERS)]
-            head = f"400x500 JPEG to 224x224, {args.files:,} files, batch {FOLDER_BATCH}"
-        else:
-            ways, cores = small_images(args)
-            baselines = ["PIL, 0 workers", "v2, 0 workers"]
-            head = f"32x32x3, {args.images:,} images, batch {args.batch_size}"
-        rates = common.interleaved({name: lambda way=way: rate(way) for name, way in ways.items()}, args.repeats)
+    ways, cores = small_images(args)
+    rates = common.interleaved({name: lambda way=way: rate(way) for name, way in ways.items()}, args.repeats)
     per_core = {name: [value / cores[name] for value in values] for name, values in rates.items()}
     rows = []
     for name, values in rates.items():
@@ -209,12 +150,12 @@ def main() -> None:
             "images/s": f"{middle:,.0f}",
             "quartiles": f"{low:,.0f}-{high:,.0f}",
         }
-        for baseline in baselines:
+        for baseline in ("PIL, 0 workers", "v2, 0 workers"):
             row[f"per core over {baseline}"] = f"{common.pairwise(per_core[name], per_core[baseline]):.2f}x"
         rows.append(row)
-    head = f"{head}, {common.machine()}, {args.repeats} repeats"
+    head = f"32x32x3, {args.images:,} images, batch {args.batch_size}, {common.machine()}, {args.repeats} repeats"
     print(f"\n{head}\n\n{format_table(rows, {title: title for title in rows[0]})}")
-    common.save("folder_pipeline" if args.folders else "data_pipeline", {"head": head, "rows": rows})
+    common.save("data_pipeline", {"head": head, "rows": rows})
 
 
 if __name__ == "__main__":

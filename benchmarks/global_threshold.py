@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ BASELINE_NEEDS = 14  # times the weights' bytes: what global_unstructured took, 
 
 
 class Setting:
-    """The prunable weights of one architecture, random, and what is to be kept of them."""
+    """The prunable weights of one architecture, random, and the weights to keep."""
 
     def __init__(self, arch: str, rate: float, device: str):
         with torch.device("meta"):
@@ -168,9 +168,9 @@ def main() -> None:
     parser.add_argument(
         "--archs", choices=list(CONFIGS), nargs="+", default=["vit_tiny", "vit_base", "vit_large_imagenet"]
     )
-    parser.add_argument("--rate", type=float, default=0.2, help="fraction of what is left that goes each time")
+    parser.add_argument("--rate", type=float, default=0.2, help="fraction of the remaining weights to prune each time")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--baseline_repeats", type=int, default=2, help="rounds that the slow baselines take part in")
+    parser.add_argument("--baseline_repeats", type=int, default=2, help="rounds of the slow baselines")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "PRUNING"), help=argparse.SUPPRESS)

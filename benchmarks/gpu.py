@@ -22,7 +22,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import torch
 from torch.autograd import DeviceType

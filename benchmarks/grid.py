@@ -8,7 +8,7 @@
         each: {seed: [0, 1]}
         flags: {struct: dense}
       - name: both
-        stage: 1                        # stages go one after the other, and within one seed by seed; 0, or as before
+        stage: 1                        # stages run in order, and each seed by seed; default 0, then the cell's before
         each:                           # every combination is a run
           method:                     # a mapping: the name, and the flags it stands for
             refill: {struct: refill}
@@ -55,8 +55,9 @@ class Planned:
     """One run of a study.
 
     Attributes:
-        kind: what it has in common with runs that differ in values of lists alone.
+        kind: the same for runs that differ only in values of lists.
         needs: names of the runs whose files it reads.
+        words: flags as they were typed, which follow all others and win.
         cost: its forward MACs in all, as long as nothing is cut.
     """
 
@@ -70,6 +71,7 @@ class Planned:
     folder: Path
     needs: tuple[str, ...]
     cost: float = 0.0
+    words: tuple[str, ...] = ()
 
     @property
     def variant(self) -> str:
@@ -79,7 +81,7 @@ class Planned:
     @property
     def argv(self) -> list[str]:
         """Program, flags and folder, as they follow `python`."""
-        return [self.program, *_typed(self.flags), "--save_dir", str(self.folder)]
+        return [self.program, *_typed(self.flags), *self.words, "--save_dir", str(self.folder)]
 
     @property
     def command(self) -> str:
@@ -87,11 +89,16 @@ class Planned:
 
 
 def read_study(
-    path: Path, out: Path, more: Mapping | None = None, seeds: Sequence[int] | None = None
+    path: Path,
+    out: Path,
+    more: Mapping | None = None,
+    seeds: Sequence[int] | None = None,
+    words: Sequence[str] = (),
 ) -> tuple[dict, list[Planned]]:
     """The settings of a study, with `more` flags for every run, and its runs in the order of stages, seeds and cells.
 
-    `seeds` take the place of the file's, for a second look at what the first ones said.
+    `seeds` replace those of the file. `words` are further flags as they are typed, with {seed} for the run's seed; they
+    win over all others.
 
     Raises:
         RunError: the file is no study, or a run of it could not be made; names the cell.
@@ -112,7 +119,7 @@ def read_study(
         if odd or not isinstance(cell.get("name"), str):
             raise RunError(f"{path}: a cell has {', '.join(sorted(odd)) or 'no name'}; known: {', '.join(CELL_KEYS)}")
         stage = cell.get("stage", stage)
-        runs += _runs_of(cell, stage, content["base"], out, seeds)
+        runs += _runs_of(cell, stage, content["base"], out, seeds, words)
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     unknown = sorted({f"{run.name} needs {need}" for run in runs for need in run.needs if need not in names})
@@ -122,7 +129,9 @@ def read_study(
     return content, [runs[index] for index in order]
 
 
-def _runs_of(cell: Mapping, stage: int, base: Mapping, out: Path, seeds: Sequence[int] | None) -> list[Planned]:
+def _runs_of(
+    cell: Mapping, stage: int, base: Mapping, out: Path, seeds: Sequence[int] | None, words: Sequence[str]
+) -> list[Planned]:
     axes, runs = cell.get("each") or {}, []
     if seeds and "seed" in axes:
         axes = {**axes, "seed": seeds}
@@ -135,18 +144,19 @@ def _runs_of(cell: Mapping, stage: int, base: Mapping, out: Path, seeds: Sequenc
         if "seed" in chosen:
             flags["seed"] = chosen["seed"]
         flags = {name: value for name, value in flags.items() if value is not None}
-        words = {**chosen, **_shares(chosen, flags), "out": out}
+        values = {**chosen, **_shares(chosen, flags), "out": out}
         try:
-            flags = {n: v.format(**words) if isinstance(v, str) else v for n, v in flags.items()}
+            flags = {n: v.format(**values) if isinstance(v, str) else v for n, v in flags.items()}
         except (KeyError, IndexError, ValueError) as error:
             raise RunError(
-                f"cell {cell['name']}: no value for {error} in its flags; known: {', '.join(words)}"
+                f"cell {cell['name']}: no value for {error} in its flags; known: {', '.join(values)}"
             ) from error
         parts = [f"s{value}" if name == "seed" else str(value) for name, value in chosen.items()]
         name, program = "_".join([cell["name"], *parts]), cell.get("program", MAIN)
         kind = "_".join([cell["name"], *(value for name, value in chosen.items() if isinstance(axes[name], dict))])
         needs = tuple(dict.fromkeys(_runs_in(flags, out)))
-        runs.append(Planned(name, cell["name"], kind, stage, chosen, flags, program, out / name, needs))
+        own = tuple(word.replace("{seed}", str(flags.get("seed", ""))) for word in words)
+        runs.append(Planned(name, cell["name"], kind, stage, chosen, flags, program, out / name, needs, words=own))
     return runs
 
 
@@ -187,14 +197,14 @@ def check(run: Planned, base: Mapping) -> argparse.Namespace:
     """
     pending = {name for name, value in run.flags.items() if _runs_in({name: value}, run.folder.parent)}
     flags = {name: value for name, value in run.flags.items() if name not in pending}
-    if run.program != MAIN:  # which may have flags of its own besides
+    if run.program != MAIN:  # it may have more flags
         flags = {name: value for name, value in flags.items() if name in vars(build_parser().parse_args([]))}
     if "arch" in pending and "arch" in base:
         flags["arch"] = base["arch"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_args(_typed(flags))
+            return parse_args([*_typed(flags), *run.words])
     except SystemExit as leaving:
         raise RunError(f"{run.name}: {said.getvalue().strip() or leaving.code}") from leaving
 

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -92,7 +92,7 @@ def torch_pruning_result(dense: nn.Module, units: dict[str, Units], kept: dict[s
         module.num_heads = pruner.num_heads[qkv]
         module.attn_dim = qkv.out_features // 3
     model.eval()
-    model(torch.randn(1, 3, size, size))  # what it cannot follow shows here
+    model(torch.randn(1, 3, size, size))  # fails here where Torch-Pruning left shapes that do not fit
     return model
 
 
@@ -196,9 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", default="vit_tiny", help=f"one of {', '.join(BUILDERS)}, or timm/NAME")
     parser.add_argument("--img_size", type=int, help="pixels; the architecture's own when not given")
-    parser.add_argument("--head_ratio", type=float, default=2 / 3, help="share of the heads that goes")
-    parser.add_argument("--mlp_ratio", type=float, default=0.7, help="share of the MLP neurons that goes")
-    parser.add_argument("--filter_ratio", type=float, default=0.5, help="share of the filters that goes")
+    parser.add_argument("--head_ratio", type=float, default=2 / 3, help="share of the heads to prune")
+    parser.add_argument("--mlp_ratio", type=float, default=0.7, help="share of the MLP neurons to prune")
+    parser.add_argument("--filter_ratio", type=float, default=0.5, help="share of the filters to prune")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

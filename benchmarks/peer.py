@@ -5,7 +5,7 @@
         --like results/refill --pruning_times 3 --epochs 2 --save_dir results/peer
 
 Weights, order of images, rates, epochs, choice of the epoch and evaluation are those that main_imp_fillback.py takes
-from the same flags (`--prune_type finetune`); what goes is up to Torch-Pruning (`pip install torch-pruning`), by group
+from the same flags (`--prune_type finetune`); Torch-Pruning chooses the units (`pip install torch-pruning`), by group
 magnitude; the width of the tokens stays.
 
 --heads narrow, the default, takes neurons and dimensions of all heads, the same share of each layer, as is its default.

@@ -4,12 +4,13 @@
     python benchmarks/study.py --scale cpu --list                   # how many runs, how many hours
     python benchmarks/study.py --scale cpu                          # benchmarks/studies/cpu.yaml into results/study_cpu
     python benchmarks/study.py FILE.yaml --out DIR --processes 2 --only both start
-    python benchmarks/study.py --scale cpu --seeds 5 6 7 --out DIR  # the same with other seeds, in a folder of its own
+    python benchmarks/study.py --scale cpu --seeds 5 6 7 --out DIR  # the same with other seeds
+    python benchmarks/study.py FILE.yaml --report -- --epochs 10    # flags for every run, and report.py's comparison
     python benchmarks/study_tables.py results/study_cpu/study.csv   # tables and picture
 
-The same command goes on where it was stopped: complete runs are left as they are, those broken off go on from their
-checkpoint, those that failed are tried again. Ctrl-C and SIGTERM let each run write a checkpoint first. How the file is
-written stands in benchmarks/grid.py.
+The same command continues where it was stopped: complete runs are kept, interrupted ones continue from their
+checkpoint, failed ones are tried again. Ctrl-C and SIGTERM let each run write a checkpoint first. benchmarks/grid.py
+explains the file.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from benchmarks.grid import MAIN, Planned, checked, read_study  # noqa: E402
 from engine.folder import RunLock  # noqa: E402
+from reporting.compare import compare  # noqa: E402
 from reporting.runs import load_run  # noqa: E402
 from reporting.words import duration  # noqa: E402
 from utils import OneLineParser, RunError, StopSignals, write_csv, write_text  # noqa: E402
@@ -45,15 +48,18 @@ def build_parser() -> OneLineParser:
     parser.add_argument("file", nargs="?", metavar="FILE.yaml", help="the study; --scale names one of ours")
     parser.add_argument("--scale", choices=list(SCALES), default="cpu", help="benchmarks/studies/SCALE.yaml")
     parser.add_argument("--out", help="folder of all runs and of study.csv; results/study_SCALE or _FILE if not given")
-    parser.add_argument("--processes", type=int, help="runs at once; the file's, or one for each core, if not given")
+    parser.add_argument(
+        "--processes", type=int, help="runs at once; the file's number, 1 on a GPU, or one for each core"
+    )
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells or runs (or NAM*) and what they need")
     parser.add_argument("--set", nargs="+", default=[], metavar="FLAG=VALUE", help="as if `base` of the file said so")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="instead of the file's: a second look")
+    parser.add_argument("--report", action="store_true", help="compare all runs at the end, as report.py does")
     parser.add_argument("--list", action="store_true", help="print all runs and how long they would take, and exit")
     return parser
 
 
-# ------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------------------------ finished runs
 
 
 def is_complete(run: Planned) -> bool:
@@ -104,7 +110,7 @@ def row_of(run: Planned, wall_seconds: float | None) -> dict:
 def _naming(run: Planned) -> dict:
     """The cells of a row that the study itself knows.
 
-    `method` is what the mappings of `each` chose, `asked` the share that is to be left, `variant` all but the seed.
+    `method` is what the mappings of `each` chose, `asked` the share to keep, `variant` all but the seed.
     """
     axes = run.axes
     return {
@@ -235,7 +241,7 @@ class Study:
         return next((run for run in self.waiting if made.issuperset(run.needs)), None)
 
     def _give_up_dependents(self) -> None:
-        """A run whose starting point failed, or is not part of this call and not there, cannot be made."""
+        """Drop runs whose starting point failed, or is neither there nor part of this call."""
         possible = {run.name for run in [*self.waiting, *self.working, *self.done]}
         for run in list(self.waiting):
             missing = [need for need in run.needs if need not in possible]
@@ -252,9 +258,9 @@ class Study:
             argv.append("--overwrite")
         write_text(run.folder / "command.txt", run.command + "\n")
         threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        environment = {"WANDB_MODE": "disabled", **os.environ, **threads, "OMP_WAIT_POLICY": "passive"}
+        environment = {"WANDB_MODE": "disabled", "OMP_WAIT_POLICY": "passive", **os.environ, **threads}
         with (run.folder / "output.log").open("a", encoding="utf-8") as output:
-            process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us only, and once
+            process = subprocess.Popen(  # in its own session, so that Ctrl-C reaches it only through us, and once
                 argv, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         self.working[run] = process, time.perf_counter()
@@ -287,8 +293,10 @@ class Study:
         print(f"{run.name} FAILED: {reason}", flush=True)
 
 
-def cores() -> int:
-    """Those that this process may use."""
+def default_processes() -> int:
+    """One on a GPU, else one for each core that this process may use."""
+    if torch.cuda.is_available():
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -313,14 +321,16 @@ def wanted(runs: Sequence[Planned], only: Sequence[str] | None) -> list[Planned]
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, words = parser.parse_args(argv[:split]), argv[split + 1 :]
     file = Path(args.file or ROOT / "benchmarks" / "studies" / f"{args.scale}.yaml")
     out = Path(args.out or (f"results/study_{file.stem}" if args.file else SCALES[args.scale]))
     try:
         more = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in args.set)}
-        settings, runs = read_study(file, out, more, args.seeds)
+        settings, runs = read_study(file, out, more, args.seeds, words)
         runs = checked(wanted(runs, args.only), settings)
-        processes = args.processes or settings.get("processes") or cores()
+        processes = args.processes or settings.get("processes") or default_processes()
         speed = float(settings.get("speed", 5)) * 1e9
         if args.list:
             table = Table(out / "study.csv")
@@ -337,11 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         lock.release()
     if signals.received:
-        print("stopped, with a checkpoint of each run that was under way; the same command goes on", file=sys.stderr)
+        print("stopped; each unfinished run has a checkpoint, and the same command continues", file=sys.stderr)
         return 128 + signals.received
     for name, reason in study.failures.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
     print(f"{len(study.done)} of {len(runs)} runs are in {out / 'study.csv'}")
+    if args.report and not study.failures:
+        print(f"comparison: {compare([run.folder for run in runs], out / 'report') / 'compare.html'}")
     return 1 if study.failures else 0
 
 

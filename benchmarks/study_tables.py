@@ -4,7 +4,7 @@
     python benchmarks/study_tables.py results/study_cpu/study.csv --out results/study_cpu
 
 Means have 95% intervals of Student's t over the seeds. Methods are compared by the differences of runs with the same
-seed, at the same share that was asked for; the corrected intervals of one table hold together at 95%, and only where
+seed, that keep the same share; the corrected intervals of one table hold together at 95%, and only where
 one of them excludes zero is a method called better or worse (reporting/paired.py).
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reporting.figures import BLUE, GREEN, GREY, LINES, MARKERS, ORANGE, PURPLE, SKY, VERMILLION, draw, percent_axis
 from reporting.page import publish, write_bytes
-from reporting.paired import Difference, corrected, paired
+from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import md_table, percent, plural, thousands
 from utils import OneLineParser, RunError, write_text
 
@@ -66,7 +66,7 @@ LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differe
 
 @dataclass(frozen=True)
 class Entry:
-    """The runs of one method of a cell at one share, by seed; `asked` is "" for networks that nothing is cut from."""
+    """The runs of one method of a cell at one share, by seed; `asked` is the share to keep, "" for dense networks."""
 
     cell: str
     method: str
@@ -108,10 +108,10 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
 
 
 @dataclass(frozen=True)
-class Group:
+class Section:
     """The methods that stand in one table, and how they differ from their references, corrected for all of them.
 
-    A question's group has `found` alone, lines of other groups.
+    A question's section has `found` alone, lines of other groups.
     """
 
     name: str
@@ -150,12 +150,12 @@ class Group:
         return bool(self.found or self.shares)
 
     @property
-    def headline(self) -> Group:
+    def headline(self) -> Section:
         """Of the methods that most want to see."""
         return replace(self, entries=[entry for entry in self.entries if entry.method in HEADLINE])
 
 
-def groups(entries: Sequence[Entry]) -> list[Group]:
+def sections(entries: Sequence[Entry]) -> list[Section]:
     """The tables of a study in the order of its cells."""
     taken = {cell for name, cells in TOGETHER.items() for cell in cells if any(e.cell == name for e in entries)}
     found = []
@@ -167,18 +167,18 @@ def groups(entries: Sequence[Entry]) -> list[Group]:
             to = REFERENCES.get(cell, (cell, first))
             lines = differences(own, entries, to)
             lines.sort(key=lambda line: (-float(line[1].asked or 2), -line[2].mean))  # what helps most comes first
-            found.append(Group(cell, own, lines))
+            found.append(Section(cell, own, lines))
     return found + _questions(found)
 
 
-def _questions(found: Sequence[Group]) -> list[Group]:
+def _questions(found: Sequence[Section]) -> list[Section]:
     """The lines of QUESTIONS that are there."""
-    lines = [line for group in found for line in group.found]
+    lines = [line for section in found for line in section.found]
     asked = [
-        Group(name, [], [line for line in lines if line[0].method in methods.get(line[0].cell, ())])
+        Section(name, [], [line for line in lines if line[0].method in methods.get(line[0].cell, ())])
         for name, methods in QUESTIONS.items()
     ]
-    return [group for group in asked if group.found]
+    return [section for section in asked if section.found]
 
 
 def differences(
@@ -193,7 +193,7 @@ def differences(
     for entry in entries:
         name = to.get(entry.method) if isinstance(to, Mapping) else to
         others = [other for other in all_entries if (other.cell, other.method) == name and other is not entry]
-        # a dense network stands beside every share
+        # a dense network is compared at every share
         pairs += [(entry, other) for other in others if not entry.asked or entry.asked == other.asked]
     pairs = [(entry, other) for entry, other in pairs if _shared(entry, other)]
     found = [
@@ -210,36 +210,38 @@ def _shared(entry: Entry, other: Entry) -> list[str]:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def study_text(entries: Sequence[Entry], failed: Sequence[str], found: Sequence[Group]) -> str:
+def study_text(entries: Sequence[Entry], failed: Sequence[str], found: Sequence[Section]) -> str:
     """study.md."""
     runs = sum(len(entry.runs) for entry in entries)
     parts = ["# Study", f"{plural(runs, 'run')}; test accuracy in percent, differences in points, 95% intervals."]
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")
     parts += ["## Accuracy at RSST's cut", cut_table(entries)]
-    for group in found:
-        drawn = [f"![{group.name}]({group.picture})"] if group.drawable else []
-        parts += [f"## {group.name}", *drawn, *([wide_table(group)] if group.shares and group.has_lines else [])]
-        if group.entries:
-            parts.append(accuracy_table(group.entries))
-        if group.found:
-            parts += [_said(group), difference_table(group)]
+    for section in found:
+        drawn = [f"![{section.name}]({section.picture})"] if section.drawable else []
+        parts += [f"## {section.name}", *drawn]
+        if section.shares and section.has_lines:
+            parts.append(wide_table(section))
+        if section.entries:
+            parts.append(accuracy_table(section.entries))
+        if section.found:
+            parts += [_said(section), difference_table(section)]
     return "\n\n".join(parts) + "\n"
 
 
-def wide_table(group: Group) -> str:
+def wide_table(section: Section) -> str:
     """A line a method, a column a share: accuracy, and in brackets the difference to the reference and its verdict."""
-    accuracy = {(e.method, e.asked): _interval(e.mean("test"), e.interval) for e in group.entries}
-    against = {(e.method, other.asked): _difference(found) for e, other, found in group.found}
+    accuracy = {(e.method, e.asked): _interval(e.mean("test"), e.interval) for e in section.entries}
+    against = {(e.method, other.asked): _difference(found) for e, other, found in section.found}
 
     def cell(method: str, share: str) -> str:
         said = accuracy.get((method, share)) or accuracy.get((method, ""), "")
         return f"{said} {against.get((method, share), '')}".strip()
 
     columns = {"method": lambda method: method}
-    for share in reversed(group.shares):
+    for share in reversed(section.shares):
         columns[percent(float(share), 0)] = functools.partial(cell, share=share)
-    return md_table(list(dict.fromkeys(entry.method for entry in group.entries)), columns, left=1)
+    return md_table(list(dict.fromkeys(entry.method for entry in section.entries)), columns, left=1)
 
 
 def _difference(found: Difference) -> str:
@@ -248,7 +250,7 @@ def _difference(found: Difference) -> str:
 
 
 def _claim(found: Difference) -> str:
-    """`better`, `worse`, or nothing where the two are not told apart."""
+    """`better`, `worse`, or nothing where no difference was found."""
     word = found.verdict.partition(" ")[0]
     return word if word in ("better", "worse") else ""
 
@@ -257,7 +259,7 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
     """Means over seeds, a line a method and share."""
     columns = {
         "method": lambda entry: entry.method,
-        "asked": lambda entry: percent(float(entry.asked), 0) if entry.asked else "-",
+        "kept": lambda entry: percent(float(entry.asked), 0) if entry.asked else "-",
         "n": lambda entry: len(entry.runs),
         "test": lambda entry: _interval(entry.mean("test"), entry.interval),
         "density": lambda entry: percent(entry.mean("density"), 1),
@@ -268,30 +270,26 @@ def accuracy_table(entries: Sequence[Entry]) -> str:
     return md_table(entries, columns, left=1)
 
 
-def _said(group: Group) -> str:
-    names = list(dict.fromkeys(f"{other.method} of {other.cell}" for _, other, _ in group.found))
-    counts = [plural(group.found[0][2].comparisons, "comparison")]
-    if not group.entries:  # lines of several tables
-        tables = {entry.cell: difference.comparisons for entry, _, difference in group.found}
+def _said(section: Section) -> str:
+    names = list(dict.fromkeys(f"{other.method} of {other.cell}" for _, other, _ in section.found))
+    counts = [plural(section.found[0][2].comparisons, "comparison")]
+    if not section.entries:  # lines of several tables
+        tables = {entry.cell: difference.comparisons for entry, _, difference in section.found}
         counts = [f"{plural(count, 'comparison')} of {cell}" for cell, count in tables.items()]
     return f"Minus {', '.join(names)}, paired by seed; corrected for {', '.join(counts)}:"
 
 
-def difference_table(group: Group) -> str:
+def difference_table(section: Section) -> str:
     """Differences with their intervals, a line a method and share."""
     columns = {
         "method": lambda row: row[0].method,
-        "asked": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
-        "n": lambda row: row[2].n,
+        "kept": lambda row: percent(float(row[1].asked), 0) if row[1].asked else "-",
         "test": lambda row: f"{100 * row[0].mean('test'):.2f}",
-        "minus": lambda row: group.reference(row[1]),
-        "difference": lambda row: f"{100 * row[2].mean:+.2f}",
-        "t": lambda row: _span(row[2].interval),
-        "bootstrap": lambda row: _span(row[2].bootstrap),
-        "corrected": lambda row: _span(row[2].corrected),
+        "minus": lambda row: section.reference(row[1]),
         "verdict": lambda row: row[2].verdict,
+        **difference_columns(lambda row: row[2]),
     }
-    return md_table(group.found, columns, left=1)
+    return md_table(section.found, columns, left=1)
 
 
 def cut_table(entries: Sequence[Entry]) -> str:
@@ -327,40 +325,36 @@ def _interval(mean: float, interval: tuple[float, float]) -> str:
     return f"{100 * mean:.2f}{reach}"
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}" if math.isfinite(interval[0]) else "-"
-
-
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def pictures(found: Sequence[Group]) -> dict[str, bytes]:
+def pictures(found: Sequence[Section]) -> dict[str, bytes]:
     """PNG files by name: study.png with a panel for each model, and one for each table."""
-    models = [group.headline for group in found if group.name in MODELS]
-    drawn = {group.picture: _picture([group]) for group in found if group.drawable}
+    models = [section.headline for section in found if section.name in MODELS]
+    drawn = {section.picture: _picture([section]) for section in found if section.drawable}
     return {**({"study.png": _picture(models)} if models else {}), **drawn}
 
 
-def _picture(found: Sequence[Group]) -> bytes:
-    heights = [4.6 if group.has_lines else 1.3 + 0.27 * len(group.found) for group in found]
+def _picture(found: Sequence[Section]) -> bytes:
+    heights = [4.6 if section.has_lines else 1.3 + 0.27 * len(section.found) for section in found]
 
     def paint(figure) -> None:
         panels = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for panel, group in zip(panels, found, strict=True):
-            (_paint_lines if group.has_lines else _paint_differences)(panel, group)
+        for panel, section in zip(panels, found, strict=True):
+            (_paint_lines if section.has_lines else _paint_differences)(panel, section)
 
     return draw(7.4, sum(heights), paint)
 
 
-def _paint_lines(panel, group: Group) -> None:
+def _paint_lines(panel, section: Section) -> None:
     """Test accuracy with 95% intervals over MACs, over the weights left where MACs are the same; dense as points."""
     ax, colors = panel.add_subplot(), [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY]
-    costs = [entry.mean("macs") for entry in group.entries if entry.asked]
+    costs = [entry.mean("macs") for entry in section.entries if entry.asked]
     cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
-    methods = list(dict.fromkeys(entry.method for entry in group.entries))
-    apart = 0.006 * max(entry.mean(cost) for entry in group.entries) / unit  # so that bars stand beside each other
+    methods = list(dict.fromkeys(entry.method for entry in section.entries))
+    apart = 0.006 * max(entry.mean(cost) for entry in section.entries) / unit  # so that bars do not overlap
     for index, method in enumerate(methods):
-        points = sorted((entry for entry in group.entries if entry.method == method), key=lambda e: e.mean(cost))
+        points = sorted((entry for entry in section.entries if entry.method == method), key=lambda e: e.mean(cost))
         reach = [50 * (high - low) if math.isfinite(low) else 0.0 for low, high in (entry.interval for entry in points)]
         seeds = sorted({len(entry.runs) for entry in points})
         ax.errorbar(
@@ -381,18 +375,18 @@ def _paint_lines(panel, group: Group) -> None:
     panel.legend(loc="outside lower center", ncols=3, fontsize=9)
 
 
-def _paint_differences(panel, group: Group) -> None:
+def _paint_differences(panel, section: Section) -> None:
     """A line a method: the mean difference, its 95% interval, and the wider one that is corrected for all lines."""
     ax = panel.add_subplot()
-    to = list(dict.fromkeys(group.reference(other) for _, other, _ in group.found))
+    to = list(dict.fromkeys(section.reference(other) for _, other, _ in section.found))
     names = []
-    for index, (entry, other, difference) in enumerate(group.found):
+    for index, (entry, other, difference) in enumerate(section.found):
         color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)
-        minus = f" - {group.reference(other)}" if len(to) > 1 else ""
-        share = f", {percent(float(other.asked), 0)}" if len(group.asked) > 1 else ""
+        minus = f" - {section.reference(other)}" if len(to) > 1 else ""
+        share = f", {percent(float(other.asked), 0)}" if len(section.asked) > 1 else ""
         names.append(f"{entry.method}{minus}{share}")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
@@ -409,14 +403,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = Path(args.csv)
     try:
         entries, failed = read_entries(path)
-        found = groups(entries)
+        found = sections(entries)
         text, drawn = study_text(entries, failed, found), pictures(found)
         out = Path(args.out) if args.out else path.parent
         writers = {name: functools.partial(write_bytes, content=png) for name, png in drawn.items()}
         publish(out, {"study.md": lambda path: write_text(path, text), **writers})
     except RunError as error:
         parser.error(str(error))
-    print(f"{out / 'study.md'}, {plural(len(drawn), 'picture')} beside it")
+    print(f"{out / 'study.md'}, {plural(len(drawn), 'picture')} next to it")
     return 0
 
 

@@ -3,8 +3,6 @@
 
     python benchmarks/train_step.py [--archs vit_tiny vit_small] [--batch_size 128] [--repeats 7] [--threads N]
     python benchmarks/train_step.py --models vit_tiny vit_small vit_base     memory, images/s, seconds an epoch
-    python benchmarks/train_step.py --recipes [--archs vit_tiny]             what each part of a recipe adds to a step
-    python benchmarks/train_step.py --profile vit_tiny [--amp bf16]          where a step's time goes
 
 The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
 goes through the layers with index lists, `.item()` in every step. "plain, no lists" is the same without that penalty:
@@ -15,7 +13,6 @@ a state whose first units are gone already; the plain steps are handed their bat
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -26,7 +23,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; see threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads
 
 import torch
 import torch.nn.functional as F
@@ -40,26 +37,15 @@ from cli.parse import parse_args
 from dataset import DATASETS, Split, Splits
 from engine.choose import choose_target
 from engine.model import make_model
-from engine.processes import ALONE, Processes
 from engine.run import Run
 from engine.training import StateTraining
 from families import family_of
 from models import build_model
 
 CIFAR_IMAGES = 50_000
-RECIPES = {
-    "mixup and cutmix": "--mixup 0.8 --cutmix 1",
-    "RandAugment, erasing": "--aug rand",
-    "drop path": "--drop_path 0.1",
-    "average": "--ema_decay 0.999",
-    "a teacher of its own size": f"--teacher {Path(__file__).resolve()}",  # any path: the network is handed over
-    "its features, too": f"--teacher {Path(__file__).resolve()} --kd_features 1",
-}
 
 
-def training_state(
-    flags: list[str], device: str = "cpu", steps: int = 4, processes: Processes = ALONE
-) -> StateTraining:
+def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> StateTraining:
     """The training of a run on random images, ready for `step()` in the RSST ramp of state 2.
 
     A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
@@ -79,7 +65,7 @@ def training_state(
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     split = Split(images, torch.randint(0, 10, (count,)))
     few = Split(images[:8], split.labels[:8])
-    run = Run(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder), processes=processes)
+    run = Run(args, where, Splits(split, few, few, DATASETS["cifar10"]), model, Path(folder))
     weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
     run.start()
     for run.progress.state in (1, 2):
@@ -93,8 +79,8 @@ def training_state(
 
 
 class OurStep:
-    def __init__(self, flags: list[str], device: str = "cpu", processes: Processes = ALONE):
-        self.training = training_state(flags, device, processes=processes)
+    def __init__(self, flags: list[str], device: str = "cpu"):
+        self.training = training_state(flags, device)
 
     def __call__(self) -> None:
         self.training.step()
@@ -187,30 +173,6 @@ def compare(args: argparse.Namespace) -> None:
     common.save("train_step", {"machine": common.machine(), "rows": rows, "bookkeeping": shares})
 
 
-def recipes(args: argparse.Namespace) -> None:
-    """The share of a step that each part of a recipe adds, beside the same step without."""
-    rows = []
-    for arch in args.archs:
-        steps = {}
-        for name, flags in {"plain": "", **RECIPES}.items():
-            given = f"--arch {arch} --batch_size {args.batch_size} --no-compact_training --amp {args.amp} {flags}"
-            steps[name] = OurStep(given.split())
-            if "--teacher" in flags:
-                run = steps[name].training.run
-                run.be_taught_by(copy.deepcopy(run.dense))
-            steps[name]()
-        times = common.interleaved({name: partial(common.seconds, each) for name, each in steps.items()}, args.repeats)
-        for name, spent in times.items():
-            added = common.pairwise(spent, times["plain"]) - 1
-            middle = common.quartiles(spent)[1]
-            rows.append(
-                {"model": arch, "step": name, "median ms": f"{1000 * middle:.0f}", "adds": f"{100 * added:.1f}%"}
-            )
-    print(f"\nbatch {args.batch_size}, --amp {args.amp}, {common.machine()}, {args.repeats} repeats\n")
-    print(utils.format_table(rows, {title: title for title in rows[0]}))
-    common.save("train_recipes", {"machine": common.machine(), "amp": args.amp, "rows": rows})
-
-
 def measure_one(arch: str, batch_size: int, amp: str, repeats: int) -> dict:
     """In a process of its own: peak memory and images/s of a step at full size."""
     flags = ["--arch", arch, "--batch_size", str(batch_size), "--amp", amp, "--no-compact_training"]
@@ -244,27 +206,16 @@ def models(args: argparse.Namespace) -> None:
     common.save("train_models", {"machine": common.machine(), "rows": rows})
 
 
-def profile(args: argparse.Namespace) -> None:
-    step = OurStep(["--arch", args.profile, "--batch_size", str(args.batch_size), "--amp", args.amp])
-    step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    print(f"\none step of {args.profile}, batch {args.batch_size}, --amp {args.amp}, {common.machine()}\n")
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=45))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--archs", nargs="+", default=["vit_tiny", "vit_small"])
     parser.add_argument("--models", nargs="+", help="the cost of each model instead, in a process of its own")
-    parser.add_argument("--recipes", action="store_true", help="what each part of a recipe adds instead")
-    parser.add_argument("--profile", metavar="ARCH", help="the profile of one step instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="time the compiled steps too")
-    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help="of --profile and --recipes")
+    parser.add_argument("--amp", choices=["off", "bf16"], default="off", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -272,10 +223,6 @@ def main() -> None:
         print(json.dumps(measure_one(args.one, args.batch_size, args.amp, args.repeats)))
     elif args.models:
         models(args)
-    elif args.recipes:
-        recipes(args)
-    elif args.profile:
-        profile(args)
     else:
         compare(args)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import utils
 from reporting import need
-from reporting.compare_paired import Comparison, Lonely, paired_comparisons, paired_rows, paired_text
+from reporting.compare_paired import Comparison, Unpaired, paired_comparisons, paired_rows, paired_text
 from reporting.compare_plot import plot_compare
 from reporting.groups import SAME_DENSITY, Group, data_of, equal_density, group_runs
 from reporting.page import publish, to_html, write_bytes
@@ -126,9 +126,9 @@ def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence],
 def comparison_text(
     blocks: Sequence[tuple[str, list[Group]]],
     notes: Sequence[str],
-    pairs: Sequence[tuple[list[Comparison], list[Lonely]]],
+    pairs: Sequence[tuple[list[Comparison], list[Unpaired]]],
 ) -> str:
-    """compare.md; `pairs` has for each block its comparisons and the seeds without a partner."""
+    """compare.md; `pairs` has for each block its comparisons and the unpaired seeds."""
     runs = sum(len(group.runs) for _, groups in blocks for group in groups)
     parts = [
         "# Comparison of runs",
@@ -145,10 +145,10 @@ def comparison_text(
     if notes:
         parts.append("Left out:\n\n" + "\n".join(f"- {escaped(note)}" for note in notes))
     parts.append("![Test accuracy over density](compare.png)")
-    for (data, groups), (comparisons, lonely) in zip(blocks, pairs, strict=True):
+    for (data, groups), (comparisons, unpaired) in zip(blocks, pairs, strict=True):
         if len(blocks) > 1:
             parts.append(f"## Data set: {escaped(data)}")
-        parts += _data_set_text(data, groups, paired_text(data, groups, comparisons, lonely))
+        parts += _data_set_text(data, groups, paired_text(data, groups, comparisons, unpaired))
     return "\n\n".join(parts) + "\n"
 
 

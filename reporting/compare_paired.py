@@ -1,4 +1,4 @@
-"""Groups of runs held against each other seed by seed: from groups to the rows and the text of paired differences."""
+"""Paired comparisons of groups of runs, seed by seed: the rows and text of their differences."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reporting.groups import Group, Point, equal_density, equal_levels
-from reporting.paired import Difference, corrected, paired
+from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import escaped, giga, md_table, percent
 
 ALL_PAIRS = 6  # so many groups are compared each with each; more, each with the first one
 SAME_MACS = 0.02  # MACs this close, relative to each other, count as equal
 LONG = 24  # characters of a label from which on groups are numbered instead
 Member = tuple[Group, Point]
-Lonely = tuple[Group, Group, str]  # seeds of a group that another one does not have
+Unpaired = tuple[Group, Group, str]  # seeds of a group that another one does not have
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Comparison:
     """Two groups where they reach the same: A - B of the test accuracies of those seeds that both have."""
 
     equal: str  # in what: `density`, `MACs`, or `nothing pruned`
-    level: float  # mean of all that meet there: a share for densities, a number for MACs
+    level: float  # their mean: a share for densities, a number for MACs
     a: Member
     b: Member
     seeds: list[str]
@@ -31,22 +31,22 @@ class Comparison:
 
     @property
     def place(self) -> str:
-        """Where they meet, in words."""
+        """Level of the comparison, in words."""
         if self.equal == "nothing pruned":
             return "dense"
         return f"density {percent(self.level)}" if self.equal == "density" else f"MACs {giga(self.level)}"
 
 
-def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[Lonely]]:
-    """All comparisons of one data set, corrected for their number, and who has seeds without a partner.
+def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[Unpaired]]:
+    """All comparisons of one data set, corrected for their number, and the unpaired seeds.
 
-    Two groups meet where they reach the same density below 100%, and where they reach the same MACs at different
-    densities, as heads and neurons do; dense runs meet each other, and every pruned state of the others. Up to
+    Two groups are compared where they reach the same density below 100%, or the same MACs at different densities,
+    as heads and neurons do; dense runs with each other, and with every pruned state of the others. Up to
     ALL_PAIRS groups are compared each with each, more with the first of their level, so that the number of comparisons,
     which widens the corrected intervals, grows no faster than the groups. No two states are compared twice.
     """
     found: list[Comparison] = []
-    lonely: dict[tuple, Lonely] = {}
+    unpaired: dict[tuple, Unpaired] = {}
     made = set()
     for equal, members in _levels(groups):
         pairs = [(a, b) for place, a in enumerate(members) for b in members[place + 1 :]]
@@ -64,17 +64,17 @@ def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[
             for (group, _), own, (other, _) in ((a, left, b), (b, right, a)):
                 alone = ", ".join(key[0] for key in own if key not in shared)
                 if alone:
-                    lonely[id(group), id(other), alone] = (group, other, alone)
+                    unpaired[id(group), id(other), alone] = (group, other, alone)
             if shared:
                 difference = paired([left[key] - right[key] for key in shared])
                 found.append(Comparison(equal, level, a, b, [key[0] for key in shared], difference))
     for comparison, difference in zip(found, corrected([each.difference for each in found]), strict=True):
         comparison.difference = difference
-    return found, list(lonely.values())
+    return found, list(unpaired.values())
 
 
 def _levels(groups: Sequence[Group]) -> Iterable[tuple[str, list[Member]]]:
-    """What can be held against each other, with in what it is equal; dense runs stand last in each level."""
+    """What can be compared, and in what it is equal; dense runs come last in each level."""
     dense = [(group, group.points[-1]) for group in groups if group.method == "dense"]
     pruned = [group for group in groups if group.method != "dense"]
     yield "nothing pruned", dense
@@ -137,10 +137,10 @@ def _intervals(found: Difference) -> dict[str, tuple[float, float]]:
 
 
 def paired_text(
-    data: str, groups: Sequence[Group], comparisons: Sequence[Comparison], lonely: Sequence[Lonely]
+    data: str, groups: Sequence[Group], comparisons: Sequence[Comparison], unpaired: Sequence[Unpaired]
 ) -> list[str]:
     """Paragraphs of compare.md about the differences; none where nothing can be compared."""
-    if not comparisons and not lonely:
+    if not comparisons and not unpaired:
         return []
     parts = [f"### Paired differences: {escaped(data)}"]
     numbered = max(len(group.label) for group in groups) > LONG
@@ -152,15 +152,17 @@ def paired_text(
         parts += [_rules(tested, len(groups)), _table(comparisons, names)]
     else:
         parts.append("No two groups that can be compared share two seeds: their differences have no interval.")
-    if lonely:
-        parts.append("Seeds left out here, without a partner of the same training and validation images:")
-        lines = [f"{names[id(group)]} against {names[id(other)]}: {seeds}" for group, other, seeds in lonely]
+    if unpaired:
+        parts.append(
+            "Seeds left out, because the other group has no run of them with the same training and validation images:"
+        )
+        lines = [f"{names[id(group)]} against {names[id(other)]}: {seeds}" for group, other, seeds in unpaired]
         parts.append("\n".join(f"- {escaped(line)}" for line in lines))
     return parts
 
 
 def _rules(tested: int, groups: int) -> str:
-    against = f" More than {ALL_PAIRS} groups: each is held against the first of its level." * (groups > ALL_PAIRS)
+    against = f" More than {ALL_PAIRS} groups: each is compared with the first of its level." * (groups > ALL_PAIRS)
     return (
         "A - B is the difference of test accuracies in percentage points, pair by pair: two runs of one seed, with the "
         "same training and validation images. The 95% interval is Student's t; the corrected one is wider, such that "
@@ -176,15 +178,6 @@ def _table(comparisons: Sequence[Comparison], names: Mapping[int, str]) -> str:
         "A - B": lambda each: f"{names[id(each.a[0])]} - {names[id(each.b[0])]}",
         "A is": lambda each: each.difference.verdict,
         "states": lambda each: f"{each.a[1].title}, {each.b[1].title}",
-        "n": lambda each: each.difference.n,
-        "difference": lambda each: f"{100 * each.difference.mean:+.2f}",
-        "95% interval": lambda each: _points(each.difference.interval),
-        "corrected": lambda each: _points(each.difference.corrected),
-        "bootstrap": lambda each: _points(each.difference.bootstrap),
+        **difference_columns(lambda each: each.difference),
     }
     return md_table(comparisons, columns, left=3)
-
-
-def _points(interval: tuple[float, float]) -> str:
-    low, high = (100 * end for end in interval)
-    return f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "-"

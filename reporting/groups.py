@@ -27,7 +27,7 @@ class Point:
     val: tuple[float, float]
     test: tuple[float, float]
     top5: tuple[float, float] = (math.nan, math.nan)  # of the test images; NaN where not measured
-    finish: bool = False  # not a state, but the finish behind the last one
+    finish: bool = False  # not a state, but the final training after the last one
 
     @property
     def title(self) -> int | str:
@@ -75,7 +75,7 @@ def mean_and_sd(values: Iterable[float]) -> tuple[float, float]:
 
 
 def data_of(run: Run) -> str:
-    """The data whose test images a run reports; own folders of images are told apart by their place."""
+    """The data whose test images a run reports; own folders of images are distinguished by their path."""
     name = str(run.args["dataset"])
     return f"{name} {run.args.get('data')}" if name == "folder" else name
 
@@ -85,10 +85,10 @@ def _key(flags: dict) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first run; labels tell them apart by the method and the flags that differ.
+    """Groups in the order of their first run; labels name the method and the flags that differ.
 
-    A file that is named after the run's seed, as each seed's own dense network is, does not part runs, unless several
-    seeds share it.
+    A file named after the run's seed, as each seed's own dense network is, does not separate runs, unless several seeds
+    share it.
     """
     found: dict[str, Group] = {}
     identities = [identity(run) for run in runs]
@@ -102,7 +102,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups = list(found.values())
     taken: dict[str, int] = {}
     for group in groups:
-        # a dense run has one long schedule by nature: its length tells it apart from other dense runs only
+        # a dense run always has one long schedule: its length distinguishes it from other dense runs only
         alike = [other for other in groups if (other.method == "dense") == (group.method == "dense")]
         words = []
         for name, value in group.flags.items():
@@ -121,7 +121,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 def _flag_words(name: str, value) -> str:
     if isinstance(value, bool):
         return name if value else f"no {name}"
-    if name in ("arch", "criteria", "opt", "sched", "units"):  # the value says what it is of
+    if name in ("arch", "criteria", "opt", "sched", "units"):  # the value speaks for itself
         return str(value)
     if isinstance(value, str) and os.sep in value:
         value = Path(value).name

@@ -16,7 +16,7 @@ less than 95%), so it makes no claim by itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,7 +57,7 @@ class Difference:
             return f"no interval (n = {self.n})"
         if self.sd <= ROUNDING:
             return "the same in every pair" if abs(self.mean) <= ROUNDING else "no interval (no spread)"
-        words = "not told apart"
+        words = "no difference found"
         if excludes_zero(self.corrected):
             words = "better" if self.mean > 0 else "worse"
         return words + (" (t and bootstrap disagree about zero)" if self.agree is False else "")
@@ -75,7 +75,7 @@ def paired(differences: Sequence[float]) -> Difference:
     normal differences. The bootstrap is BCa (Efron 1987, "Better bootstrap confidence intervals"), with fixed random
     numbers. One pair has no interval; two give the t interval of one degree of freedom, 9 sd wide to either side, and
     no bootstrap (three means are all that it could draw). Pairs without a spread have none either: they would claim
-    certainty, and come of test sets too small to tell accuracies apart.
+    certainty, and come from test sets too small to show a difference.
 
     Args:
         differences: A - B of each pair, (n,).
@@ -111,7 +111,7 @@ def _t_interval(n: int, mean: float, sd: float, alpha: float) -> tuple[float, fl
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
     """The same comparisons, corrected for there being so many of them.
 
-    Of m comparisons that two pairs or more stand behind, each gets the t interval at 1 - 0.05 / m: by Bonferroni's
+    Of m comparisons with two pairs or more, each gets the t interval at 1 - 0.05 / m: by Bonferroni's
     inequality all m hold together with 95% or more, dependent or not (Dunn 1961, "Multiple comparisons among means").
     They make the verdicts. `p_holm` is Holm's p (1979, "A simple sequentially rejective multiple test procedure"): with
     p in rising order, the largest (m - i) p(i) up to there, i from 0. It tests the same 5%, with more power than
@@ -125,3 +125,24 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
         wide = NONE if each.sd <= ROUNDING else _t_interval(each.n, each.mean, each.sd, ALPHA / count)
         found[place] = replace(each, comparisons=count, corrected=wide, p_holm=largest)
     return found
+
+
+def points(interval: tuple[float, float]) -> str:
+    """An interval of fractions, in percentage points."""
+    low, high = (100 * end for end in interval)
+    return f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) else "-"
+
+
+def difference_columns(difference: Callable[[object], Difference]) -> dict[str, Callable[[object], object]]:
+    """Title to a function of a row, for `md_table`: the numbers of every table of differences of accuracies.
+
+    Args:
+        difference: the row's, in fractions; it is shown in percentage points.
+    """
+    return {
+        "n": lambda row: difference(row).n,
+        "difference": lambda row: f"{100 * difference(row).mean:+.2f}",
+        "95% interval": lambda row: points(difference(row).interval),
+        "corrected": lambda row: points(difference(row).corrected),
+        "bootstrap": lambda row: points(difference(row).bootstrap),
+    }

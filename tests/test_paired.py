@@ -83,8 +83,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
     [
         (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (0.1, 1.9), "better"),
         (-1, 5, 1, (-1.5, -0.5), (-1.5, -0.5), (-1.9, -0.1), "worse"),
-        (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (-0.1, 2.1), "not told apart"),
-        (1, 5, 1, (-0.5, 2.5), (0.5, 1.5), (-1, 3), "not told apart (t and bootstrap disagree about zero)"),
+        (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (-0.1, 2.1), "no difference found"),
+        (1, 5, 1, (-0.5, 2.5), (0.5, 1.5), (-1, 3), "no difference found (t and bootstrap disagree about zero)"),
         (1, 5, 1, (0.5, 1.5), (0.0, 1.5), (0.1, 1.9), "better (t and bootstrap disagree about zero)"),
         (1, 2, 1, (0.5, 1.5), rules.NONE, (0.1, 1.9), "better"),
         (1, 1, math.nan, rules.NONE, rules.NONE, rules.NONE, "no interval (n = 1)"),

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the READMEs works: short ones run, long ones plan."""
+"""Every command and every line of Python in README and docs works: short ones run, long ones plan."""
 
 import json
 import os
@@ -9,19 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from micro import call
+from PIL import Image
 from torch.distributed.run import parse_args as parse_torchrun
 
 import export
 import main_imp_fillback as entry
 import report
+from benchmarks import study
+from benchmarks.grid import check, read_study
+from cli.flags import build_parser as build_main_parser
 from deployment.command import build_parser
+from vit_structured_pruning import CRITERIA
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
+DOCS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", *DOCS]
 SMALL = shlex.split("--train_limit 40 --batch_size 20 --epochs 1 --pruning_times 2")
 RECORDER = """import json, sys
 with open("calls.jsonl", "a") as file:
@@ -29,14 +37,36 @@ with open("calls.jsonl", "a") as file:
 """
 
 
-def blocks(readme, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / readme).read_text(encoding="utf-8"), re.M | re.S)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
-def commands(readme):
+def commands(page):
     """The shell commands, one line each."""
-    lines = "\n".join(blocks(readme, "bash")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+TRAINING = [each for each in COMMANDS if "main_imp_fillback.py" in each]
+ON_A_RUN = [each for each in COMMANDS if "results/NAME" in each]
+OWN_IMAGES = [each for each in COMMANDS if re.search("results/(tuned|pruned)|--exp_name (tuned|pruned)", each)]
+SCRIPTS = [
+    each for each in COMMANDS if each.startswith(("bash run", "bash launch", "bash benchmarks")) or "bash run" in each
+]
+STUDIES = [each for each in COMMANDS if "benchmarks/study.py" in each]
+ELSEWHERE = [  # tried by the tests of scripts and of shipping, or by whoever reads this
+    "SETUP_DEV=1 source setup_env.sh && python -m pytest",
+    "bash .ci/run",
+    "python -m http.server --directory demo",
+    "python benchmarks/compare_commits.py main HEAD --kill",
+]
+
+
+def test_every_command_is_tried():
+    tried = [*TRAINING, *ON_A_RUN, *OWN_IMAGES, *SCRIPTS, *STUDIES, *ELSEWHERE]
+    assert [command for command in COMMANDS if command not in tried] == []
+    assert [command for command in ELSEWHERE if command not in COMMANDS] == []
 
 
 def words(command):
@@ -62,14 +92,23 @@ def plans(argv, capsys):
     assert "About" in capsys.readouterr().out
 
 
-TRAINING = [command for command in commands("README.md") if "main_imp_fillback.py" in command]
+def write_photos(folder):
+    for split, count in (("train", 8), ("test", 2)):
+        for name in ("cats", "dogs"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (20, 24), (30 * number, 90, 200)).save(folder / split / name / f"{number}.jpg")
 
 
 def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures have tests of their own
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    write_photos(Path("photos"))
     for command in TRAINING:
-        if not re.search("--resume(?! auto)|--list_archs", command):
+        if "--search" in command:
+            entry.parse_args(words(command))
+        elif not re.search("--resume(?! auto)|--list_archs", command) and command not in OWN_IMAGES:
             plans(words(command), capsys)
         if command.startswith("torchrun"):
             assert_shared(words(command), shlex.split(command)[1:], monkeypatch)
@@ -80,14 +119,26 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("house")
+def test_own_images_are_fine_tuned_pruned_and_exported():
+    write_photos(Path("photos"))
+    tuned, pruned, *exports = OWN_IMAGES
+    for command in (tuned, pruned):
+        known = re.sub("--arch timm/[^ ]+|--pretrained", "", command)
+        small = shlex.split("--arch vit_micro --train_limit 12 --batch_size 4 --epochs 1")
+        assert call([*words(known), *small]) == 0
+    for command in exports:
+        build_parser().parse_args(words(command))  # test_shipping.py runs these
+    assert export.main(["results/pruned"]) == 0
+
+
+@pytest.mark.usefixtures("house")
 def test_commands_and_python_on_a_finished_run():
     flags = [*SMALL, *shlex.split("--dataset digits --arch vit_micro --vit_structured --vit_prune_target both")]
     for name in ("NAME", "OTHER"):
         assert call([*flags, "--save_dir", f"results/{name}"]) == 0
     programs = {"main_imp_fillback.py": call, "export.py": export.main, "report.py": report.main}
-    on_runs = [command for command in commands("README.md") if "results/NAME" in command]
-    assert len(on_runs) == 7
-    for command in on_runs:
+    assert len(ON_A_RUN) == 7
+    for command in ON_A_RUN:
         if "--int8" in command or "--demo" in command:  # test_shipping.py runs these
             build_parser().parse_args(words(command))
             continue
@@ -97,8 +148,12 @@ def test_commands_and_python_on_a_finished_run():
         assert not program(words(command)), command
     assert Path("results/compare/compare.html").is_file()
     assert Path("results/NAME/model/model.onnx").is_file()
-    for block in blocks("README.md", "python"):
-        exec(block, {})
+    try:
+        for page in PAGES:
+            for block in blocks(page, "python"):
+                exec(block, {})
+    finally:
+        CRITERIA.pop("largest")  # the documents' own
 
 
 def test_scripts_start_what_plans(tmp_path, monkeypatch, capsys):
@@ -108,13 +163,12 @@ def test_scripts_start_what_plans(tmp_path, monkeypatch, capsys):
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
     (tmp_path / "setup_env.sh").write_text(f'python() {{ "{sys.executable}" "$@"; }}\n')
-    for program in ("main_imp_fillback.py", "report.py"):
+    for program in ("main_imp_fillback.py", "benchmarks/study.py"):
         (tmp_path / program).write_text(RECORDER)
-    scripts = [command for command in commands("README.md") if "bash " in command]
-    assert len(scripts) == 11
+    assert len(SCRIPTS) == 7
     environment = {**os.environ, "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]}
     monkeypatch.chdir(ROOT)
-    for command in scripts:
+    for command in SCRIPTS:
         record = tmp_path / "calls.jsonl"
         record.unlink(missing_ok=True)
         subprocess.run(
@@ -125,9 +179,35 @@ def test_scripts_start_what_plans(tmp_path, monkeypatch, capsys):
         calls = [json.loads(line) for line in record.read_text().splitlines()]
         assert calls
         for program, *argv in calls:
-            another_seed = re.search("--seed [12] ", " ".join(argv))  # whose plan is the same
-            if program.endswith("main_imp_fillback.py") and not another_seed:
+            if program.endswith("study.py"):
+                assert_study_plans(argv, tmp_path, partial(plans, capsys=capsys))
+            else:
                 plans([*argv, "--save_dir", tmp_path / "unused"], capsys)
+
+
+def assert_study_plans(argv, folder, plan):
+    """Each of its runs would be accepted, and one of each kind plans."""
+    own, _, flags = (list(part) for part in (argv, [], [])) if "--" not in argv else split_at(argv, "--")
+    args = study.build_parser().parse_args(own)
+    file = ROOT / (args.file or f"benchmarks/studies/{args.scale}.yaml")
+    settings, runs = read_study(file, folder / "unused", seeds=args.seeds, words=flags)
+    kinds = {run.kind: run for run in runs}
+    for run in kinds.values():
+        check(run, settings["base"])
+        if flags:  # nothing that another run has to make first
+            plan(run.argv[1:])
+
+
+def split_at(argv, word):
+    place = argv.index(word)
+    return argv[:place], word, argv[place + 1 :]
+
+
+def test_studies_start_what_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert len(STUDIES) == 2
+    for command in STUDIES:
+        assert_study_plans(words(command), tmp_path, partial(plans, capsys=capsys))
 
 
 SLURM = {  # what the batch script calls, in the place of Slurm and torchrun
@@ -140,8 +220,8 @@ SLURM = {  # what the batch script calls, in the place of Slurm and torchrun
 
 @pytest.fixture
 def batch_job(tmp_path):
-    """batch_job(WAITS="yes") -> the started batch script of the README, with small programs for Slurm and torchrun."""
-    (script,) = blocks("README.md", "sh")
+    """batch_job(WAITS="yes") -> the started script of docs/distributed.md, with small programs for Slurm."""
+    (script,) = blocks("docs/distributed.md", "sh")
     (tmp_path / "job.sh").write_text(script)
     (tmp_path / "setup_env.sh").write_text("")
     tools = tmp_path / "tools"
@@ -185,12 +265,30 @@ def test_the_batch_script_ends_torchrun_and_then_queues_itself_again(batch_job, 
 
 def test_both_languages_show_the_same_commands():
     assert commands(READMES[0]) == commands(READMES[1])
-    for language in ("python", "sh"):
-        assert blocks(READMES[0], language) == blocks(READMES[1], language)
+    assert blocks(READMES[0], "python") == blocks(READMES[1], "python")
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_links_and_pictures_lead_somewhere(readme):
-    targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / readme).read_text(encoding="utf-8"))
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", [*READMES, *DOCS, "RESULTS.md", "benchmarks/README.md"])
+def test_links_and_pictures_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^):]+)\)", text) if not target.startswith("#")]
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 12_000
+
+
+def test_the_list_of_flags_is_whole():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    flags = [
+        string for action in build_main_parser()._actions for string in action.option_strings if action.dest != "help"
+    ]
+    listed = set(re.findall(r"`(--?[\w-]+)`", text))
+    assert [flag for flag in flags if flag not in listed] == []

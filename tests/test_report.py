@@ -766,13 +766,13 @@ def test_differences_by_hand(tmp_path, figures, capsys):
     assert table[3] == {
         "equal in": "density 40.00%", "A - B": "RSST - Refill", "states": "2, 2", "n": "3", "difference": "+2.00",
         "95% interval": "-0.48 to +4.48", "corrected": "-4.28 to +8.28", "bootstrap": "+1.00 to +3.00",
-        "A is": "not told apart (t and bootstrap disagree about zero)",
+        "A is": "no difference found (t and bootstrap disagree about zero)",
     }  # fmt: skip
     assert (table[0]["difference"], table[0]["95% interval"]) == ("+0.00", "-")
     assert "(6 have two pairs or more)" in text
     for words in ("RSST against Refill: 9", "RSST against Dense: 2, 9", "Refill against Dense: 2"):
         assert f"- {words}\n" in text
-    assert (tmp_path / "out" / "compare.html").read_text().count("not told apart (t and bootstrap disagree") == 1
+    assert (tmp_path / "out" / "compare.html").read_text().count("no difference found (t and bootstrap disagree") == 1
 
     # without shared seeds there is no table, and that of an earlier comparison goes
     assert report.main([str(rsst[0]), str(refill[1]), str(refill[2]), "--out", str(tmp_path / "out")]) == 0

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 import packaging
@@ -23,10 +22,7 @@ from benchmarks.compare_commits import differences
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_env.sh", "run_vit_rsst.sh", "launch_experiment.sh", ".ci/run"]
-COMPARISONS = [
-    "compare_budgets", "compare_criteria", "compare_distillation", "compare_methods", "compare_nm", "compare_recipes",
-    "compare_variants", "vit_vs_cnn",
-]  # fmt: skip
+COMPARISONS = ["compare_criteria", "compare_methods", "compare_variants", "vit_vs_cnn"]
 
 SHOW = """
 import json, os, sys, time
@@ -114,9 +110,7 @@ def test_nothing_starts_when_the_set_up_fails_and_help_needs_none(project, line)
 
 
 def test_waiting_threads_sleep_unless_the_user_wants_otherwise(project):
-    comparison = "benchmarks/compare_methods.sh digits 0"
-    project.environ["REPORT"] = "main_imp_fillback.py"
-    for line in ("run_vit_rsst.sh", "launch_experiment.sh digits vit_tiny 1 1 4 false 0 y", comparison):
+    for line in ("run_vit_rsst.sh", "launch_experiment.sh digits vit_tiny 1 1 4 false 0 y"):
         project.environ["POLICY"].unlink(missing_ok=True)
         assert project.bash(*line.split())[0] == project.bash(*line.split(), OMP_WAIT_POLICY="ACTIVE")[0] == 0
         calls = project.environ["POLICY"].read_text().split()
@@ -425,135 +419,47 @@ def test_setup_errors_are_one_clear_line(project, venv, tmp_path, code, said):
         assert re.fullmatch(said, err.removeprefix("setup_env.sh: "))
 
 
-# benchmarks/compare_*.sh
-
-UNITS = ["--vit_structured", "--vit_prune_target"]
-BOTH = [*UNITS, "both"]
-DENSE = ["--struct", "dense", "--pruning_times", "1"]
-ADAMW = [*DENSE, "--batch_size", "32", "--opt", "adamw", "--lr", "0.0005", "--weight_decay", "0.05"]
-BASE = [*ADAMW, "--sched", "cosine", "--min_lr", "1e-5"]
-PARTS = {
-    "smoothing": ["--label_smoothing", "0.1"],
-    "rand": ["--aug", "rand"],
-    "mix": ["--mixup", "0.2", "--cutmix", "1"],
-    "drop_path": ["--drop_path", "0.1"],
-    "ema": ["--ema_decay", "0.99"],
-}
-REFILL, HALF = ["--struct", "refill", *UNITS], ["--target_macs", "0.5", "--ratio_allocation"]
-RUNS = {
-    "compare_budgets": {name: [*REFILL, "both", *HALF, name] for name in ("uniform", "global", "sensitivity")}
-    | {"all": [*REFILL, "all", "--target_macs", "0.5"]}
-    | {target: [*REFILL, target, "--rate", "0.5"] for target in ("branch", "block")}
-    | {"tokens": [*REFILL, "both", *HALF, "uniform", "--token_merge", "2"]},
-    "compare_criteria": {
-        name: ["--struct", "refill", *BOTH, "--criteria", name]
-        for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
-    },
-    "compare_distillation": {
-        f"{method}_{ratio}{ending}": ["--struct", method, *BOTH, "--sorting_mode", "global", "--rate", ratio, *teacher]
-        for ratio in ("0.5", "0.7")
-        for method in ("refill", "rsst")
-        for ending, teacher in (("", []), ("_taught", ["--teacher", "self"]))
-    },
-    "compare_recipes": {"defaults": DENSE, "adamw": ADAMW, "base": BASE, "base_no_aug": [*BASE, "--aug", "none"]}
-    | {f"base_{part}": [*BASE, *flags] for part, flags in PARTS.items()}
-    | {"base_all": [*BASE, *chain.from_iterable(PARTS.values())]},
-    "compare_methods": {name: ["--struct", name] for name in ("dense", "imp", "refill", "rsst")},
-    "compare_nm": {
-        f"{method}_{name}": ["--struct", method, "--pruning_times", "3", *flags]
-        for method in ("imp", "rsst")
-        for name, flags in (("global", ["--rate", "0.29289322"]), ("2-4", ["--nm", "2:4"]))
-    },
-    "compare_variants": {"weights": ["--struct", "rsst"]}
-    | {target: ["--struct", "rsst", *UNITS, target] for target in ("head", "mlp", "both")},
-    "vit_vs_cnn": {
-        f"{arch}_{method}": ["--arch", arch, "--struct", method, *units]
-        for method in ("refill", "rsst")
-        for arch, units in (("vit_tiny", BOTH), ("res20s", []))
-    },
-}
+# benchmarks/compare.sh and the scripts that source it
 
 
 @pytest.fixture
 def comparison(project, tmp_path):
-    """comparison(NAME, *arguments) -> status, out, err and the calls of MAIN and REPORT with their arguments."""
+    """comparison(NAME, *arguments) -> status, out, err and the arguments of each call of study.py."""
     record = tmp_path / "record"
-    project.environ |= {"RECORD": record}
-    for name in ("MAIN", "REPORT"):
-        project.environ[name] = write(tmp_path / "small programs" / f"{name}.py", RECORD)
+    project.environ |= {"RECORD": record, "STUDY": write(tmp_path / "small programs" / "study.py", RECORD)}
 
     def start(name, *arguments, **environ):
         record.unlink(missing_ok=True)
         status, out, err = project.bash(project.root / "benchmarks" / f"{name}.sh", *arguments, cwd="/", **environ)
         calls = record.read_text().splitlines() if record.exists() else []
-        return status, out, err, [json.loads(call) for call in calls]
+        return status, out, err, [json.loads(call)[1:] for call in calls]
 
     return start
 
 
-def expected_calls(name, out, seeds, flags=(), dataset="digits"):
-    folders = {(run, seed): f"{out}/{run}_s{seed}" for run in RUNS[name] for seed in seeds}
-    first = ["MAIN.py", "--dataset", dataset, "--seed"]
-    calls = [
-        [*first, seed, *RUNS[name][run], *flags, "--overwrite", "--save_dir", folder]
-        for (run, seed), folder in folders.items()
-    ]
-    return [*calls, ["REPORT.py", *folders.values(), "--out", f"{out}/report"]]
-
-
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_a_comparison_starts_its_runs_for_each_seed_and_reports_on_all(comparison, name):
-    expected = expected_calls(name, f"results/{name}_digits", ["0", "12"])
-    assert comparison(name, "digits", "0", "12") == (0, "", "", expected)
+def test_a_comparison_is_a_study_with_this_data_set_and_these_seeds_and_flags(comparison, name):
+    study = [f"benchmarks/studies/{name}.yaml", "--report", "--out"]
+    assert (ROOT / study[0]).is_file()
+    seeds = ["--seeds", "0", "12", "--", "--dataset", "digits"]
+    assert comparison(name, "digits", "0", "12") == (0, "", "", [[*study, f"results/{name}_digits", *seeds]])
+    flags = ["--data", "/a folder/of 'data'", "--init", "{seed}.pth", "--", "", "*"]
+    expected = [*study, "in here", "--processes", "3", *seeds, *flags]
+    assert comparison(name, "digits", "0", "12", "--", *flags, OUT="in here", PROCESSES=3) == (0, "", "", [expected])
 
 
-def test_flags_behind_the_dashes_go_to_every_run_as_they_are(comparison, tmp_path):
-    out, flags = tmp_path / "in here", ["--data", "/a folder/of 'data'", "--struct", "--", "", "*", "--seed", "7"]
-    expected = expected_calls("compare_methods", out, ["3"], flags, dataset="cifar10")
-    assert comparison("compare_methods", "cifar10", "3", "--", *flags, OUT=out) == (0, "", "", expected)
-
-
-def test_the_seed_stands_where_a_flag_asks_for_it(comparison):
-    flags = ["--init", "{seed}/dense_s{seed}.pth"]
-    calls = comparison("compare_methods", "digits", "5", "--", *flags)[3]
-    assert calls == expected_calls(
-        "compare_methods", "results/compare_methods_digits", ["5"], ["--init", "5/dense_s5.pth"]
-    )
-
-
-def test_complete_runs_are_skipped_and_broken_ones_go_on(comparison, tmp_path):
-    write(tmp_path / "imp_s0" / "checkpoint.pt", "")
-    write(tmp_path / "imp_s0" / "model" / "model.safetensors", "")  # it broke off while it wrote its model
-    write(tmp_path / "refill_s0" / "checkpoint.prev.pt", "")
-    write(tmp_path / "rsst_s0" / "run.log", "")  # it broke off before its first checkpoint
-    for seed in (0, 1):
-        write(tmp_path / f"dense_s{seed}" / "checkpoint.pt", "")
-        write(tmp_path / f"dense_s{seed}" / "model" / "config.json", "{}")
-    status, out, err, calls = comparison("compare_methods", "digits", "0", "1", "--", "--lr", "1", OUT=tmp_path)
-    expected = expected_calls("compare_methods", tmp_path, ["0", "1"], ["--lr", "1"])[2:]
-    expected[0] = ["MAIN.py", "--resume", "--save_dir", f"{tmp_path}/imp_s0"]
-    expected[2] = ["MAIN.py", "--resume", "--save_dir", f"{tmp_path}/refill_s0"]
-    assert (status, err, calls) == (0, "", expected)
-    assert out.splitlines() == [f"{tmp_path}/dense_s{seed} is complete" for seed in (0, 1)]
-
-
-@pytest.mark.parametrize("number", [0, 4])
-def test_a_failing_run_ends_the_comparison_with_its_status(comparison, tmp_path, number):
-    environ = {"OUT": tmp_path, "RECORD_FAILS": number, "RECORD_STATUS": 9}
-    status, _, _, calls = comparison("compare_methods", "digits", "0", **environ)
-    assert (status, calls) == (9, expected_calls("compare_methods", tmp_path, ["0"])[: number + 1])
+def test_a_comparison_that_fails_has_the_status_of_its_study(comparison):
+    assert comparison("compare_methods", "digits", "0", RECORD_FAILS=0, RECORD_STATUS=9)[0] == 9
 
 
 def test_a_comparison_without_data_set_or_seeds_says_its_usage(comparison):
     for name in COMPARISONS:
-        usage = f"usage: [OUT=DIR] bash benchmarks/{name}.sh DATASET SEED... [-- FLAG...]\n"
+        usage = f"usage: [OUT=DIR] [PROCESSES=N] bash benchmarks/{name}.sh DATASET SEED... [-- FLAG...]\n"
         lines = ["", "digits", "digits -- --lr 1", "digits one", "digits -1", "--lr 1", "digits "]
         for line in lines if name == "compare_methods" else lines[:1]:
             assert comparison(name, *line.split(" ")) == (2, "", usage, [])
     assert comparison(name, "--help") == comparison(name, "-h")
     assert comparison(name, "-h")[1].startswith(usage)
-    told = f"{name}.sh: seed '--lr' is not a number; flags come after --\n"
-    assert comparison(name, "digits", "0", "--lr", "1") == (2, "", told, [])
 
 
 # benchmarks/compare_commits.py

@@ -233,6 +233,48 @@ def test_the_time_left_goes_by_cost_and_by_what_is_done(tmp_path):
     assert study.seconds_left(todo, [], table, speed=0.5) == pytest.approx(2 * 25)
 
 
+COMPARED = {
+    "compare_methods": {name: {"struct": name} for name in ("dense", "imp", "refill", "rsst")},
+    "compare_criteria": {
+        name: {"struct": "refill", "vit_prune_target": "both", "criteria": name}
+        for name in ("remain", "magnitude", "l1", "l2", "saliency", "random")
+    },
+    "compare_variants": {"weights": {"struct": "rsst", "vit_structured": False}}
+    | {name: {"struct": "rsst", "vit_structured": True, "vit_prune_target": name} for name in ("head", "mlp", "both")},
+    "vit_vs_cnn": {
+        f"{arch}_{method}": {"arch": arch, "struct": method, "vit_structured": arch == "vit_tiny"}
+        for arch in ("vit_tiny", "res20s")
+        for method in ("refill", "rsst")
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_comparisons_hold_what_their_names_say(name, tmp_path):
+    file = ROOT / "benchmarks" / "studies" / f"{name}.yaml"
+    settings, runs = read_study(file, tmp_path, seeds=[7], words=["--dataset", "digits", "--rate", "0.3"])
+    assert {run.name for run in runs} == {f"{run}_s7" for run in COMPARED[name]}
+    for run in runs:
+        found = vars(check(run, settings["base"]))
+        expected = {**COMPARED[name][run.name.removesuffix("_s7")], "dataset": "digits", "rate": 0.3, "seed": 7}
+        assert {flag: found[flag] for flag in expected} == expected
+
+
+def test_flags_behind_the_dashes_are_added_to_every_run_and_compared_at_the_end(grid, capsys):
+    file, out = grid
+    flags = ["--report", "--only", "start", "--", "--lr", "0.1", "--data", "a b/{seed}"]
+    assert make(file, out, *flags) == 0
+    rows = rows_of(out)
+    assert rows["start_s1"]["command"].endswith(f"--seed 1 --lr 0.1 --data 'a b/1' --save_dir {out}/start_s1")
+    assert (out / "report" / "compare.html").is_file()
+    assert f"comparison: {out}/report/compare.html" in capsys.readouterr().out
+    (out / "break_start_s0").touch()
+    (out / "report" / "compare.html").unlink()
+    (out / "start_s0" / "states.csv").unlink()
+    assert make(file, out, *flags) == 1
+    assert not (out / "report" / "compare.html").exists()
+
+
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_the_flags_of_our_studies_are_those_of_the_command(scale, tmp_path):
     settings, runs = read_study(ROOT / "benchmarks" / "studies" / f"{scale}.yaml", tmp_path)
@@ -297,7 +339,7 @@ def test_a_pattern_of_weights_is_compared_with_the_method_without_it(tmp_path):
         tmp_path / "study.csv", [row(name, seed, test, cell="nm") for name, test in tests.items() for seed in (0, 1)]
     )
     entries, _ = study_tables.read_entries(tmp_path / "study.csv")
-    (group,) = groups = study_tables.groups(entries)
+    (group,) = groups = study_tables.sections(entries)
     found = {(entry.method, other.method): difference.mean for entry, other, difference in group.found}
     assert found == {("imp_2-4", "imp"): pytest.approx(0.01), ("rsst_2-4", "rsst"): pytest.approx(-0.02)}
     assert group.found[0][2].comparisons == 2
@@ -315,10 +357,10 @@ def test_references_of_several_cells_are_named_with_theirs(tmp_path):
     ]
     write_rows(tmp_path / "study.csv", rows)
     entries, failed = study_tables.read_entries(tmp_path / "study.csv")
-    groups = study_tables.groups(entries)
+    groups = study_tables.sections(entries)
     text = study_tables.study_text(entries, failed, groups)
-    assert "| refill | 50% | 2 | 50.00 | refill of head | +10.00 |" in text
-    assert "| rsst | 50% | 2 | 52.00 | refill of mlp | +2.00 |" in text
+    assert "| refill | 50% | 50.00 | refill of head | no interval (no spread) | 2 | +10.00 |" in text
+    assert "| rsst | 50% | 52.00 | refill of mlp | no interval (no spread) | 2 | +2.00 |" in text
     # a line a method cannot say which of the references is meant
     assert [group.has_lines for group in groups] == [True, False]
 
@@ -328,7 +370,8 @@ def test_a_question_repeats_its_lines_with_the_corrections_of_their_tables(tmp_p
     tests |= {("factor", "l2"): 0.52, ("factor", "g_2"): 0.5, ("factor", "linear"): 0.5}
     rows = [row(name, seed, test + seed / 100, "0.2", cell) for (cell, name), test in tests.items() for seed in (0, 1)]
     write_rows(tmp_path / "study.csv", rows)
-    groups = {group.name: group for group in study_tables.groups(study_tables.read_entries(tmp_path / "study.csv")[0])}
+    entries, _ = study_tables.read_entries(tmp_path / "study.csv")
+    groups = {group.name: group for group in study_tables.sections(entries)}
     assert list(groups) == ["both", "factor", "criterion", "when"]
     found = {(a.method, b.method): d.comparisons for a, b, d in groups["criterion"].found}
     assert found == {("random", "refill"): 2, ("l2", "rsst"): 3}
@@ -348,7 +391,7 @@ def test_tables_and_picture_say_what_was_measured(tmp_path, capsys):
     assert "| both | both | decay | 4 | 1.00 | 5.00 |" in text
     # of 50% and 51%: 50.5 -+ t(0.975, 1) = 12.7062 times 0.5
     assert "| refill | 50% | 2 | 50.50 ± 6.35 | 50.0% | 100 | 0.50 M | 1 |" in text
-    assert "| rsst | 50% | 2 | 60.00 | refill | +9.50 |" in text
+    assert "| rsst | 50% | 60.00 | refill | better | 2 | +9.50 | +3.15 to +15.85 |" in text
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         study_tables.main([str(tmp_path / "study.md")])
