@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from cli.archs import list_archs
 from cli.checks import check_and_complete, check_search
 from cli.config import config_flags
 from cli.flags import AUTO, build_parser
 from cli.resume import finds_run, is_complete, resumed_args
+from engine.folder import EXPORT_FAILED
 from engine.processes import first_of_all
 from utils import RunError
 
@@ -61,5 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
     if ends_here:
         print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
+        if (failed := Path(args.save_dir) / EXPORT_FAILED).is_file():
+            print(f"it has no model/: {failed.read_text().strip()}")
         parser.exit()
     return args
