@@ -28,9 +28,7 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise RunError(f"--config {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
-    if (
-        by_hand.exp_name and not by_hand.save_dir
-    ):  # args.yaml of a run has its folder
+    if by_hand.exp_name and not by_hand.save_dir:  # args.yaml of a run has its folder
         content.pop("save_dir", None)
     return typed_out(parser, content, f"--config {path}")
 

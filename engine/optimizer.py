@@ -185,8 +185,7 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, args: argpa
     check_moments(optimizer, args, moments)
     optimizer.load_state_dict({"state": moments, "param_groups": settings})
     optimizer.param_groups = groups
-    for parameter in model.parameters():
-        found = optimizer.state[parameter]
+    for parameter, found in optimizer.state.items():
         for name, value in found.items():
             found[name] = laid_out_like(parameter, value)
 

@@ -106,8 +106,8 @@ def draw(seed: int, weights: Path, timed: bool = False) -> list[str]:
     )
     target = "head"
     if structured:
-        depth = [] if swin or "xp" in arch or "18x2" in arch else ["branch", "block", "all"]
-        target = pick("head", "mlp", "both", "both", *depth)
+        depth = [] if swin or "xp" in arch or "18x2" in arch else ["branch", "block", "all", "all"]
+        target = pick("head", "mlp", "both", *depth)
         flags += ["--vit_structured", "--vit_prune_target", target]
         maybe(0.4, "--min_units 0")
         maybe(0.15, "--no-refill")
@@ -172,7 +172,7 @@ def draw(seed: int, weights: Path, timed: bool = False) -> list[str]:
         (0.6, f"--aug {pick('none', 'strong', 'rand')}"),
     ):  # fmt: skip
         maybe(chance, text)
-    if not cnn:
+    if not (cnn or "xp" in arch or "18x2" in arch):
         maybe(0.2, "--drop_path 0.2")
     finish = rng.random() < 0.35
     if finish:
