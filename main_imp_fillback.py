@@ -37,12 +37,13 @@ from cli.errors import explain, leave, one_voice
 from cli.parse import parse_args
 from cli.plan import plan
 from dataset import DataError, Splits, load_dataset
+from deployment.folder import NotProvenError
 from engine import journal
 from engine.capture import check_compile
 from engine.checkpoint import check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
-from engine.folder import make_save_dir, write_run_facts
+from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.processes import ALONE, Processes, joined
 from engine.run import Run
@@ -96,8 +97,15 @@ def conclude(run: Run) -> None:
     log.info("\n%s", sparsity_report(masks, title), extra=utils.FILE_ONLY)
     table = journal.states_table(run.progress.states, run.finish_state)
     log.info("\n%s\n\n%s\n", sparsity_by_kind(masks, title), table)
-    hand_over(run)
-    write_report(run)
+    failed = run.save_dir / EXPORT_FAILED
+    failed.unlink(missing_ok=True)
+    try:
+        hand_over(run)
+    except NotProvenError as error:  # which it would be again
+        utils.write_text(failed, f"{error}\n")
+        raise
+    finally:  # the run is trained, whatever its export runs into
+        write_report(run)
 
 
 def hand_over(run: Run) -> None:

@@ -14,8 +14,10 @@ from utils import OneLineParser, RunError
 def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
     """The flags of the YAML file that `--config` names, to be read before those given by hand."""
     finder = OneLineParser(prog=parser.prog, add_help=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
+    for name in ("config", "exp_name", "save_dir"):
+        finder.add_argument(f"--{name}")
+    by_hand = finder.parse_known_args(argv)[0]
+    path = by_hand.config
     if path is None:
         return []
     try:
@@ -26,6 +28,8 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise RunError(f"--config {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
+    if by_hand.exp_name and not by_hand.save_dir:  # args.yaml of a run has its folder
+        content.pop("save_dir", None)
     return typed_out(content, f"--config {path}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from cli.archs import list_archs
 from cli.checks import check_and_complete, check_search
@@ -11,6 +12,7 @@ from cli.config import config_flags
 from cli.flag import AUTO
 from cli.flags import build_parser
 from cli.resume import finds_run, is_complete, resumed_args
+from engine.folder import EXPORT_FAILED
 from engine.processes import first_of_all
 from utils import RunError
 
@@ -62,5 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
     if ends_here:
         print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
+        if (failed := Path(args.save_dir) / EXPORT_FAILED).is_file():
+            print(f"it has no model/: {failed.read_text().strip()}")
         parser.exit()
     return args

@@ -39,6 +39,10 @@ FOLLOWING = (  # made from a model/ that is there
 )
 
 
+class NotProvenError(RunError):
+    """The small model computes something else than the masked one."""
+
+
 def write(
     folder: Path,
     masked: nn.Module,
@@ -103,7 +107,7 @@ def foldable(model: nn.Module, in_place: bool = False) -> list[str]:
 def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
     proof = parity(masked, model, batches)
     if not proof["max_difference_float32"] <= proof["bound_float32"]:
-        raise RunError(
+        raise NotProvenError(
             f"the {what} model differs from the masked one by {proof['max_difference_float32']:.2g} "
             f"(allowed: {proof['bound_float32']:.2g}); not exported",
             code=1,

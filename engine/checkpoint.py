@@ -78,10 +78,10 @@ class RunState:
             else:
                 content[name] = {layer: _unpack_bits(bits, device) for layer, bits in packed.items()}
         run = cls(**content)
-        run._check_types()
+        run.check_types()
         return run
 
-    def _check_types(self) -> None:
+    def check_types(self) -> None:
         """Raises: TypeError, for a value that no run has."""
 
         def number(value) -> bool:
@@ -144,6 +144,23 @@ def save_checkpoint(save_dir: Path, content: dict) -> None:
         os.replace(fresh, latest)
     except OSError as error:
         raise RunError(f"cannot write {latest}: {error.strerror}; the checkpoint before it stays", 1) from error
+
+
+def promote_best(save_dir: Path) -> None:
+    """best.new.pt becomes best.pt: it is written before the checkpoint that names it, and takes its place behind it, so
+    that the selected model of the latest checkpoint is on disk at any time."""
+    fresh = save_dir / "best.new.pt"
+    try:
+        if fresh.exists():
+            os.replace(fresh, save_dir / "best.pt")
+    except OSError as error:
+        raise RunError(f"cannot write {save_dir / 'best.pt'}: {error.strerror}", 1) from error
+
+
+def is_selected(best: Mapping, progress: RunState) -> bool:
+    """Whether the content of a best.pt is the model that the state has selected so far: its state, epoch, accuracy."""
+    found = {name: best[name] for name in ("epoch", "accuracy") if name in best}
+    return best.get("state") == progress.state and found == progress.best
 
 
 class Background:

@@ -83,7 +83,7 @@ class StateTraining:
         self.bar: tqdm | None = None
         self.residuals = rsst.Trace()
         self.build()
-        run.clock = run.last_checkpoint = time.perf_counter()
+        run.last_checkpoint = time.perf_counter()
 
     # -- the network that trains and what acts on it
 
@@ -367,7 +367,7 @@ class StateTraining:
             progress.best = {"epoch": epoch, **{name: share for name, share in val.items() if name == "accuracy"}}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
-            run.write(run.writer.submit, save_tensors, run.save_dir / "best.pt", best)
+            run.write(run.writer.submit, save_tensors, run.save_dir / "best.new.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
         run.write(journal.write, run.save_dir, progress)

@@ -224,6 +224,8 @@ class Study:
             flags = self.space.draw(trial)
             self.folder_of(trial).mkdir(exist_ok=True)
             lock = RunLock(self.folder_of(trial), "search.lock")
+            if lock.trouble:
+                log.warning("%s is not locked: %s; let one process search", self.folder, lock.trouble)
             trial.set_user_attr("plan", {"flags": flags, "cost": self._planned_cost(flags)})
             return trial, lock
 

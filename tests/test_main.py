@@ -4,6 +4,8 @@ Runs are real ones through `main([...])`: scikit-learn's digits and a Vision Tra
 made once (RUNS) and looked at by many tests.
 """
 
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -28,8 +30,10 @@ from micro import BOTH, DEPTH, LAYERS, MICRO, PRUNABLE, RUNS, SHARES, STEPS, TIM
 # isort: split
 from micro import assert_same_tensors, largest_difference, load, metrics, record, rows_of, surviving
 
+import deployment.folder
 import main_imp_fillback as entry
 from engine.folder import make_save_dir
+from engine.run import Run
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -502,7 +506,63 @@ def test_the_default_folder_is_named_after_the_run():
     assert re.fullmatch(name.format("_pretrained"), made("--criteria", "magnitude", "--pretrained"))
     refill = made(*words("--struct refill --arch timm/vit_tiny_patch16_224"))
     assert re.fullmatch(r"results/refill_timm-vit_tiny_patch16_224_digits_crit_l1_rate_0.3_\d{4}_\d{4}", refill)
-    assert [made("--exp_name", "mine") for _ in range(3)] == ["results/mine", "results/mine_2", "results/mine_3"]
+    assert made("--exp_name", "mine") == "results/mine"
+    with pytest.raises(RunError, match=r"^--exp_name mine: results/mine holds another run; add --resume or --overwrit"):
+        made("--exp_name", "mine")
+    assert made("--exp_name", "mine", "--overwrite") == "results/mine"
+
+
+def test_a_name_given_by_hand_counts_beside_the_folder_of_a_config():
+    Path("args.yaml").write_text("save_dir: results/dense\nexp_name: dense\nlr: 0.3\n")
+    for flags, folder in (
+        ("", "results/dense"), ("--exp_name t2", None), ("--save_dir x", "x"), ("--exp_name t2 --save_dir x", "x"),
+    ):  # fmt: skip
+        args = entry.parse_args([*MICRO, "--config", "args.yaml", *words(flags)])
+        assert (args.save_dir, args.lr) == (folder, 0.05)
+    args = entry.parse_args([*MICRO, *words("--config args.yaml --exp_name t2")])
+    make_save_dir(args).release()
+    assert args.save_dir == "results/t2"
+
+
+def test_a_folder_that_cannot_be_locked_is_said(monkeypatch, tmp_path):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    args = entry.parse_args([*MICRO, "--save_dir", str(tmp_path / "run")])
+    make_save_dir(args).release()
+    assert [note for note in args.notes if "is not locked" in note and "No locks available" in note]
+
+
+def test_an_export_that_proves_wrong_costs_no_report_and_is_not_tried_for_ever(run, monkeypatch):
+    base = [flag for flag in MICRO if flag != "--no-export"]
+    flags = words("--struct imp --pruning_times 2 --resume auto")
+    monkeypatch.setattr(entry.report, "write", lambda folder: (folder / "report.html").write_text(""))
+    wrong = {"max_difference_float32": 1.0, "bound_float32": 1e-5}
+    with monkeypatch.context() as patch:
+        patch.setattr(deployment.folder, "parity", lambda *_: wrong)
+        failed = run(*flags, base=base, code=1)
+    assert "error: the removed model differs from the masked one by 1" in failed.err
+    assert (failed.dir / "report.html").exists()
+    again = run(*flags, base=base)
+    assert "nothing to do\nit has no model/: the removed model differs" in again.out
+    run("--resume", base=())  # asked for, it is tried again
+    assert (failed.dir / "model" / "config.json").exists()
+    assert "has no model" not in run(*flags, base=base).out
+
+
+def test_the_seconds_of_a_state_hold_its_choice_and_its_test(run, monkeypatch):
+    def slow(original, seconds):
+        return lambda *arguments: (time.sleep(seconds), original(*arguments))[1]
+
+    monkeypatch.setattr(entry, "choose_target", slow(entry.choose_target, 0.4))
+    monkeypatch.setattr(Run, "end_state", slow(Run.end_state, 0.2))
+    started = time.perf_counter()
+    found = run(*words("--struct imp --pruning_times 2 --epochs 1"))
+    seconds = [float(row["seconds"]) for row in rows_of(found.dir / "states.csv")]
+    assert seconds[0] > 0.2
+    assert seconds[1] > 0.6
+    assert sum(seconds) < time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

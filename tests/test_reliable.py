@@ -60,6 +60,10 @@ MODES = {
     "imp": words("--struct imp"),
     "oneshot": ("--struct", "oneshot", *BOTH),
     "dense": words("--struct dense"),
+    "emptied": words(
+        "--struct refill --vit_structured --vit_prune_target branch --rate 0.4 --prune_type finetune --opt adamw "
+        "--lr 0.005"
+    ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
 }
 MODE = "rsst structured"
@@ -407,7 +411,8 @@ DENSE = "step 0 5, os.replace 0 5, write 0 30, os.fsync 0 5, end_epoch 0 3"
 
 
 @pytest.mark.parametrize(("mode", "kills"), [
-    (MODE, FIVE), slow(MODE, KILLS), slow("dense", DENSE), *(slow(mode, REST) for mode in OTHERS),
+    (MODE, FIVE), ("emptied", "step 1 4"), slow(MODE, KILLS), slow("dense", DENSE),
+    *(slow(mode, REST) for mode in OTHERS),
 ])  # fmt: skip
 def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(mode, kills, folder, resume, whole):
     for moment in kills.split(","):
@@ -568,11 +573,27 @@ def test_an_older_checkpoint_file_goes_on_to_the_same_end(folder, resume, launch
     assert (done.code, done.err) == (0, "")
     assert "resumed at state 1, step 9" in done.out
     # the best model of that state is gone: its last one is tested, and the log says so
-    assert "best.pt is of another state" in done.out
+    assert "best.pt is of another epoch" in done.out
     found, expected = ending(folder), copy.deepcopy(whole(MODE))
+    assert found["states.csv"][1]["best_epoch"] == repr(str(EPOCHS - 1))
     for tables in (found, expected):
-        del tables["states.csv"][1]["test_accuracy"], tables["checkpoint"]["run"]["states"][1]["test_accuracy"]
+        for row in (tables["states.csv"][1], tables["checkpoint"]["run"]["states"][1]):
+            del row["test_accuracy"], row["best_epoch"], row["best_accuracy"]
     assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize(("point", "count"), [("step", 5), ("end_state", 1)])
+def test_weights_and_tables_tell_of_one_epoch_where_the_best_model_was_lost(point, count, folder, resume):
+    """As where a kill and a device that rounds otherwise left a best.pt of an epoch that no table has."""
+    assert resume("imp", (at, point, 2, count, kill_when_written)).code == -signal.SIGKILL
+    best = load(folder / "best.pt")
+    foreign = {name: torch.zeros_like(tensor) for name, tensor in best["weights"].items()}
+    utils.save_tensors(folder / "best.pt", {**best, "weights": foreign, "epoch": 1, "accuracy": 0.999})
+    assert resume("imp").code == 0
+    best, row = load(folder / "best.pt"), rows_of(folder / "states.csv")[2]
+    assert (str(best["epoch"]), str(best["accuracy"])) == (row["best_epoch"], row["best_accuracy"])
+    assert best["accuracy"] == metrics(folder)[2 * EPOCHS + best["epoch"]]["val_accuracy"]
+    assert any(tensor.any() for tensor in best["weights"].values())
 
 
 @pytest.mark.parametrize("struct", ["imp", slow("refill --vit_structured --ratio_schedule constant")])
