@@ -65,7 +65,7 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
     if not (args.save_dir or args.checkpoint or args.exp_name):
         parser.error("--resume: needs --save_dir DIR, --exp_name NAME or --checkpoint FILE")
     if not args.save_dir:
-        check_run_name(args)
+        check_values([FLAGS["exp_name"]], args)
         args.save_dir = str(Path(args.checkpoint).parent if args.checkpoint else named_dir(args.exp_name))
     if args.checkpoint:
         content = load_tensors(Path(args.checkpoint), "--checkpoint")
