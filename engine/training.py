@@ -342,7 +342,7 @@ class StateTraining:
         progress.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
-            f"residual {residual:.2g}"
+            f"residual {residual:.2g}; the state before ended with {100 * journal.accuracy_at_start(progress):.2f}%"
         )
         if residual > 0.1:
             log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")

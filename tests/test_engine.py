@@ -655,7 +655,7 @@ def test_a_state_frees_its_network_and_its_captured_step(run, monkeypatch):
     monkeypatch.setattr(entry, "check_compile", lambda *_: None)
     gc.disable()
     try:
-        run("--struct", "rsst", *BOTH, *"--pruning_times 3 --compile graph --no-export".split())
+        run("--struct", "rsst", *BOTH, "--pruning_times", 3, "--compile", "graph", "--no-export")
     finally:
         gc.enable()
     assert [state for state, *_ in alive] == [0, 1, 1, 2, 2]  # RSST builds a network again at its cut
