@@ -82,8 +82,9 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
             elif run.signals.received or run.checkpoint_due():
                 training.break_off()
             run.signals.check()
+        training.close()
+        training = None  # frees its network and, on a GPU, its captured step
         run.end_state()  # test the selected model
-        training = None
         run.signals.check()
 
 

@@ -113,8 +113,18 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+AMP_AUTO = "VIT_PRUNING_AMP_AUTO"
+
+
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of `--amp`; None computes in the weights' own precision."""
+    """The autocast type of `--amp`; None computes in the weights' own precision.
+
+    The environment variable VIT_PRUNING_AMP_AUTO, bf16 or off, stands for `auto` on every processor; tests use it.
+    """
+    if amp == "auto":
+        amp = os.environ.get(AMP_AUTO) or amp
+        if amp not in ("auto", "off", "bf16"):
+            raise RunError(f"{AMP_AUTO}={amp}: must be bf16 or off; unset it to go by the processor")
     if amp == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

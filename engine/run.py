@@ -457,7 +457,8 @@ class Run:
     def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
         """Shares classified right of the images that validate ("val") or test ("test"); see `evaluation.accuracies`."""
         data = self.val_data if part == "val" else self.test_data
-        return accuracies(model, data, self.precision, self.processes)
+        # tested is what the run hands over, in its weights' own precision; validation goes by --amp
+        return accuracies(model, data, self.precision if part == "val" else None, self.processes)
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""

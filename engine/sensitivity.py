@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pruning.budget import Levels
 from pruning.curves import Curve, probed_counts
@@ -95,11 +97,16 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
 def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> Tensor:
     """float64 [probes, 3]: images, summed loss and images classified right, of all processes."""
     sums = torch.zeros(len(probes), 3, dtype=torch.float64)
-    with evaluating(run.dense):
+    total = len(probes) * min(run.args.score_batches, run.train_data.steps_per_epoch)
+    begun, said = time.perf_counter(), False
+    quiet = not sys.stdout.isatty()
+    bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
+    with evaluating(run.dense), bar:
         for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()
             whole = None  # with nothing removed all layers' probes are the same
             for index, (key, count) in enumerate(probes):
+                bar.update()
                 nothing_goes = count == len(ranked[key])
                 if nothing_goes and whole is not None:
                     sums[index] += whole
@@ -110,6 +117,9 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
                 seen = torch.stack([torch.tensor(float(len(labels))), loss, right.double()]).double()
                 sums[index] += seen
                 whole = seen if nothing_goes else whole
+                if not said:
+                    seconds, said = total * (time.perf_counter() - begun), True
+                    log.info(f"sensitivity: {total} probes, one batch of images each, about {seconds:.0f} s")
     return run.processes.sum_(sums)
 
 

@@ -81,6 +81,7 @@ class StateTraining:
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all losses so far
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # steps of this epoch while that held
         self.bar: tqdm | None = None
+        self.captured: CapturedStep | None = None
         self.residuals = rsst.Trace()
         self.build()
         run.last_checkpoint = time.perf_counter()
@@ -105,7 +106,7 @@ class StateTraining:
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
         drops = self.args.drop_path
         self.depth = StochasticDepth(self.model, drops, self.args.seed, run.processes.share) if drops else None
-        self.wrapped = self.forward = None  # what went round the network before goes first
+        self.close()  # what went round the network before goes first
         self.wrapped = self._shared()
         self.forward = self._compiled()
         self.statistics = running_statistics(self.model) if run.processes.several else []
@@ -122,6 +123,11 @@ class StateTraining:
         self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
         if self.penalty:
             self._plan_penalty()
+
+    def close(self) -> None:
+        """Let go of the captured step and of what is compiled. The step refers to this object: without this, its graph,
+        the graph's memory and the network would live on until Python's garbage collector finds the cycle."""
+        self.wrapped = self.forward = self.captured = None
 
     def _network(self) -> tuple[nn.Module, dict[str, list[int]]]:
         """The network that trains, and the units that it holds when it is smaller than the dense one."""
@@ -336,7 +342,7 @@ class StateTraining:
         progress.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
-            f"residual {residual:.2g}"
+            f"residual {residual:.2g}; the state before ended with {100 * journal.accuracy_at_start(progress):.2f}%"
         )
         if residual > 0.1:
             log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")

@@ -14,6 +14,7 @@ import yaml
 from cli.config import typed_out
 from cli.flag import Flags, Values
 from cli.flags import FLAGS, build_parser, idle_flags
+from engine.allocation import TARGETS
 from utils import RunError
 
 
@@ -67,9 +68,17 @@ class Space:
         return drawn
 
     def largest(self) -> dict[str, object]:
-        """The drawn ratios of a trial that keeps as much as any."""
-        ratios = {name: self.values[name] for name in ("rate", "mlp_prune_ratio") if name in self.values}
-        return {name: min(values) if isinstance(values, list) else values["low"] for name, values in ratios.items()}
+        """The drawn ratios and targets of a trial that keeps as much as any."""
+        ratios = {name: _ends(self.values[name])[0] for name in ("rate", "mlp_prune_ratio") if name in self.values}
+        return ratios | {name: _ends(self.values[name])[1] for name in TARGETS if name in self.values}
+
+
+def _ends(values: Values) -> tuple:
+    """The smallest and the largest value."""
+    if isinstance(values, list):
+        numbers = [value for value in values if value is not None]
+        return min(numbers), max(numbers)
+    return values["low"], values["high"]
 
 
 def in_words(values: Values) -> str:

@@ -845,3 +845,13 @@ def test_many_groups_are_held_against_the_first_and_dense_ones_against_each_othe
     assert len(found) == 1 + 6 + 8  # dense; each pair of four; each with two dense ones
     assert found[0] == "dense: Dense (lr 1) - Dense (lr 2)"
     assert differences_of(many[0], dense[0])[0] == ["density 50.00%: RSST - Dense"]  # no other group is needed
+
+
+def test_a_cut_is_compared_with_the_start_of_its_state(tmp_path, figures):
+    """0.9137 at the end of state 0, 0.7868 just before and just after the cut: fading cost 12.69 points."""
+    folder = make_run(tmp_path / "run", model=False)
+    cut = {"accuracy_before_cut": 0.7868, "accuracy_after_cut": 0.7868, "accuracy_at_start": 0.9137}
+    change_states(folder, {"accuracy_at_start": ""}, cut, cut)
+    text = written(folder)
+    assert "The 2 cuts, with the fading before them, changed accuracy by -12.69 points at worst" in text
+    assert "91.37% at the end of the state before, 78.68% before, 78.68% after" in text

@@ -130,6 +130,14 @@ def test_single_weights_end_between_5_and_90_percent():
 
 
 @pytest.mark.usefixtures("house")
+@pytest.mark.parametrize("values", ["{low: 0.6, high: 0.95}", "[0.95, null, 0.6]"])
+def test_the_largest_trial_has_the_largest_target(values, tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(f"target_macs: {values}\n")
+    assert space_of(*BOTH, "--search_space", str(file)).largest() == {"target_macs": 0.95}
+
+
+@pytest.mark.usefixtures("house")
 def test_a_file_says_what_is_searched(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text("lr: {low: 0.001, high: 0.1, log: true}\nfc: [true, false]\nmin_units: {low: 1, high: 3}\n")
