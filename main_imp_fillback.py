@@ -130,6 +130,7 @@ def write_report(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     try:
         with joined() as processes:  # those that torchrun started, or this one alone
             return command(argv, processes)

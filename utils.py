@@ -107,8 +107,10 @@ def pick_device(name: str = "auto", gpu: int = 0) -> torch.device:
 
 def processor_name() -> str:
     """The processor's model where the system says it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # another system, or a sandbox
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -145,6 +147,12 @@ class Stopped(Exception):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
+
+
+def _write_now(number: int, text: bytes) -> None:
+    """A line on standard error about a signal; not by a print, which the signal may have interrupted."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, b"%s: %s\n" % (signal.Signals(number).name.encode(), text))
 
 
 class StopSignals:
@@ -185,16 +193,13 @@ class StopSignals:
         again, self.heard = self.heard, number
         if self.shared:
             if not again:
-                os.write(2, b"%s: all processes stop after a step\n" % signal.Signals(number).name.encode())
+                _write_now(number, b"all processes stop after a step")
             return
         ignored = [number for number, handler in self._before.items() if handler is signal.SIG_IGN]
         self._restore()
         for other in ignored:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
-        # not by a print, which this may have interrupted
-        os.write(
-            2, b"%s: stopping after this step; a second one stops at once\n" % signal.Signals(number).name.encode()
-        )
+        _write_now(number, b"stopping after this step; a second one stops at once")
 
     def check(self) -> None:
         """Raises: Stopped, when a signal has come."""
@@ -202,15 +207,52 @@ class StopSignals:
             raise Stopped(self.received)
 
 
-# ------------------------------------------------------------------------------------------------ logging
+# ------------------------------------------------------------------------------------- output and logging
+
+
+class _Descriptor(io.FileIO):
+    """The descriptor of a standard stream, whose reader may go away: what is written from then on is dropped."""
+
+    lost = False
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # a pipe without a reader, a terminal that was closed, a full disk
+            self.lost = True
+            return len(data)
+
+
+def keep_output_harmless() -> None:
+    """From now on nothing that is printed ends the program: see `_Descriptor`, and characters that a terminal does not
+    know come out as backslash escapes. Streams that something else has put in place stay."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the program was started with the stream closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            buffer = io.BufferedWriter(_Descriptor(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            fresh = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines)
+            setattr(sys, name, fresh)
+
+
+def _is_lost(stream: io.TextIOBase) -> bool:
+    return getattr(getattr(getattr(stream, "buffer", None), "raw", None), "lost", False)
 
 
 class _TqdmHandler(logging.Handler):
     """Log lines that do not tear a progress bar apart."""
 
+    noted = False
+
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+        if _is_lost(sys.stdout) and not self.noted:
+            self.noted = True
+            log.warning("standard output is gone; the program goes on")
 
 
 class _LogFile(logging.FileHandler):
@@ -237,7 +279,7 @@ def start_logging(run_log: Path | None = None, verbose: bool = False) -> None:
     screen.addFilter(lambda record: verbose or not getattr(record, "file_only", False))
     root.addHandler(screen)
     if run_log is not None:
-        file = _LogFile(run_log, encoding="utf-8")
+        file = _LogFile(run_log, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         root.addHandler(file)
 
@@ -282,7 +324,7 @@ def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> No
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def sha256(path: Path) -> str:

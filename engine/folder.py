@@ -32,6 +32,7 @@ RUN_FILES = (
     "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html", "tracking.json",
     "init.pt", "rewind.pt", "teacher.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
 )  # fmt: skip
+STARTING = ("args.yaml", "environment.json", "run.log")  # all that a start that failed may leave, no run yet
 
 
 class RunLock:
@@ -72,7 +73,7 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
     save_dir = Path(args.save_dir)
     goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
-        holds_run = any((save_dir / name).exists() for name in RUN_FILES)
+        holds_run = any((save_dir / name).exists() for name in RUN_FILES if name not in STARTING)
         if holds_run and not args.resume and not args.overwrite:
             raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -117,14 +118,11 @@ def free_dir(path: Path) -> Path:
 
 
 def environment(device: torch.device, amp: str) -> dict:
-    """Versions, device, precision and commit, for environment.json."""
+    """Versions, device, precision and commit, for environment.json; what cannot be found out is None."""
     versions = {}
     for package in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
@@ -134,8 +132,20 @@ def environment(device: torch.device, amp: str) -> dict:
         "device_name": name,
         "precision": precision_name(amp, device),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The program's commit; None without git, outside a repository, or where git cannot say it in a few seconds."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):  # not installed, not executable, or a file system that hangs
+        return None
+    return found.stdout.strip() or None
 
 
 def plain_args(args) -> dict:
