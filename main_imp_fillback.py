@@ -33,7 +33,7 @@ from torch import nn
 import export
 import report
 import utils
-from cli.errors import explain, leave, one_voice
+from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
 from cli.plan import plan
 from dataset import DataError, Splits, load_dataset
@@ -156,8 +156,7 @@ def command(argv: list[str] | None, processes: Processes) -> int:
         how = f"--resume --save_dir {args.save_dir}"
         return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:
-        how = f"--resume --save_dir {args.save_dir}"
-        return leave(processes, f"interrupted; go on from the last checkpoint with {how}", 130)
+        return leave(processes, f"interrupted; {way_on(args)}", 130)
     except Exception as error:
         reason = explain(error, args, processes)
         if reason is None:

@@ -38,6 +38,16 @@ class RunError(Exception):
         self.code = code
 
 
+def cause(error: BaseException) -> str:
+    """Why something failed, in one line: the first of the error's own, and the second where that is a heading."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([first, *others[:1]]) if first.endswith(":") else first
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Errors are one line on standard error and exit code 2; flags are not abbreviated."""
 
@@ -300,6 +310,17 @@ def format_table(rows: Sequence[Mapping], columns: Mapping[str, Callable | str])
 DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EROFS", "EDQUOT", "EIO", "EACCES", "EPERM", "EFBIG")}
 
 
+def disk_advice(error: OSError) -> str:
+    """What to do where a file could not be written, when the system's reason tells; goes behind that reason."""
+    ways = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free the disk or choose another folder")
+    ways |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose a folder that can be written")
+    return ways.get(error.errno, "")
+
+
+def cannot_write(error: OSError, path: str | Path) -> str:
+    return f"cannot write {path}: {cause(error)}{disk_advice(error)}"
+
+
 def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Let `write` fill a temporary file, flush it to disk and rename it: `path` is old, new, never half.
 
@@ -318,9 +339,7 @@ def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> No
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free the disk or choose --save_dir", 1
-        ) from error
+        raise RunError(cannot_write(error, path), 1) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -410,10 +429,13 @@ def load_tensors(path: Path, what: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
+    except OSError as error:
+        raise RunError(f"{what}: {path} cannot be read ({cause(error)})") from error
     except Exception as error:  # truncated zips, foreign pickles and bad magic numbers all raise their own types
-        raise RunError(
-            f"{what}: {path} cannot be loaded safely (damaged, or it holds more than tensors and plain values)"
-        ) from error
+        why = "damaged, or it holds more than tensors and plain values"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            why = f"out of memory, or damaged: {cause(error)}"
+        raise RunError(f"{what}: {path} cannot be loaded safely ({why})") from error
     if not isinstance(content, dict):
         raise RunError(f"{what}: {path} holds no dictionary of tensors")
     return content

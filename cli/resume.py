@@ -72,13 +72,14 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
         content = load_tensors(Path(args.checkpoint), "--checkpoint")
     else:
         content = load_checkpoint(Path(args.save_dir))
-    stored = content.get("args")
-    if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
-        raise TypeError("no flags, or no state")
+    foreign = f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program"
+    stored, progress = content.get("args"), content.get("run")
+    if not (isinstance(stored, dict) and isinstance(progress, dict) and isinstance(progress.get("state"), int)):
+        raise RunError(f"{foreign} (no flags, or no state)")
     missing = {"arch", "dataset", "struct", "epochs", "pruning_times", "lr", "rate", "seed"} - stored.keys()
     wrong = [action.dest for action in parser._actions if action.dest in stored and not _could_be(action, stored)]
     if missing or wrong:
-        raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
+        raise RunError(f"{foreign} (flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)})")
     stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
     longer = given.get("pruning_times", 0) > stored["pruning_times"]
     by_schedule = (
