@@ -32,7 +32,6 @@ RUN_FILES = (
     "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html", "tracking.json",
     "init.pt", "rewind.pt", "teacher.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
 )  # fmt: skip
-STARTING = ("args.yaml", "environment.json", "run.log")  # all that a start that failed may leave, no run yet
 
 
 class RunLock:
@@ -73,7 +72,7 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
     save_dir = Path(args.save_dir)
     goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
-        holds_run = any((save_dir / name).exists() for name in RUN_FILES if name not in STARTING)
+        holds_run = any((save_dir / name).exists() for name in RUN_FILES if name != "run.log")  # of a failed start
         if holds_run and not args.resume and not args.overwrite:
             raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
         save_dir.mkdir(parents=True, exist_ok=True)
