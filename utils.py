@@ -45,7 +45,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join([first, *others[:1]]) if first.endswith(":") else first
+    return (" ".join([first, *others[:1]]) if first.endswith(":") else first)[:300]
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -442,19 +442,33 @@ def load_tensors(path: Path, what: str) -> dict:
 
 
 def load_state_file(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict from `.safetensors` or a `torch.save` file, also nested under `state_dict` or `model`."""
+    """A state dict from `.safetensors` or a `torch.save` file, also nested under `state_dict` or `model`.
+
+    Raises:
+        RunError: it is missing, damaged or not finite.
+    """
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(str(path))
-        except Exception as error:  # safetensors raises its own error type, and OSError
-            raise RunError(f"{what}: {path} is missing or not a safetensors file") from error
-    content = load_tensors(path, what)
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
+            content = load_file(str(path))
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{what}: {path} is missing or not a safetensors file ({cause(error)})") from error
+    else:
+        content = load_tensors(path, what)
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+    check_finite(content, f"{what} {path}")
     return content
+
+
+def check_finite(weights: Mapping, source: str) -> None:
+    """Raises: RunError, naming `source` and the first tensor that holds NaN or infinity."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.float().isfinite().all():
+            raise RunError(f"{source}: {name} holds NaN or infinity; give weights that training has not broken")
 
 
 def cpu_copy(content):

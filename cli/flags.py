@@ -17,6 +17,24 @@ Group = argparse._ArgumentGroup
 AUTO = "auto"  # of --resume
 
 
+def square(text: str) -> int:
+    """The side of "224" or "224x224", in pixels.
+
+    Raises:
+        argparse.ArgumentTypeError: a rectangle, or no number.
+    """
+    sides = set(text.lower().split("x"))
+    try:
+        (side,) = map(int, sides)
+    except ValueError:
+        if len(sides) == 2 and all(side.isdecimal() for side in sides):
+            raise argparse.ArgumentTypeError(
+                f"{text} is a rectangle; networks see squares here: give one side"
+            ) from None
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    return side
+
+
 def _switch(group: Group, name: str, text: str, *aliases: str) -> None:
     group.add_argument(name, *aliases, action="store_true", default=False, help=text)
 
@@ -63,7 +81,9 @@ def _data(group: Group) -> None:
     group.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
     group.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
     group.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
-    group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
+    group.add_argument(
+        "--img_size", type=square, help="pixels a side the model sees; the data set's or architecture's own"
+    )
     group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
     group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
     group.add_argument(
@@ -83,7 +103,7 @@ def _model(group: Group) -> None:
         help=f"one of {', '.join(BUILDERS)}, timm/NAME (--list_archs), or the folder of an exported model: its shape, "
         "with fresh weights",
     )
-    group.add_argument("--patch_size", type=int, help="pixels per patch side; the architecture's own when not given")
+    group.add_argument("--patch_size", type=square, help="pixels per patch side; the architecture's own when not given")
     group.add_argument(
         "--pretrained",
         "--vit_pretrained",

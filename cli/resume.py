@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from cli.checks import check_run_name
-from cli.flags import AUTO
+from cli.flags import AUTO, square
 from engine.allocation import allocates
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.folder import named_dir
@@ -108,5 +108,5 @@ def _could_be(action: argparse.Action, stored: dict) -> bool:
         return isinstance(value, bool)
     if isinstance(value, bool):
         return action.nargs == "?"
-    kinds = {int: int, float: (int, float)}.get(action.type, str)
+    kinds = {int: int, square: int, float: (int, float)}.get(action.type, str)
     return isinstance(value, kinds) and (not action.choices or value in action.choices)

@@ -39,7 +39,7 @@ from pruning.budget import (
 from pruning.curves import least_loss_counts
 from pruning.ranking import mark_removed
 from pruning.units import Units
-from utils import RunError
+from utils import RunError, cause
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def read_counts(path: str) -> Counts:
             f"{flag}: {error.strerror}; give {', '.join([*SORTING, SENSITIVITY])} or a file of counts"
         ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{flag}: neither JSON nor the units.csv of a run; give counts by layer") from error
+        reason = f"neither JSON nor the units.csv of a run ({cause(error)})"
+        raise RunError(f"{flag}: {reason}; give counts by layer") from error
     if not (counts and isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
         raise RunError(f'{flag}: must hold whole numbers by layer, such as {{"blocks.0.attn": 2}}')
     return counts

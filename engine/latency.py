@@ -29,7 +29,7 @@ from pruning.budget import Cost, Counts
 from pruning.removal import remove_units
 from pruning.scores import evaluating
 from pruning.units import Units
-from utils import RunError, write_text
+from utils import RunError, cause, write_text
 
 FILE = "latency.json"
 REPEATS, SECONDS = 15, 5.0
@@ -221,7 +221,9 @@ def read_table(folder: Path) -> dict | None:
         table_cost(table)({})
         table["states"].keys()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RunError(f"{path}: damaged; delete it, and it is measured again", code=1) from error
+        raise RunError(
+            f"{path}: cannot be used ({cause(error)}); delete it, and it is measured again", code=1
+        ) from error
     return table
 
 
