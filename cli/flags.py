@@ -27,11 +27,10 @@ def square(text: str) -> int:
     try:
         (side,) = map(int, sides)
     except ValueError:
+        why = f"invalid int value: {text!r}"
         if len(sides) == 2 and all(side.isdecimal() for side in sides):
-            raise argparse.ArgumentTypeError(
-                f"{text} is a rectangle; networks see squares here: give one side"
-            ) from None
-        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+            why = f"{text} is a rectangle; images and patches are squares here: give one side"
+        raise argparse.ArgumentTypeError(why) from None
     return side
 
 
@@ -81,9 +80,7 @@ def _data(group: Group) -> None:
     group.add_argument("--data", default="data", help="folder of the data; downloaded into it when missing")
     group.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
     group.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
-    group.add_argument(
-        "--img_size", type=square, help="pixels a side the model sees; the data set's or architecture's own"
-    )
+    group.add_argument("--img_size", type=square, help="pixels per side that the model sees; its or the data set's own")
     group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
     group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
     group.add_argument(

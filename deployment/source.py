@@ -21,7 +21,7 @@ from engine.shape import model_from_flags
 from models import from_weights, load_weights
 from models.vit import MisfitError
 from pruning.masks import plain_weights
-from utils import RunError, cause
+from utils import RunError
 
 
 def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | None, argparse.Namespace, dict]:
@@ -40,7 +40,7 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
         metrics["test_accuracy"] = float(last["test_accuracy"])
         weights, kept = best["weights"], best["kept"] or None
     except damaged as error:
-        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {cause(error)})") from error
+        raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
     return _model_of_run(args, weights), kept, args, metrics
 
 

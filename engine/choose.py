@@ -153,7 +153,7 @@ def _score(run: Run, units: dict) -> dict[str, Tensor]:
         return score_units(run.dense, units, args.criteria, mask=progress.elementwise, **options)
     except NotFiniteError as error:  # activations that overflow
         raise RunError(
-            f"state {progress.state}: the trained network is not finite ({error}); start anew with a lower --lr or with "
-            "--clip_grad 1",
+            f"state {progress.state}: the trained network is not finite ({error}); start anew with a lower --lr or "
+            "with --clip_grad 1",
             code=1,
         ) from error

@@ -220,10 +220,11 @@ def read_table(folder: Path) -> dict | None:
         table = json.loads(path.read_text(encoding="utf-8"))
         table_cost(table)({})
         table["states"].keys()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RunError(
-            f"{path}: cannot be used ({cause(error)}); delete it, and it is measured again", code=1
-        ) from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({cause(error)})", code=1) from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        reason = f"damaged ({cause(error)})"
+        raise RunError(f"{path}: {reason}; delete it, and it is measured again", code=1) from error
     return table
 
 
