@@ -35,7 +35,7 @@ import report
 import utils
 from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
-from cli.plan import plan
+from cli.plan import notes_on_steps, plan
 from dataset import DataError, Splits, load_dataset
 from engine import journal
 from engine.capture import check_compile
@@ -50,6 +50,7 @@ from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
+from reporting.words import plural
 from search.command import search
 from utils import RunError
 
@@ -217,13 +218,14 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
         f"seed {args.seed}"
     )
     train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
-    log.info(
-        f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
-    )
+    data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
+    log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
     states, epochs, _ = run_length(args)
-    behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""
-    log.info(f"states 0 to {states - 1} of {epochs} epochs each{behind}; files in {args.save_dir}")
-    for note in args.notes:
+    behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
+    which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
+    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
+    for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)
     if args.vit_structured and args.struct == "rsst" and args.prune_type == "lt" and args.ratio_schedule == "constant":
         what = "are the same as Refill's, bit for bit" if args.fc else "differ from Refill's only by the classifier"

@@ -12,6 +12,7 @@ from dataset import DATASETS
 from engine.allocation import LATENCY, SORTING, TARGETS, allocates, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
+from engine.model import run_length
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from engine.sensitivity import SENSITIVITY
@@ -19,6 +20,7 @@ from engine.shape import check_arch
 from pruning.depth import DEPTH
 from pruning.nm import parse_pattern
 from pruning.scores import CRITERIA
+from reporting.words import plural
 from utils import RunError
 
 BY_LAYER = ("mlp_prune_ratio", "sorting_mode", "min_units", "round_to")  # without effect where whole branches go
@@ -211,6 +213,11 @@ def _complete_allocation(args: argparse.Namespace, given: dict) -> None:
         raise RunError(
             f"--{targets[1]} {getattr(args, targets[1]):g}: a run has one target; leave it or --{target} out"
         )
+    if target and args.pruning_times == 1 and args.struct != "dense" and not getattr(args, "resumed_from", None):
+        raise RunError(
+            f"--{target} {getattr(args, target):g}: nothing is pruned before state 1, and --pruning_times 1 has "
+            "state 0 alone; give 2 or more"
+        )
     if batch is not None and value is None:
         raise RunError(f"--latency_batch {batch}: belongs to --{LATENCY}, which it is measured for")
     args.latency_batch = 1 if value is not None and batch is None else batch
@@ -293,8 +300,13 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     """What should be said about flags that have no effect."""
     late = [epoch for epoch in milestones_of(args) if epoch >= args.epochs]
     notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
-    if args.warmup > args.epochs:
-        notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
+    length = run_length(args)[1]
+    if args.warmup > length:
+        notes.append(
+            f"--warmup {args.warmup}: longer than the {plural(length, 'epoch')} of a state; lr never gets full"
+        )
+    elif args.warmup == length:
+        notes.append(f"--warmup {args.warmup}: all epochs of a state; lr rises to its last step and never falls")
     allocated = ("ratio_schedule", "min_units") if allocates(args) else ()  # filters go by them then, too
     only = [name for name in ONLY_STRUCTURED if name in given and name not in allocated]
     without_effect = [] if args.vit_structured else only

@@ -67,12 +67,11 @@ class RunLock:
 
 def make_save_dir(args: argparse.Namespace) -> RunLock:
     """Check the run's folder before any work, make it and lock it; fills in `save_dir`."""
-    if args.save_dir is None:
-        args.save_dir = str(free_dir(named_dir(args.exp_name or run_name(args))))
-    save_dir = Path(args.save_dir)
+    save_dir = target_dir(args)
+    args.save_dir = str(save_dir)
     goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
-        holds_run = any((save_dir / name).exists() for name in RUN_FILES if name != "run.log")  # of a failed start
+        holds_run = has_run(save_dir)
         if holds_run and not args.resume and not args.overwrite:
             raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -89,6 +88,16 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return lock
+
+
+def has_run(save_dir: Path) -> bool:
+    """Whether the folder holds a run, and not only the log of a start that failed."""
+    return any((save_dir / name).exists() for name in RUN_FILES if name != "run.log")
+
+
+def target_dir(args: argparse.Namespace) -> Path:
+    """Where the run that these flags start has its folder."""
+    return Path(args.save_dir) if args.save_dir else free_dir(named_dir(args.exp_name or run_name(args)))
 
 
 def named_dir(name: str) -> Path:
