@@ -37,7 +37,7 @@ def check_hub() -> None:
     try:
         importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise RunError("--hf: huggingface_hub is missing; pip install huggingface_hub") from error
+        raise RunError(f"--hf: needs huggingface_hub ({error}); pip install huggingface_hub") from error
 
 
 def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes: Sequence[str]) -> None:

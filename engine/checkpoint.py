@@ -235,7 +235,8 @@ def load_checkpoint(save_dir: Path) -> dict:
     if not save_dir.is_dir():
         raise RunError(f"--resume: {save_dir} is no folder; give --save_dir the folder of a run, as its log names it")
     if not has_checkpoint(save_dir):
-        raise RunError(f"--resume: {save_dir} has no checkpoint to go on from; start the run without --resume")
+        instead = "with --overwrite instead of" if (save_dir / "args.yaml").exists() else "without"
+        raise RunError(f"--resume: {save_dir} has no checkpoint to go on from; start the run {instead} --resume")
     damaged = []
     for name in CHECKPOINTS:
         if (save_dir / name).is_file():

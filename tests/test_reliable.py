@@ -629,11 +629,11 @@ def test_a_run_goes_on_in_its_log_when_nobody_reads_its_output(tmp_path, folder)
     flags = words("--dataset digits --arch vit_mini --img_size 8 --device cpu --amp off --train_limit 40 --epochs 1")
     flags += words("--pruning_times 1 --warmup 0 --no-export")
     command = [sys.executable, SCRIPT, *flags, "--save_dir", folder]
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    first = process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    assert (process.wait(timeout=120), err) == (0, b"")
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        assert (process.wait(timeout=120), err) == (0, b"")
     assert first.startswith(b"rsst on vit_mini")
     log = (folder / "run.log").read_text(encoding="utf-8")
     assert log.count("standard output is gone; the program goes on") == 1
