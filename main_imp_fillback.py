@@ -122,7 +122,7 @@ def write_report(run: Run) -> None:
         report.write(run.save_dir)
         log.info(f"report: {run.save_dir / 'report.html'}")
     except Exception as error:  # the run is done and its model written, whatever a plot runs into
-        log.warning("report: %s; python report.py %s tries again", error, run.save_dir)
+        log.warning("report: %s; python report.py %s tries again", utils.cause(error), run.save_dir)
     pictures = {f"plots/{path.stem}": path for path in sorted((run.save_dir / "plots").glob("*.png"))}
     run.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
 
