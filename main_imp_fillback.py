@@ -33,9 +33,9 @@ from torch import nn
 import export
 import report
 import utils
-from cli.errors import explain, leave, one_voice
+from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
-from cli.plan import plan
+from cli.plan import notes_on_steps, plan
 from dataset import DataError, Splits, load_dataset
 from deployment.folder import NotProvenError
 from engine import journal
@@ -51,6 +51,7 @@ from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
+from reporting.words import plural
 from search.command import search
 from utils import RunError
 
@@ -130,7 +131,7 @@ def write_report(run: Run) -> None:
         report.write(run.save_dir)
         log.info(f"report: {run.save_dir / 'report.html'}")
     except Exception as error:  # the run is done and its model written, whatever a plot runs into
-        log.warning("report: %s; python report.py %s tries again", error, run.save_dir)
+        log.warning("report: %s; python report.py %s tries again", utils.cause(error), run.save_dir)
     pictures = {f"plots/{path.stem}": path for path in sorted((run.save_dir / "plots").glob("*.png"))}
     run.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
 
@@ -139,6 +140,7 @@ def write_report(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     try:
         with joined() as processes:  # those that torchrun started, or this one alone
             return command(argv, processes)
@@ -164,8 +166,7 @@ def command(argv: list[str] | None, processes: Processes) -> int:
         how = f"--resume --save_dir {args.save_dir}"
         return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:
-        how = f"--resume --save_dir {args.save_dir}"
-        return leave(processes, f"interrupted; go on from the last checkpoint with {how}", 130)
+        return leave(processes, f"interrupted; {way_on(args)}", 130)
     except Exception as error:
         reason = explain(error, args, processes)
         if reason is None:
@@ -226,13 +227,14 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
         f"seed {args.seed}"
     )
     train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
-    log.info(
-        f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
-    )
+    data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
+    log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
     states, epochs, _ = run_length(args)
-    behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""
-    log.info(f"states 0 to {states - 1} of {epochs} epochs each{behind}; files in {args.save_dir}")
-    for note in args.notes:
+    behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
+    which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
+    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
+    for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)
     if args.vit_structured and args.struct == "rsst" and args.prune_type == "lt" and args.ratio_schedule == "constant":
         what = "are the same as Refill's, bit for bit" if args.fc else "differ from Refill's only by the classifier"

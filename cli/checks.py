@@ -15,12 +15,14 @@ from cli.flags import FLAGS, SEARCH, idle_flags
 from engine.allocation import SORTING, TARGETS, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF
+from engine.model import run_length
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from engine.sensitivity import SENSITIVITY
 from engine.shape import check_arch
 from pruning.depth import DEPTH
 from pruning.nm import parse_pattern
+from reporting.words import plural
 from utils import RunError
 
 
@@ -128,6 +130,11 @@ def _check_allocation(args: argparse.Namespace, given: dict) -> None:
         raise RunError(
             f"--{targets[1]} {getattr(args, targets[1]):g}: a run has one target; leave it or --{target} out"
         )
+    if target and args.pruning_times == 1 and args.struct != "dense" and not getattr(args, "resumed_from", None):
+        raise RunError(
+            f"--{target} {getattr(args, target):g}: nothing is pruned before state 1, and --pruning_times 1 has "
+            "state 0 alone; give 2 or more"
+        )
     args.unit_counts = getattr(args, "unit_counts", None)
     whole, asked = args.vit_structured and args.vit_prune_target in DEPTH, target or (how and "ratio_allocation")
     if whole and asked:
@@ -180,8 +187,13 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     """What should be said about flags that have no effect."""
     late = [epoch for epoch in milestones_of(args) if epoch >= args.epochs]
     notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
-    if args.warmup > args.epochs:
-        notes.append(f"--warmup {args.warmup}: longer than the {args.epochs} epochs of a state; lr never gets full")
+    length = run_length(args)[1]
+    if args.warmup > length:
+        notes.append(
+            f"--warmup {args.warmup}: longer than the {plural(length, 'epoch')} of a state; lr never gets full"
+        )
+    elif args.warmup == length:
+        notes.append(f"--warmup {args.warmup}: all epochs of a state; lr rises to its last step and never falls")
     idle = idle_flags({**vars(args), **given})
     told = [name for name in given if name in idle and idle[name] != effect.DENSE]  # that has a note of its own
     notes += [f"{FLAGS[name].option}: has no effect {idle[name]}" for name in told]

@@ -12,10 +12,15 @@ from utils import OneLineParser, RunError
 
 
 def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
-    """The flags of the YAML file that `--config` names, to be read before those given by hand."""
+    """The flags of the YAML file that `--config` names, to be read before those given by hand.
+
+    Flags by hand win over the same ones in the file, and over those that would contradict them: a run's name over the
+    folder of another run, a file of weights over the tag of public ones.
+    """
     finder = OneLineParser(prog=parser.prog, add_help=False)
-    for name in ("config", "exp_name", "save_dir"):
-        finder.add_argument(f"--{name}")
+    for action in parser._actions:
+        if action.dest in ("config", "exp_name", "pretrained"):
+            finder.add_argument(*action.option_strings, nargs=action.nargs, const=action.const)
     by_hand = finder.parse_known_args(argv)[0]
     path = by_hand.config
     if path is None:
@@ -28,8 +33,9 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise RunError(f"--config {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
-    if by_hand.exp_name and not by_hand.save_dir:  # args.yaml of a run has its folder
-        content.pop("save_dir", None)
+    overruled = ["save_dir"] if by_hand.exp_name is not None else []
+    overruled += ["pretrained_tag"] if isinstance(by_hand.pretrained, str) else []
+    content = {name: value for name, value in content.items() if name not in overruled}
     return typed_out(content, f"--config {path}")
 
 

@@ -35,6 +35,23 @@ NOT_ZERO = Check(lambda value: 0 < value <= 1, "must lie in (0, 1]")
 OFF_OR_MORE = at_least(0, "must be 0, for off, or more")
 
 
+def square(text: str) -> int:
+    """The side of "224" or "224x224", in pixels.
+
+    Raises:
+        argparse.ArgumentTypeError: a rectangle, or no number.
+    """
+    sides = set(text.lower().split("x"))
+    try:
+        (side,) = map(int, sides)
+    except ValueError:
+        why = f"invalid int value: {text!r}"
+        if len(sides) == 2 and all(side.isdecimal() for side in sides):
+            why = f"{text} is a rectangle; images and patches are squares here: give one side"
+        raise argparse.ArgumentTypeError(why) from None
+    return side
+
+
 def always(flags: Flags) -> str:
     return ""
 
@@ -135,7 +152,7 @@ class Flag:
             return self.default is None
         if self.switch or isinstance(value, bool):
             return isinstance(value, bool) and (self.switch or self.const is not None)
-        kinds = (int, float) if self.kind is float else self.kind
+        kinds = {float: (int, float), str: str}.get(self.kind, int)
         return isinstance(value, kinds) and (not self.choices or value in self.choices)
 
 

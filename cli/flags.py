@@ -28,6 +28,7 @@ from cli.flag import (
     markdown,
     matches,
     parser_of,
+    square,
 )
 from dataset import DATASETS
 from engine.allocation import SORTING
@@ -112,7 +113,7 @@ DATA = (
     Flag("data", "folder of the data; downloaded into it when missing", "data", common=True, **WHERE),
     Flag("workers", "processes that read image folders; others need none", 4, int, check=at_least(0), **WHERE),
     Flag("batch_size", "images per forward pass", 128, int, check=at_least(1), common=True),
-    Flag("img_size", "pixels the model sees; the data set's or architecture's own", kind=int, check=at_least(1)),
+    Flag("img_size", "pixels per side that the model sees; its or the data set's own", kind=square, check=at_least(1)),
     Flag("val_fraction", "share of training images that validate", 0.1, float, check=OPEN, **FIXED),
     Flag("train_limit", "keep so many training images, balanced by class", kind=int, check=at_least(1), **FIXED),
     Flag(
@@ -131,7 +132,7 @@ MODEL = (
         "fresh weights",
         "vit_tiny", common=True,
     ),
-    Flag("patch_size", "pixels per patch side; the architecture's own when not given", kind=int, check=at_least(1)),
+    Flag("patch_size", "pixels per patch side; the architecture's own when not given", kind=square, check=at_least(1)),
     Flag(
         "pretrained", "start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
         False, const=True, metavar="FILE", also=("--vit_pretrained",), common=True,

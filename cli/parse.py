@@ -58,10 +58,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ends_here = auto and resumes and not args.dry_run and is_complete(args)
     except RunError as error:
         parser.error(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if not resumes:
-            raise
-        parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
     if ends_here:
         print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
         if (failed := Path(args.save_dir) / EXPORT_FAILED).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,18 +11,28 @@ from torch import nn
 from dataset import split_sizes
 from engine.allocation import Allocation
 from engine.finish import finish_images, finish_steps
+from engine.folder import has_run, target_dir
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
 from models.merging import merging_line
+from models.vit import FILE_SUFFIXES
 from pruning.depth import DEPTH, candidates
 from pruning.nm import parse_pattern, scheduled_keep, weights_left
 from pruning.units import Kept, count_parameters, unit_weights
-from utils import format_table
+from reporting.words import plural
+from utils import RunError, format_table
 
 
 def plan(args: argparse.Namespace) -> str:
-    """Per state density, units, parameters and MACs; steps, images and disk."""
+    """Per state density, units, parameters and MACs; steps, images, disk and files.
+
+    Raises:
+        RunError: what the command would refuse, and weights that are not there.
+    """
+    resumes = bool(getattr(args, "resumed_from", None))
+    if not resumes:
+        _check_weights(args)
     with torch.device("meta"):
         model = make_model(args, weights=False)
     family, (units, allocation) = family_of(model), units_of_run(args, model)
@@ -32,7 +43,8 @@ def plan(args: argparse.Namespace) -> str:
     if args.finish_epochs:
         images = finish_images(args, train_images, val_images)
         finish = (
-            f"then a finish of {args.finish_epochs} epochs x {finish_steps(args, train_images, val_images)} steps of "
+            f"then a finish of {plural(args.finish_epochs, 'epoch')} x "
+            f"{plural(finish_steps(args, train_images, val_images), 'step')} of "
             f"{min(batch, images)} images ({images:,} train, {'none' if args.finish_on_all else f'{val_images:,}'} "
             f"validate): the last state's model, lr {args.finish_lr:g}\n"
         )
@@ -50,13 +62,45 @@ def plan(args: argparse.Namespace) -> str:
     elif allocation and allocation.remark:
         remark = f"\n{allocation.remark}\n"
     return (
-        f"{args.struct} on {args.arch}, {args.dataset}: {states} states x {epochs} epochs x "
-        f"{max(1, train_images // batch)} steps of {min(batch, train_images)} images "
+        f"{args.struct} on {args.arch}, {args.dataset}: {plural(states, 'state')} x {plural(epochs, 'epoch')} x "
+        f"{plural(max(1, train_images // batch), 'step')} of {min(batch, train_images)} images "
         f"({train_images:,} train, {val_images:,} validate)\n"
         f"{finish}{merging}{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
         f"{remark}\n"
-        f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk."
+        f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk.\n{_where(args, resumes)}"
+        f"{plural(states * epochs + (args.finish_epochs or 0), 'epoch')} in all; how long one takes here, a short run "
+        "tells: --epochs 1 --pruning_times 1."
+        + "".join(f"\nnote: {note}" for note in [*args.notes, *notes_on_steps(args, train_images)])
     )
+
+
+def notes_on_steps(args: argparse.Namespace, images: int) -> list[str]:
+    """What should be said about the steps of an epoch of so many training images."""
+    batch = args.batch_size * args.accum_steps
+    if images >= 2 * batch:
+        return []
+    return [
+        f"an epoch is one step of {min(batch, images)} of the {images:,} training images; lower --batch_size for more"
+    ]
+
+
+def _check_weights(args: argparse.Namespace) -> None:
+    """Raises: RunError, for a file of first weights that is not there."""
+    for name in ("pretrained", "init"):
+        value = getattr(args, name)
+        is_file = isinstance(value, str) and (name == "init" or Path(value).suffix in FILE_SUFFIXES)
+        if is_file and not Path(value).is_file():
+            raise RunError(f"--{name} {value}: no such file")
+
+
+def _where(args: argparse.Namespace, resumes: bool) -> str:
+    """The folders that the command reads and writes, and what would stop it there."""
+    folder, data = target_dir(args), Path(args.data)
+    taken = has_run(folder) and not (resumes or args.overwrite)
+    line = f"Files in {folder}{', which holds a run: add --resume or --overwrite' if taken else ''}.\n"
+    if args.dataset == "digits":  # comes with scikit-learn
+        return line
+    return f"{line}Data in {data}{'' if data.is_dir() else ', which is not there yet'}.\n"
 
 
 def _keep(args: argparse.Namespace, state: int) -> tuple[int, int]:

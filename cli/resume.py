@@ -71,13 +71,14 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
         content = load_tensors(Path(args.checkpoint), "--checkpoint")
     else:
         content = load_checkpoint(Path(args.save_dir))
-    stored = content.get("args")
-    if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
-        raise TypeError("no flags, or no state")
+    foreign = f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program"
+    stored, progress = content.get("args"), content.get("run")
+    if not (isinstance(stored, dict) and isinstance(progress, dict) and isinstance(progress.get("state"), int)):
+        raise RunError(f"{foreign} (no flags, or no state)")
     missing = {"arch", "dataset", "struct", "epochs", "pruning_times", "lr", "rate", "seed"} - stored.keys()
     wrong = [name for name, flag in FLAGS.items() if name in stored and not flag.could_be(stored[name])]
     if missing or wrong:
-        raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
+        raise RunError(f"{foreign} (flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)})")
     stored = complete(stored)
     free = {name for name, flag in FLAGS.items() if flag.resumes}
     free |= _extensions(stored, given, content["run"]["state"])

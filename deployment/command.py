@@ -103,6 +103,7 @@ def _add_programs(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     parser = build_parser()
     args = parser.parse_args(argv)
     if bool(args.run_dir) == bool(args.from_checkpoint):

@@ -28,7 +28,7 @@ from dataset import DatasetFacts
 from deployment.compaction import macs
 from deployment.onnx_file import OPSET, to_onnx
 from pruning.units import count_parameters
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 PAGE = Path(__file__).parent / "demo_page"
 PAGE_FILES = ("index.html", "style.css", "app.mjs", "image.mjs")
@@ -158,7 +158,7 @@ def write_demo(
                 folder.rename(Path(staging) / "old")
             draft.rename(folder)
     except OSError as error:
-        raise RunError(f"--demo {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
+        raise RunError(f"--demo {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
 def page_words(arch: str, dataset: str, name: str) -> dict[str, str]:

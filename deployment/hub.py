@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from deployment.folder import read_config, seal
 from deployment.quantise import INT8_FILES
 from families import family_of_config
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 # the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
 HUB_NAMES = {
@@ -37,7 +37,7 @@ def check_hub() -> None:
     try:
         importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise RunError("--hf: huggingface_hub is missing; pip install huggingface_hub") from error
+        raise RunError(f"--hf: needs huggingface_hub ({error}); pip install huggingface_hub") from error
 
 
 def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
             folder.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(folder)
     except OSError as error:
-        raise RunError(f"--hf {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
+        raise RunError(f"--hf {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
 def hub_config(config: Mapping, size: int, classes: Sequence[str]) -> dict:

@@ -38,9 +38,10 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
             last = list(csv.DictReader(file))[-1]
         metrics = {} if getattr(args, "finish_on_all", False) else {"val_accuracy": best["accuracy"]}
         metrics["test_accuracy"] = float(last["test_accuracy"])
-        return _model_of_run(args, best["weights"]), best["kept"] or None, args, metrics
+        weights, kept = best["weights"], best["kept"] or None
     except damaged as error:
         raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
+    return _model_of_run(args, weights), kept, args, metrics
 
 
 def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:

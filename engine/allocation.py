@@ -52,7 +52,7 @@ from pruning.ranking import (
 )
 from pruning.rounding import fitting_count
 from pruning.units import Kept, Units
-from utils import RunError
+from utils import RunError, cause
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -454,7 +454,8 @@ def read_counts(path: str) -> Counts:
             f"{flag}: {error.strerror}; give {', '.join([*SORTING, SENSITIVITY])} or a file of counts"
         ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{flag}: neither JSON nor the units.csv of a run; give counts by layer") from error
+        reason = f"neither JSON nor the units.csv of a run ({cause(error)})"
+        raise RunError(f"{flag}: {reason}; give counts by layer") from error
     if not (counts and isinstance(counts, dict) and all(type(count) is int for count in counts.values())):
         raise RunError(f'{flag}: must hold whole numbers by layer, such as {{"blocks.0.attn": 2}}')
     return counts

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.processes import Processes
-from utils import RunError, load_tensors, save_tensors
+from utils import RunError, cause, load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,8 @@ def _pack_bits(mask: Tensor) -> dict:
 def _unpack_bits(packed: Mapping, device: torch.device) -> Tensor:
     count = int(np.prod(packed["shape"]))
     size = (count + 7) // 8
+    if not isinstance(packed["bits"], Tensor):
+        raise TypeError("a mask has no bits")
     try:
         inflated = zlib.decompressobj().decompress(packed["bits"].numpy().tobytes(), size + 1)
     except zlib.error as error:
@@ -161,6 +164,45 @@ def is_selected(best: Mapping, progress: RunState) -> bool:
     """Whether the content of a best.pt is the model that the state has selected so far: its state, epoch, accuracy."""
     found = {name: best[name] for name in ("epoch", "accuracy") if name in best}
     return best.get("state") == progress.state and found == progress.best
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Here `what` of a checkpoint is read into the run, and nothing else is done.
+
+    Raises:
+        RunError: it is damaged, or of another run. Memory that runs out stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"--resume: the checkpoint does not fit this run ({what}: {cause(error)})") from error
+
+
+def check_kinds(content: Mapping) -> None:
+    """Raises: TypeError, for an entry of a checkpoint that is missing or of a kind that no checkpoint has."""
+    moments, states = content.get("moments"), []
+    if isinstance(moments, dict):
+        states = list(moments.values())
+    fine = {
+        "run": isinstance(content.get("run"), dict),
+        "weights": _tensors_by_name(content.get("weights")),
+        "average": _tensors_by_name(content.get("average", {})),
+        "moments": isinstance(moments, dict)
+        and all(isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()) for state in states),
+        "scaler": isinstance(content.get("scaler"), dict),
+        "random": isinstance(content.get("random"), dict),
+        "rewind_file": isinstance(content.get("rewind_file"), str),
+    }
+    wrong = [name for name, good in fine.items() if not good]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} missing or of a wrong type")
+
+
+def _tensors_by_name(weights: object) -> bool:
+    return isinstance(weights, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in weights.items())
 
 
 class Background:
@@ -207,6 +249,11 @@ def check_same_start(content: Mapping | None, processes: Processes) -> None:
 
 def load_checkpoint(save_dir: Path) -> dict:
     """The latest checkpoint of a run, or the one before when that is damaged."""
+    if not save_dir.is_dir():
+        raise RunError(f"--resume: {save_dir} is no folder; give --save_dir the folder of a run, as its log names it")
+    if not has_checkpoint(save_dir):
+        instead = "with --overwrite instead of" if (save_dir / "args.yaml").exists() else "without"
+        raise RunError(f"--resume: {save_dir} has no checkpoint to go on from; start the run {instead} --resume")
     damaged = []
     for name in CHECKPOINTS:
         if (save_dir / name).is_file():
@@ -218,4 +265,7 @@ def load_checkpoint(save_dir: Path) -> dict:
             for error in damaged:
                 log.warning("%s; going on from the checkpoint before it", error)
             return content
-    raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start anew with --overwrite")
+    raise RunError(
+        f"--resume: {save_dir} holds no checkpoint that can be loaded ({'; '.join(damaged)}); "
+        "start anew with --overwrite"
+    )

@@ -17,7 +17,7 @@ from pruning.masks import density, elementwise_step, refill_rows, structured_mas
 from pruning.nm import nm_step, parse_pattern, scheduled_keep
 from pruning.ranking import mark_removed
 from pruning.reports import units_report
-from pruning.scores import CRITERIA, score_units
+from pruning.scores import CRITERIA, NotFiniteError, score_units
 from pruning.units import row_units
 from utils import RunError
 
@@ -98,8 +98,9 @@ def _score(run: Run, units: dict) -> dict[str, Tensor]:
         options["total"] = run.processes.sum_
     try:
         return score_units(run.dense, units, args.criteria, mask=progress.elementwise, **options)
-    except ValueError as error:  # activations that overflow
+    except NotFiniteError as error:  # activations that overflow
         raise RunError(
-            f"state {progress.state}: the trained network is not finite ({error}); lower --lr or add --clip_grad 1",
+            f"state {progress.state}: the trained network is not finite ({error}); start anew with a lower --lr or "
+            "with --clip_grad 1",
             code=1,
         ) from error

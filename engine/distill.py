@@ -26,7 +26,7 @@ from models.merging import restore_tokens_
 from models.vit import PretrainedError
 from pruning.scores import evaluating
 from pruning.units import LayoutError
-from utils import RunError, autocast, load_state_file, load_tensors
+from utils import RunError, autocast, cause, check_finite, load_state_file, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +147,10 @@ def named_teacher(
         shape = tuple(model.eval()(torch.zeros(1, 3, pixels, pixels)).shape)
     except (PretrainedError, RunError) as error:
         raise RunError(f"{flag}: {str(error).removeprefix('--teacher ')}") from error
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"{flag}: cannot teach this run ({reason})") from error
+        raise RunError(f"{flag}: cannot teach this run ({cause(error)})") from error
     if shape != (1, facts.classes):
         raise RunError(f"{flag}: has {shape[-1]} outputs, and --dataset {args.dataset} {facts.classes} classes")
     if args.kd_features:
@@ -194,7 +195,10 @@ def _model_of_file(args: argparse.Namespace, facts: DatasetFacts, path: Path) ->
     weights = content.get("weights")
     flags = argparse.Namespace(**{**dict.fromkeys(vars(args)), **content["args"]}) if "args" in content else args
     model = model_from_flags(flags, facts, weights=False)
-    model.load_state_dict(load_state_file(path, "--teacher") if weights is None else weights)
+    if weights is None:
+        weights = load_state_file(path, "--teacher")
+    check_finite(weights, f"--teacher {path}")
+    model.load_state_dict(weights)
     return model
 
 

@@ -71,13 +71,12 @@ class RunLock:
 
 def make_save_dir(args: argparse.Namespace) -> RunLock:
     """Check the run's folder before any work, make it and lock it; fills in `save_dir`, notes that it is not locked."""
-    by_name = args.save_dir is None and args.exp_name  # a name that is given is a folder that is given
-    if args.save_dir is None:
-        args.save_dir = str(named_dir(args.exp_name) if by_name else free_dir(named_dir(run_name(args))))
-    save_dir = Path(args.save_dir)
+    by_name = args.save_dir is None and args.exp_name
+    save_dir = target_dir(args)
+    args.save_dir = str(save_dir)
     goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
-        holds_run = any((save_dir / name).exists() for name in RUN_FILES)
+        holds_run = has_run(save_dir)
         if holds_run and not args.resume and not args.overwrite:
             where = f"--exp_name {args.exp_name}: {save_dir}" if by_name else f"--save_dir {save_dir}:"
             raise RunError(f"{where} holds another run; add --resume or --overwrite")
@@ -97,6 +96,18 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return lock
+
+
+def has_run(save_dir: Path) -> bool:
+    """Whether the folder holds a run, and not only the log of a start that failed."""
+    return any((save_dir / name).exists() for name in RUN_FILES if name != "run.log")
+
+
+def target_dir(args: argparse.Namespace) -> Path:
+    """Where the run that these flags start has its folder."""
+    if args.save_dir or args.exp_name:  # a name that is given is a folder that is given
+        return Path(args.save_dir or named_dir(args.exp_name))
+    return free_dir(named_dir(run_name(args)))
 
 
 def named_dir(name: str) -> Path:
@@ -125,14 +136,11 @@ def free_dir(path: Path) -> Path:
 
 
 def environment(device: torch.device, amp: str) -> dict:
-    """Versions, device, precision and commit, for environment.json."""
+    """Versions, device, precision and commit, for environment.json; what cannot be found out is None."""
     versions = {}
     for package in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
@@ -142,8 +150,20 @@ def environment(device: torch.device, amp: str) -> dict:
         "device_name": name,
         "precision": precision_name(amp, device),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The program's commit; None without git, outside a repository, or where git cannot say it in a few seconds."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):  # not installed, not executable, or a file system that hangs
+        return None
+    return found.stdout.strip() or None
 
 
 def plain_args(args) -> dict:

@@ -18,7 +18,7 @@ from pruning.depth import DEPTH, WHOLE
 from pruning.ranking import KINDS
 from pruning.rounding import ROUNDED, lowest_multiple
 from pruning.units import LayoutError, Units
-from utils import RunError, load_state_file
+from utils import RunError, cause, load_state_file
 
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
@@ -57,8 +57,7 @@ def first_model(args: argparse.Namespace) -> nn.Module:
         try:
             model.load_state_dict(load_state_file(Path(args.init), "--init"))
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"--init {args.init}: does not fit this model ({reason})") from error
+            raise RunError(f"--init {args.init}: does not fit this model ({cause(error)})") from error
     return model
 
 

@@ -22,7 +22,16 @@ from tqdm import tqdm
 from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
 from engine.allocation import Timed
-from engine.checkpoint import Background, RunState, Target, is_selected, promote_best, save_checkpoint
+from engine.checkpoint import (
+    MASK_SETS,
+    Background,
+    RunState,
+    Target,
+    fitting,
+    is_selected,
+    promote_best,
+    save_checkpoint,
+)
 from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
 from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
@@ -138,26 +147,49 @@ class Run:
         """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
 
         Raises:
-            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another run, or damaged.
+            RunError: it is of another run, or damaged.
         """
-        self.progress = RunState.unpack(content["run"], self.device)
+        with fitting("progress"):
+            self.progress = RunState.unpack(content["run"], self.device)
         finish_before = content["args"].get("finish_epochs")
         if self.args.finish_epochs and finish_before and self.args.finish_epochs > finish_before:
             self._lengthen_finish(finish_before)
         elif self.finishing:
             self._enter_finish()
-        journal.check_rows(self.progress, self.steps_per_epoch, self.finish_state if self.args.finish_on_all else None)
+        with fitting("progress"):
+            unvalidated = self.finish_state if self.args.finish_on_all else None
+            journal.check_rows(self.progress, self.steps_per_epoch, unvalidated)
+            self._check_progress()
         path = self.save_dir / content["rewind_file"]
         self.rewind_weights = load_tensors(path, "--resume")
         self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
         if self.rewind_sha256 != content["rewind_sha256"]:
             raise RunError(f"--resume: {path} is not the file that this run started from")
-        self.dense.load_state_dict(content["weights"])
+        with fitting("weights"):
+            self.dense.load_state_dict(content["weights"])
         if self.finishing and not finish_before:  # the run had ended, and its last weights are those of the last step
             self._start_from_selected()
-        self._take_average(content.get("average", {}))
+        with fitting("average"):
+            self._take_average(content.get("average", {}))
         self.teacher_sha256 = content.get("teacher_sha256", "")
-        restore_random_states(content["random"])
+        with fitting("random"):
+            restore_random_states(content["random"])
+
+    def _check_progress(self) -> None:
+        """Raises: ValueError, when steps, masks or units are not those of this model and these flags."""
+        progress, shapes = self.progress, {name: weight.shape for name, weight in self.prunable().items()}
+        if progress.state > self.rounds or progress.step > self.total_steps:
+            raise ValueError(f"state {progress.state}, step {progress.step} lie behind the end")
+        for name in MASK_SETS:
+            if {layer: mask.shape for layer, mask in getattr(progress, name).items()} != shapes:
+                raise ValueError(f"{name}: other layers or shapes than this model's")
+        for name in ("kept", "target_kept"):
+            kept = getattr(progress, name)
+            if kept.keys() != self.units.keys() or any(
+                len({*ids}) < len(ids) or any(unit >= self.units[key].count for unit in ids)
+                for key, ids in kept.items()
+            ):
+                raise ValueError(f"{name}: other units than this model's")
 
     def _lengthen_finish(self, epochs: int) -> None:
         """Of a run that has begun its finish, or done it, in which it had fewer `epochs`: further ones follow."""

@@ -75,8 +75,8 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
     images = int(sums[0, 0])
     if not sums.isfinite().all():
         raise RunError(
-            f"state {run.progress.state}: the trained network is not finite where units go; lower --lr or add "
-            "--clip_grad 1",
+            f"state {run.progress.state}: the trained network is not finite where units go; start anew with a "
+            "lower --lr or with --clip_grad 1",
             code=1,
         )
     layers = {

@@ -21,6 +21,7 @@ import rsst
 from engine import journal
 from engine.averaging import Average
 from engine.capture import GRAPHS, CapturedStep
+from engine.checkpoint import check_kinds, fitting, has_checkpoint
 from engine.depth import StochasticDepth
 from engine.distill import Answering, is_taught
 from engine.objective import Objective, count_right
@@ -51,20 +52,20 @@ def resume(run: Run, content: dict) -> StateTraining | None:
     Raises:
         RunError: the checkpoint is of another run, or damaged.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
-            run.take_over(content)
-            if not run.progress.begun:
-                return None
-            training = StateTraining(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
+        with fitting("entries"):
+            check_kinds(content)
+        run.take_over(content)
+        if not run.progress.begun:
+            return None
+        training = StateTraining(run)
+        with fitting("optimizer"):
             load_moments(training.optimizer, training.model, run.args, content["moments"])
-            if content["scaler"]:  # empty unless the run trained in fp16 so far
+        if content["scaler"]:  # empty unless the run trained in fp16 so far
+            with fitting("scaler"):
                 run.scaler.load_state_dict(content["scaler"])
-            return training
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+        return training
 
 
 class StateTraining:
@@ -411,20 +412,29 @@ class StateTraining:
         finite, steps = self.run.processes.least_(torch.stack((self.finite.long(), self.finite_steps))).tolist()
         if not finite:
             step = self.first_step + steps
-            raise RunError(
-                f"the loss is not finite at step {step} of {self.run.title}; the last checkpoint is good: "
-                "lower --lr, add --clip_grad 1 or use --amp off",
-                code=1,
-            )
+            raise RunError(f"the loss is not finite at step {step} of {self.run.title}; {self._remedy(step)}", code=1)
 
     def check_weights(self) -> None:
         """The last step of a state may break weights without a loss that shows it."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.run.dense.parameters()):
+            step = self.progress.step
             raise RunError(
-                f"weights are not finite after step {self.progress.step} of {self.run.title}; the last "
-                "checkpoint is good: lower --lr, add --clip_grad 1 or use --amp off",
-                code=1,
+                f"weights are not finite after step {step} of {self.run.title}; {self._remedy(step)}", code=1
             )
+
+    def _remedy(self, step: int) -> str:
+        """What can help against numbers that overflowed after so many steps of this state.
+
+        Flags of training do not change on resume, which would meet the same numbers again.
+        """
+        args, trained = self.args, bool(step or self.progress.state)
+        ways = ["a lower --lr"] if trained else []
+        ways += ["--clip_grad 1"] if trained and not args.clip_grad else []
+        ways += ["--amp off"] if self.run.precision else []
+        if not ways:  # the first forward pass, in float32
+            return "nothing has trained yet: look at the initial weights"
+        last = "the last checkpoint is good; " if has_checkpoint(self.run.save_dir) else "there is no checkpoint yet; "
+        return f"{last}start anew with {' or '.join(ways)}"
 
     # -- what is written down
 

@@ -116,7 +116,9 @@ def timm_model(arguments: Mapping) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise RunError("this model was made from a timm model: pip install timm") from error
+        raise RunError(
+            f"this model was made from a timm model, which needs timm ({error}): pip install timm"
+        ) from error
     model = timm.create_model(**arguments)
     rest = {name: value for name, value in arguments.items() if name != "model_name"}
     model.arch_name, model.arch_args = f"timm/{arguments['model_name']}", rest  # so that it can be described again

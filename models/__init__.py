@@ -122,6 +122,8 @@ def _source(arch: str, pretrained: bool | str | Path, tag: str | None) -> str | 
     if not pretrained:
         return None
     if arch in resnet.BUILDERS:
+        if pretrained is not True:
+            raise ValueError(f"--pretrained {pretrained}: adapts weights to ViTs; {arch} takes its own by --init FILE")
         raise ValueError(f"--pretrained: {arch} has no public weights; leave it out or choose a ViT")
     if pretrained is not True:
         if tag:

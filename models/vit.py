@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.embedding import STEMS, is_stage_of_stem
+from utils import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -332,12 +333,14 @@ def load_pretrained_weights(model: nn.Module, source: str | Path, *, patch_embed
 
     Raises:
         PretrainedError: the file is missing or damaged; timm is not installed; no network.
+        RunError: a tensor is not finite.
         MisfitError: the weights are of another architecture.
         ValueError: source is neither a file nor a timm model with public weights, or `patch_embed` is unknown.
     """
     if patch_embed not in PATCH_EMBED:
         raise ValueError(f"--patch_embed {patch_embed}: choose from {', '.join(PATCH_EMBED)}")
     weights = _read_pretrained(source)
+    check_finite(weights, f"--pretrained {source}")
     own = model.state_dict()
     heads = _head_prefixes(model)
     report = TransferReport(skipped=sorted(weights.keys() - own.keys()))

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 SCORE_BATCHES = 10
 
 
+class NotFiniteError(ValueError):
+    """A score is not a number: weights, activations or gradients have overflowed."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """How much each unit matters.
@@ -121,7 +125,7 @@ def score_units(
             dead = ~torch.stack(alive).any(0)
             scores[key] = scores[key].masked_fill(dead, -math.inf)
         if scores[key].isnan().any():
-            raise ValueError(f"criterion {criteria!r}: a score of {key} is not a number")
+            raise NotFiniteError(f"criterion {criteria!r}: a score of {key} is not a number")
     return scores
 
 

@@ -137,9 +137,9 @@ def describe(run: Run) -> str:
     name, words = METHODS.get(run.method, (str(args["struct"]), ""))
     method = f"**{escaped(name)}**{f' ({words})' if words else ''}"
     shape = f"{plural(states, 'state')} of {plural(epochs, 'epoch')}{' each' if states > 1 else ''}"
-    start = "pretrained weights" if args.get("pretrained") else "weights of a file" if args.get("init") else "scratch"
+    data = args["dataset"] if args["dataset"] != "folder" else f"the image folder {args.get('data')}"
     sentences = [
-        f"{method} on {escaped(args['arch'])} and {escaped(args['dataset'])}: {shape}, from {start}, "
+        f"{method} on {escaped(args['arch'])} and {escaped(data)}: {shape}, from {escaped(first_weights(args))}, "
         f"seed {escaped(args['seed'])}."
     ]
     if run.method != "dense":
@@ -151,6 +151,19 @@ def describe(run: Run) -> str:
         sentences.append(_machine_words(run.environment))
     sentences.append(f"Training took {duration(run.seconds)}{'' if run.finished else ' so far'}.")
     return " ".join(sentences)
+
+
+def first_weights(args: Mapping) -> str:
+    """What state 0 starts from, by name."""
+    given = args.get("pretrained")
+    if args.get("init"):
+        return f"the weights of {args['init']}"
+    if not given or args.get("pretrained_note"):
+        return "scratch"
+    if given is not True:
+        return f"the pretrained weights of {given}"
+    tag = f", tag {args['pretrained_tag']}" if args.get("pretrained_tag") else ""
+    return f"timm's pretrained weights{tag}"
 
 
 def _training_words(run: Run) -> str:

@@ -31,7 +31,7 @@ from engine.folder import RunLock
 from engine.model import run_length
 from reporting.runs import load_run
 from search.space import Space
-from utils import RunError, StopSignals, pick_device
+from utils import RunError, StopSignals, cause, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,9 @@ class Study:
                 study.set_user_attr("command", command)
                 begun = command
         except (SQLAlchemyError, RuntimeError) as error:
-            raise RunError(f"{file}: no study of this Optuna ({str(error).splitlines()[0]}); move it away") from error
+            raise RunError(
+                f"{file}: Optuna cannot open it ({cause(error)}); move it away if it is no study of this Optuna"
+            ) from error
         other = sorted(name for name in command | begun if command.get(name) != begun.get(name))
         if other:
             names = ", ".join(f"--{name}" for name in other)

@@ -450,7 +450,7 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert table.strip() in out
     rows = read_table(table.splitlines()[1:])
     assert [row["batch"] for row in rows] == ["1", "8", "64"]
-    assert all(float(row["dense ms"]) > 0 and float(row["removed ms"]) > 0 for row in rows)
+    assert all(float(row["dense ms"]) > 0 and float(row["pruned ms"]) > 0 for row in rows)
 
 
 def test_command_finds_dead_units_and_clears_what_belongs_to_an_older_model(run_copy, command, tmp_path):
@@ -820,15 +820,18 @@ def test_tables_of_the_reference(clock, tmp_path):
     assert [tuple(row.values()) for row in rows] == [
         ("dense", "2,697,610", *dense, "100"),
         ("masked", f"{removed:,}", *dense, "80"),
-        ("removed", f"{removed:,}", *cut, "160"),
+        ("pruned", f"{removed:,}", *cut, "160"),
     ]
+    dense_only = noisy(models.build_model("vit_tiny", 10), scale=0.1)
+    clock.moved_by(dense_only, "dense", lambda module, images: images / 100)
+    assert [row["model"] for row in read_table(export.size_table(dense_only, dense_only).splitlines())] == ["dense"]
     assert list(rows[0]) == ["model", "parameters", "MACs", "file", "images/s"]
 
     head, *table = export.latency_table(masked, small, batch_sizes=(1, 6)).splitlines()
     same = {"faster": "2.00x", "MACs limit": f"{full / macs:.2f}x", "of limit": f"{200 * macs / full:.0f}%"}
     assert read_table(table) == [
-        {"batch": "1", "dense ms": "12.50", "removed ms": "6.25", **same},
-        {"batch": "6", "dense ms": "75.00", "removed ms": "37.50", **same},
+        {"batch": "1", "dense ms": "12.50", "pruned ms": "6.25", **same},
+        {"batch": "6", "dense ms": "75.00", "pruned ms": "37.50", **same},
     ]
     assert all(part in head for part in ("cpu", f"{torch.get_num_threads()} threads", torch.__version__))
 

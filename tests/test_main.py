@@ -32,7 +32,7 @@ from micro import assert_same_tensors, largest_difference, load, metrics, record
 
 import deployment.folder
 import main_imp_fillback as entry
-from engine.folder import make_save_dir
+from engine.folder import environment, make_save_dir
 from engine.run import Run
 from utils import RunError
 
@@ -85,6 +85,28 @@ def test_the_older_command_line_prints_its_plan_and_does_nothing(capsys):
         assert float(line[5]) == pytest.approx(0.1877, abs=1e-3)
     # two checkpoints of weights and momentum with three mask sets each, initial and best weights
     assert f"About {(4 * 2_714_980 * 6 + 2 * 3 * 2_654_208 / 8) / 1e6:,.0f} MB of disk" in out
+
+
+def test_a_plan_says_where_it_reads_and_writes_how_long_it_is_and_what_has_no_effect(capsys, tmp_path):
+    flags = words("--dataset cifar10 --train_limit 250 --epochs 2 --warmup 2 --finish_epochs 3 --dry_run")
+    (tmp_path / "args.yaml").touch()
+    assert call([*flags, "--pruning_times", 1, "--data", tmp_path / "none", "--save_dir", tmp_path]) == 0
+    out = capsys.readouterr().out
+    assert "1 state x 2 epochs x 1 step of 128 images (250 train, " in out
+    for line in (
+        f"Files in {tmp_path}, which holds a run: add --resume or --overwrite.",
+        f"Data in {tmp_path / 'none'}, which is not there yet.",
+        "5 epochs in all",
+        "note: --warmup 2: all epochs of a state; lr rises to its last step and never falls",
+        "note: nothing is pruned in this run: it trains dense",
+        "note: an epoch is one step of 128 of the 250 training images",
+    ):
+        assert line in out, line
+    assert call([*flags, "--data", tmp_path, "--warmup", 1, "--batch_size", 125, "--exp_name", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "Files in results/mine.\n" in out
+    assert f"Data in {tmp_path}.\n" in out
+    assert "note: " not in out
 
 
 @pytest.mark.parametrize("schedule", SHARES)
@@ -341,7 +363,11 @@ def broken(run, around):
         done = run(*flags, name="broken", code=130)
         assert not where
         assert done.err.count("\n") == 1
-        assert f"--resume --save_dir {done.dir}" in done.err
+        saved = (done.dir / "checkpoint.pt").exists()
+        way_on = (
+            f"the last checkpoint with --resume --save_dir {done.dir}" if saved else "no checkpoint yet: give the same"
+        )
+        assert way_on in done.err
         return done
 
     return start
@@ -493,6 +519,18 @@ def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
 
 
 # ------------------------------------------------------------------------------------------------------ names of runs
+
+
+def test_a_run_starts_where_only_the_log_of_a_failed_start_is_and_without_git(monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.log").write_text("failed\n")
+    args = entry.parse_args([*MICRO, "--save_dir", str(tmp_path / "run")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "sandbox")))
+    make_save_dir(args).release()
+    found = environment(torch.device("cpu"), "off")
+    assert found["commit"] is None
+    assert found["device_name"]
 
 
 def test_the_default_folder_is_named_after_the_run():
@@ -673,6 +711,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     done = run("--lr", "1e30", *BOTH, code=1)
     assert done.err.count("\n") == 1, done.err
     assert "not finite at step 1 of state 0" in done.err  # the first step's loss is still fine
+    assert "there is no checkpoint yet; start anew with a lower --lr or --clip_grad 1\n" in done.err
     assert not (done.dir / "checkpoint.pt").exists()
     assert not (done.dir / "metrics.jsonl").exists()
 
@@ -685,11 +724,18 @@ def test_the_last_good_checkpoint_stays(run, around):
 
     around("step", before=explode)
     done = run(code=1)
-    assert "step 4 of state 1" in done.err
+    assert "step 4 of state 1; the last checkpoint is good; start anew with a lower --lr or --clip_grad 1" in done.err
     checkpoint = load(done.dir / "checkpoint.pt")
     assert (checkpoint["run"]["state"], checkpoint["run"]["step"]) == (1, 3)
     assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
     assert len(metrics(done.dir)) == 3
+
+
+def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(run, around):
+    around("build", after=lambda training: training.model.head.bias.data.fill_(math.nan))
+    done = run(code=1)
+    assert "not finite at step 0 of state 0; nothing has trained yet: look at the initial weights\n" in done.err
+    assert "--lr" not in done.err
 
 
 @pytest.mark.parametrize("method", ["imp", "rsst --vit_structured --vit_prune_target both"])

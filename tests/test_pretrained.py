@@ -485,7 +485,7 @@ WRONG = [
     ("vit_tiny", {"pretrained": "wieghts"}, r"--pretrained wieghts: neither .*\.npz"),
     ("vit_tiny", {"pretrained": __file__}, r"--pretrained .*\.py: .*\.safetensors"),
     ("res20s", {"pretrained": True}, "--pretrained: res20s has no public weights"),
-    ("res18", {"pretrained": "w.pth"}, "--pretrained: res18 has no public weights"),
+    ("res18", {"pretrained": "w.pth"}, r"--pretrained w.pth: .*res18 takes its own by --init"),
     ("res20s", {"patch_size": 4}, "--patch_size 4: res20s"),
     ("timm/deit_tny_patch16_224", {}, r"unknown arch.*timm/deit_tiny_patch16_224"),
     ("timm/qqqqqqqq", {}, r"unknown arch.*list_models"),

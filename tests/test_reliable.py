@@ -5,6 +5,7 @@ command once, some are the command started anew. Inside such a process `at` lets
 the second step of state 1, the fifth `os.replace` of state 2, half a `write`.
 """
 
+import contextlib
 import copy
 import errno
 import functools
@@ -32,8 +33,10 @@ import yaml
 from micro import BOTH, TIMES, load, metrics, rows_of, vit_micro, wrap
 from safetensors.torch import load_file
 
+import export
 import main_imp_fillback as entry
 import models
+import report
 import utils
 from engine.checkpoint import load_checkpoint
 from engine.folder import RunLock
@@ -635,3 +638,49 @@ def test_two_processes_do_not_start_one_run(folder, launch, whole):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
     lock.release()
     assert_finishes_alike(launch(auto), folder, whole("imp"))
+
+
+# ---------------------------------------------------------------------------------------------- nobody reads its output
+
+
+def test_a_run_goes_on_in_its_log_when_nobody_reads_its_output(tmp_path, folder):
+    """As with `| head -1`, in a terminal that knows only ASCII, without git: the log file has it all."""
+    folder = tmp_path / "\u00e4\u2713"
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PATH": str(tmp_path)}
+    flags = words("--dataset digits --arch vit_mini --img_size 8 --device cpu --amp off --train_limit 40 --epochs 1")
+    flags += words("--pruning_times 1 --warmup 0 --no-export")
+    command = [sys.executable, SCRIPT, *flags, "--save_dir", folder]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        assert (process.wait(timeout=120), err) == (0, b"")
+    assert first.startswith(b"rsst on vit_mini")
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert log.count("standard output is gone; the program goes on") == 1
+    assert f"files in {folder}" in log
+    assert "state 0 done" in log
+    assert json.loads((folder / "environment.json").read_text())["commit"] is None
+
+
+@pytest.mark.parametrize("argv", ["--help", "--dataset digits --dry_run", "--lr 0"])
+@pytest.mark.parametrize("commands", [entry.main, export.main, report.main], ids=["run", "export", "report"])
+def test_commands_keep_their_exit_code_without_a_reader(commands, argv):
+    codes = []
+    for reader in (True, False):
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in ("stdout", "stderr"):
+                read, write = map(stack.enter_context, map(open, os.pipe(), ("rb", "w")))
+                for place in (name, f"__{name}__"):
+                    patch.setattr(sys, place, write)
+                if not reader:
+                    read.close()
+            try:
+                codes.append(commands(words(argv)))
+            except SystemExit as leaving:
+                codes.append(leaving.code or 0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+    expected = 0 if argv == "--help" or (commands is entry.main and "dry" in argv) else 2
+    assert codes == [expected, expected]

@@ -19,6 +19,7 @@ from micro import rows_of
 import main_imp_fillback as entry
 import report
 import rsst
+from reporting import run_report
 from reporting.compare_paired import paired_comparisons, paired_text
 from utils import RunError
 
@@ -195,6 +196,21 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
     for name in ("accuracy", "density", "penalty", "units"):
         assert f"](plots/{name}.png)" in text
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"dataset": "folder", "data": "my/solar_cells"}, "on vit_tiny and the image folder my/solar_cells: "),
+        ({"pretrained": "dino.pth"}, "from the pretrained weights of dino.pth, seed"),
+        ({"pretrained": True, "pretrained_tag": "dino"}, "from timm's pretrained weights, tag dino, seed"),
+        ({"pretrained": True}, "from timm's pretrained weights, seed"),
+        ({"pretrained": True, "pretrained_note": "no network"}, "from scratch, seed"),
+        ({"pretrained": True, "init": "old/best.pt"}, "from the weights of old/best.pt, seed"),
+    ],
+)
+def test_a_report_names_the_data_and_the_first_weights(flags, words, tmp_path):
+    assert words in run_report.describe(report.load_run(make_run(tmp_path / "run", **flags)))
 
 
 def test_numbers_are_rounded_and_absent_ones_are_dashes(tmp_path, figures):

@@ -209,7 +209,7 @@ def test_what_else_a_search_needs(tmp_path, monkeypatch, capsys):
     assert_one_line(refused(*folder), "holds a run")
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "study.db").write_text("no database, but long enough to be looked at as one" * 20)
-    assert_one_line(refused("--save_dir", tmp_path / "t"), "study.db: no study of this Optuna")
+    assert_one_line(refused("--save_dir", tmp_path / "t"), "study.db: Optuna cannot open it (", "not a database")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert_one_line(refused(*folder), "pip install optuna")
 
