@@ -61,7 +61,7 @@ MODES = {
     "oneshot": ("--struct", "oneshot", *BOTH),
     "dense": words("--struct dense"),
     "emptied": words(
-        "--struct refill --vit_structured --vit_prune_target branch --rate 0.4 --prune_type finetune --opt adamw "
+        "--struct refill --vit_structured --vit_prune_target branch --rate 0.8 --prune_type finetune --opt adamw "
         "--lr 0.005"
     ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
