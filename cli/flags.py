@@ -23,7 +23,7 @@ def _switch(group: Group, name: str, text: str, *aliases: str) -> None:
 
 def _run(group: Group) -> None:
     group.add_argument("--save_dir", help="folder of the run; results/<run name> when not given")
-    group.add_argument("--exp_name", help="replaces the run name")
+    group.add_argument("--exp_name", help="of the folder in results/, in the place of the run's generated name")
     group.add_argument("--seed", type=int, default=42, help="of weights and batches; 0 is a seed")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
     group.add_argument("--gpu", type=int, default=0, help="index of the GPU when CUDA is used")
@@ -34,7 +34,8 @@ def _run(group: Group) -> None:
         default=False,
         choices=[AUTO],
         help="go on from the latest checkpoint of --save_dir, with its flags; auto: where there is one, and start the "
-        "run where there is none, so that one command can be given again and again",
+        "run where there is none, so that one command can be given again and again. A larger --finish_epochs, or "
+        "--pruning_times where the schedule of ratios allows it, makes the run longer",
     )
     group.add_argument("--checkpoint", help="go on from this checkpoint file")
     group.add_argument(
