@@ -423,6 +423,15 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(mode, kills, folder,
     assert_finishes_alike(resume(mode), folder, whole(mode))
 
 
+def test_an_older_checkpoint_without_moments_of_what_never_had_a_gradient_goes_on(folder, resume, whole):
+    assert resume("emptied", (at, "step", 1, 4, kill_when_written)).code == -signal.SIGKILL
+    content = load(folder / "checkpoint.pt")
+    kept = {number: entry for number, entry in content["moments"].items() if entry["step"] > 0}
+    assert 0 < len(kept) < len(content["moments"])
+    utils.save_tensors(folder / "checkpoint.pt", {**content, "moments": kept})
+    assert_finishes_alike(resume("emptied"), folder, whole("emptied"))
+
+
 # ------------------------------------------------------------------------------------------------- writes that fail
 
 # where it fails, as in KILLS: from the first file of a run to the model that comes out; "write 1 9" is in torch.save
