@@ -71,7 +71,7 @@ FIXED = {"searchable": False}  # of trials that are to be compared
 RUN = (
     Flag("save_dir", "folder of the run; results/<run name> when not given", common=True, **WHERE),
     Flag(
-        "exp_name", "replaces the run name", computes=False, **FIXED,
+        "exp_name", "of the folder in results/, in the place of the run's generated name", computes=False, **FIXED,
         check=matches(r"(?!\.{1,2}$)[^/\\\0]+", "must be the plain name of a folder, which results/ will hold"),
     ),
     Flag(
@@ -83,7 +83,8 @@ RUN = (
     Flag(
         "resume",
         "go on from the latest checkpoint of --save_dir, with its flags; auto: where there is one, and start the run "
-        "where there is none, so that one command can be given again and again",
+        "where there is none, so that one command can be given again and again. A larger --finish_epochs, or "
+        "--pruning_times where the schedule of ratios allows it, makes the run longer",
         False, choices=(AUTO,), const=True, common=True, **WHERE,
     ),
     Flag("checkpoint", "go on from this checkpoint file", **WHERE),

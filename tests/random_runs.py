@@ -210,7 +210,7 @@ def draw_kill(rng: random.Random, flags: list[str], first_state: int) -> tuple[s
     points += ["end_epoch", "end_epoch done", "end_state", "end_state done", "begin_state", "begin_state done"]
     points += ["os.replace", "os.replace", "write", "os.replace best.pt", "os.replace checkpoint.pt"]
     point, last = rng.choice(points), states - 1 + bool(finish)
-    state = rng.randint(min(first_state, last), last)
+    state = max(rng.randint(min(first_state, last), last) for _ in range(2))  # most of what can go wrong comes late
     if finish and rng.random() < 0.2:
         state = last
     if rng.random() < 0.05:
@@ -289,20 +289,21 @@ def check_whole(flags: list[str], work: Path) -> None:
     for name in ("density", "macs", "parameters"):
         values = [float(row[name]) for row in rows]
         check(all(a >= b for a, b in zip(values, values[1:], strict=False)), name, "grows", values)
-    check_budget(flags, rows)
+    check_budget(flags, rows, json.loads((folder / "model" / "config.json").read_text()))
     check((folder / "report.html").stat().st_size > 1000, "report")
     proof = json.loads((folder / "model" / "parity.json").read_text())
-    check(proof["max_difference_float64"] < 1e-9, "parity", proof)
+    check(proof["max_difference_float64"] < 1e-7, "parity", proof)  # folded constants are rounded to float32
     check_best(folder)
     code = fork(_reload, folder / "model", work / "reload")
     check(code == 0, "reload:", (work / "reload").read_text()[-2000:] if (work / "reload").exists() else code)
 
 
-def check_budget(flags: list[str], rows: list[dict]) -> None:
+def check_budget(flags: list[str], rows: list[dict], config: dict) -> None:
+    """A target is a share of the dense network, whose tokens do not merge."""
     pruned = int(value_of(flags, "--pruning_times")) > 1 and value_of(flags, "--struct") != "dense"
     for flag, name in (("--target_macs", "macs"), ("--target_params", "parameters")):
         if pruned and flag in flags:
-            share = float(rows[-1][name]) / float(rows[0][name])
+            share = float(rows[-1][name]) / config[name]["dense"]
             check(share <= float(value_of(flags, flag)) + 1e-9, flag, value_of(flags, flag), "left", share)
     if pruned and "--nm" in flags:
         keep, group = map(int, value_of(flags, "--nm").split(":"))
@@ -349,7 +350,7 @@ def _reload(model: Path, said: Path) -> None:
 def check_kills(flags: list[str], work: Path, seed: int) -> int:
     """A run killed and resumed ends as the unbroken one. Returns how often it was killed."""
     rng = random.Random(-1 - seed)
-    every = ["--checkpoint_every", str(rng.randint(1, 4))] if rng.random() < 0.7 else []
+    every = ["--checkpoint_every", str(rng.randint(1, 4))] if rng.random() < 0.8 else []
     whole, folder = work / "whole", work / "run"
     code, _, err = first_run([*flags, *every], whole, work, (without_report,))
     check((code, err) == (0, ""), "unbroken: exit", code, err[-2000:])

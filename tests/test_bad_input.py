@@ -540,7 +540,9 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
     for options, choices, valued in flags_in_help():
         name = options[0].removeprefix("--no-").removeprefix("--")
         name = "prune_patch_embed" if name == "conv1" else name
-        if name in FREE or (not valued and len(options) == 1 and stored.get(name) != options[0].startswith("--no-")):
+        if name in [*FREE, "finish_epochs"] or (
+            not valued and len(options) == 1 and stored.get(name) != options[0].startswith("--no-")
+        ):
             continue  # free, or a switch that the run was started with
         flags = [option for option in options if not valued][-1:] or [options[0]]
         if valued:

@@ -64,7 +64,7 @@ MODES = {
     "oneshot": ("--struct", "oneshot", *BOTH),
     "dense": words("--struct dense"),
     "emptied": words(
-        "--struct refill --vit_structured --vit_prune_target branch --rate 0.4 --prune_type finetune --opt adamw "
+        "--struct refill --vit_structured --vit_prune_target branch --rate 0.8 --prune_type finetune --opt adamw "
         "--lr 0.005"
     ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
@@ -424,6 +424,15 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(mode, kills, folder,
         assert (killed.code, killed.err) == (-signal.SIGKILL, ""), moment
         assert_good(folder)
     assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+def test_an_older_checkpoint_without_moments_of_what_never_had_a_gradient_goes_on(folder, resume, whole):
+    assert resume("emptied", (at, "step", 1, 4, kill_when_written)).code == -signal.SIGKILL
+    content = load(folder / "checkpoint.pt")
+    kept = {number: entry for number, entry in content["moments"].items() if entry["step"] > 0}
+    assert 0 < len(kept) < len(content["moments"])
+    utils.save_tensors(folder / "checkpoint.pt", {**content, "moments": kept})
+    assert_finishes_alike(resume("emptied"), folder, whole("emptied"))
 
 
 # ------------------------------------------------------------------------------------------------- writes that fail
