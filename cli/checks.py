@@ -1,6 +1,7 @@
 """Rules between flags: values as parsed in, complete ones out; what cannot work ends in one line, before any work.
 
-What concerns one flag alone, its type, its range and the flag that it belongs to, stands in the table (`cli/flags.py`).
+What concerns one flag alone, its type, its range and the flag that it belongs to, stands in the table
+(`settings/flags.py`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,19 @@ import argparse
 import os
 
 import models
-from cli import effect
-from cli.flag import check_values, require
-from cli.flags import FLAGS, SEARCH, idle_flags
-from engine.allocation import SORTING, TARGETS, read_counts, takes_all, target_of
-from engine.capture import GRAPHS
+from engine.allocation import read_counts
 from engine.distill import SELF
 from engine.model import run_length
 from engine.optimizer import milestones_of
 from engine.processes import world_size
-from engine.sensitivity import SENSITIVITY
 from engine.shape import check_arch
 from pruning.depth import DEPTH
 from pruning.nm import parse_pattern
 from reporting.words import plural
+from settings import effect
+from settings.effect import TARGETS, takes_all, target_of
+from settings.flag import check_values, require
+from settings.flags import FLAGS, GRAPHS, SEARCH, SENSITIVITY, SORTING, idle_flags
 from utils import RunError
 
 
@@ -101,7 +101,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
     if (
         args.rank_by == "score_per_mac"
-        and not takes_all(args)
+        and not takes_all(vars(args))
         and not (args.sorting_mode == "global" and args.vit_prune_target == "both")
     ):
         raise RunError(
@@ -124,7 +124,7 @@ def _check_pattern(args: argparse.Namespace) -> None:
 
 def _check_allocation(args: argparse.Namespace, given: dict) -> None:
     """What says how many units stay; a file's counts go along as `unit_counts`, so that a resumed run has them."""
-    targets, target = [name for name in TARGETS if getattr(args, name)], target_of(args)
+    targets, target = [name for name in TARGETS if getattr(args, name)], target_of(vars(args))
     how = args.ratio_allocation
     if len(targets) > 1:
         raise RunError(
@@ -141,7 +141,7 @@ def _check_allocation(args: argparse.Namespace, given: dict) -> None:
         raise RunError(
             f"--{asked} {getattr(args, asked)}: --vit_prune_target {args.vit_prune_target} goes by --rate; use all"
         )
-    if takes_all(args):
+    if takes_all(vars(args)):
         if how not in (None, "global"):
             raise RunError(f"--ratio_allocation {how}: --vit_prune_target all ranks all layers together; leave it out")
         args.sorting_mode = "global"

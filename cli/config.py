@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from cli.flags import FLAGS
+from settings.flags import FLAGS
 from utils import OneLineParser, RunError
 
 

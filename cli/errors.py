@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cli.flags import AUTO
-from engine.capture import GRAPHS
 from engine.checkpoint import has_checkpoint
 from engine.processes import Processes
+from settings.flags import AUTO, GRAPHS
 from utils import DISK_ERRORS, cannot_write, cause
 
 # what gloo and NCCL say of a message from or to another process that failed: the other end, or the way to it, is gone

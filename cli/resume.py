@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.flag import AUTO, check_values
-from cli.flags import FLAGS, complete
 from engine.checkpoint import has_checkpoint, load_checkpoint
 from engine.folder import EXPORT_FAILED, named_dir
 from engine.model import run_length
+from settings.flag import AUTO, check_values
+from settings.flags import FLAGS, complete
 from utils import OneLineParser, RunError, load_tensors
 
 

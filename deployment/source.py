@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import utils
 from dataset import dataset_facts
 from deployment.folder import load
-from engine.allocation import TARGETS
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
 from models.vit import MisfitError
 from pruning.masks import plain_weights
+from settings.effect import TARGETS
 from utils import RunError
 
 

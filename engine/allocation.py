@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import latency
-from engine.sensitivity import SENSITIVITY, sensitivity_curves
+from engine.sensitivity import sensitivity_curves
 from families import Family
 from models.merging import unmerged
 from pruning.budget import (
@@ -52,6 +52,8 @@ from pruning.ranking import (
 )
 from pruning.rounding import fitting_count
 from pruning.units import Kept, Units
+from settings.effect import takes_all, target_of
+from settings.flags import SENSITIVITY, SORTING
 from utils import RunError, cause
 
 if TYPE_CHECKING:
@@ -60,28 +62,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scores = Mapping[str, Tensor]  # float64 [count] per units key, -inf for units that are gone
-SORTING = {"uniform": "layer-wise", "global": "global"}  # --ratio_allocation -> --sorting_mode
 RULES = {"layer-wise": uniform_counts, "global": global_counts}  # by --sorting_mode
 COUNTED = {"target_macs": "macs", "target_params": "parameters"}  # flag -> what a family's `cost` calls it
 WORDS = {"target_macs": "MACs", "target_params": "parameters", None: "MACs"}  # without a target: of --rate
 LATENCY = "target_latency_ms"
-TARGETS = (*COUNTED, LATENCY)
-
-
-def target_of(args: argparse.Namespace) -> str | None:
-    """The flag that sets a target, None where a run has none."""
-    return next((name for name in TARGETS if getattr(args, name) is not None), None)
-
-
-def takes_all(args: argparse.Namespace) -> bool:
-    """Whether heads, neurons and whole branches are ranked together; without a target, --rate is the share of the MACs
-    of all of them that goes."""
-    return args.vit_structured and args.vit_prune_target == "all"
 
 
 def allocates(args: argparse.Namespace) -> bool:
     """Whether a target or a file, and not ratios of heads and of neurons, says how many units stay."""
-    return target_of(args) is not None or args.unit_counts is not None or takes_all(args)
+    return target_of(vars(args)) is not None or args.unit_counts is not None or takes_all(vars(args))
 
 
 class Allocation:
@@ -185,7 +174,7 @@ class Budget(Allocation):
 
     def __init__(self, *parts):
         super().__init__(*parts)
-        self.target = target_of(self.args)
+        self.target = target_of(vars(self.args))
 
     def choose(self, state, scores, kept, run=None, worth=None):
         return best_units(scores, self._rule(scores, run, worth)(self.cost, self.limit(state)))
@@ -225,7 +214,7 @@ class Budget(Allocation):
 
     def _levels(self, scores, worth=None):
         levels = super()._levels(scores)
-        return emptied_levels(levels, self.units, scores, worth or {}) if takes_all(self.args) else levels
+        return emptied_levels(levels, self.units, scores, worth or {}) if takes_all(vars(self.args)) else levels
 
     def lowest(self) -> dict[str, int]:
         """The fewest units that layers may keep."""
@@ -256,7 +245,7 @@ class Budget(Allocation):
 
     @property
     def remark(self) -> str:
-        if takes_all(self.args):
+        if takes_all(vars(self.args)):
             return "Ranked over all layers, branches as a whole, too: how many of each kind go is up to the scores."
         if self.args.sorting_mode == "global":
             return "Units are ranked over all layers: how many of each kind go is up to the scores."
@@ -402,9 +391,9 @@ def allocation_of(
     """
     if args.struct == "dense":
         return None
-    target, parts = target_of(args), (args, family, model, units)
+    target, parts = target_of(vars(args)), (args, family, model, units)
     flag = f"--{target} {getattr(args, target):g}" if target else f"--ratio_allocation {args.ratio_allocation}"
-    if not target and takes_all(args):
+    if not target and takes_all(vars(args)):
         flag = f"--rate {args.rate:g}"
     if not units:
         if allocates(args):

@@ -10,7 +10,6 @@ import logging
 
 from torch import Tensor
 
-from engine.allocation import takes_all
 from engine.checkpoint import Target
 from engine.run import Run
 from pruning.masks import density, elementwise_step, refill_rows, structured_masks
@@ -19,6 +18,7 @@ from pruning.ranking import mark_removed
 from pruning.reports import units_report
 from pruning.scores import CRITERIA, NotFiniteError, score_units
 from pruning.units import row_units
+from settings.effect import takes_all
 from utils import RunError
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def _choose_units(run: Run) -> Target:
 def _worth_of_branches(run: Run) -> dict[str, Tensor] | None:
     """Saliency tells what all heads or neurons of a branch are worth together; the other criteria tell it of each."""
     gradient = getattr(CRITERIA[run.args.criteria], "needs", "weights") == "gradient"
-    return _score(run, run.family.branches_as_units(run.dense)) if takes_all(run.args) and gradient else None
+    return _score(run, run.family.branches_as_units(run.dense)) if takes_all(vars(run.args)) and gradient else None
 
 
 def _score(run: Run, units: dict) -> dict[str, Tensor]:

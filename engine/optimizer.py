@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.capture import GRAPHS
 from pruning.removal import scatter_tensors, slice_tensors
 from pruning.units import Kept, Units
+from settings.flags import GRAPHS
 from utils import RunError
 
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SENSITIVITY = "sensitivity"  # of --ratio_allocation
 FILE = "sensitivity.json"
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import rsst
 from engine import journal
 from engine.averaging import Average
-from engine.capture import GRAPHS, CapturedStep
+from engine.capture import CapturedStep
 from engine.checkpoint import check_kinds, fitting, has_checkpoint
 from engine.depth import StochasticDepth
 from engine.distill import Answering, is_taught
@@ -38,6 +38,7 @@ from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
+from settings.flags import GRAPHS
 from utils import RunError, autocast, cpu_copy, save_tensors, weights_of
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 
-from cli.flags import FLAGS, complete, idle_flags
 from pruning.depth import DEPTH
 from reporting.runs import Run
+from settings.flags import FLAGS, complete, idle_flags
 
 KINDS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", "all": "heads+neurons+branches", **DEPTH}
 TARGETS = {name: flag.words for name, flag in FLAGS.items() if name.startswith("target_")}

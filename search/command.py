@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from cli.errors import leave
-from cli.flags import FLAGS
 from cli.plan import plan
 from engine.folder import named_dir
 from engine.model import make_model, units_of_run
@@ -17,6 +16,7 @@ from engine.processes import ALONE
 from search import front
 from search.space import Space, in_words
 from search.trials import Study, need_optuna
+from settings.flags import FLAGS
 from utils import RunError, Stopped, format_table
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 
 from cli.config import typed_out
-from cli.flag import Flags, Values
-from cli.flags import FLAGS, build_parser, idle_flags
-from engine.allocation import TARGETS
+from settings.effect import TARGETS
+from settings.flag import Flags, Values
+from settings.flags import FLAGS, build_parser, idle_flags
 from utils import RunError
 
 

@@ -30,11 +30,12 @@ from benchmarks import gpu
 from benchmarks.train_step import training_state
 from engine import capture
 from engine import run as run_module
-from engine.capture import GRAPHS, CapturedStep, check_compile
+from engine.capture import CapturedStep, check_compile
 from engine.checkpoint import Background, RunState
 from engine.choose import choose_target
 from engine.training import StateTraining
 from models.vit import Attention
+from settings.flags import GRAPHS
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

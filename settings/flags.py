@@ -1,7 +1,7 @@
 """The table of flags: one record each, in groups. A new flag is one record here and the line that uses its value.
 
-`cli/flag.py` says what a record holds, and makes parser, help and checks of it; `cli/effect.py` holds the rules on when
-a flag has an effect. args.yaml, notes and refusals, resume, the identity of a run, the search space and docs/flags.md
+`flag.py` says what a record holds, and makes parser, help and checks of it; `effect.py` holds the rules on when a flag
+has an effect. args.yaml, notes and refusals, resume, the identity of a run, the search space and docs/flags.md
 follow from this table.
 """
 
@@ -11,8 +11,13 @@ import argparse
 from collections.abc import Iterable
 
 import rsst
-from cli import effect
-from cli.flag import (
+from dataset import DATASETS
+from models import BUILDERS
+from models.embedding import STEMS
+from pruning.ranking import KINDS
+from pruning.scores import CRITERIA, SCORE_BATCHES
+from settings import effect
+from settings.flag import (
     AUTO,
     CLOSED,
     NOT_ZERO,
@@ -30,15 +35,11 @@ from cli.flag import (
     parser_of,
     square,
 )
-from dataset import DATASETS
-from engine.allocation import SORTING
-from engine.capture import GRAPHS
-from engine.sensitivity import SENSITIVITY
-from models import BUILDERS
-from models.embedding import STEMS
-from pruning.ranking import KINDS
-from pruning.scores import CRITERIA, SCORE_BATCHES
 from utils import OneLineParser
+
+SORTING = {"uniform": "layer-wise", "global": "global"}  # --ratio_allocation -> --sorting_mode
+SENSITIVITY = "sensitivity"  # of --ratio_allocation
+GRAPHS = ("graph", "compiled-graph")  # of --compile: the whole step is one CUDA graph
 
 
 def one_of(names: Iterable[str]) -> Check:

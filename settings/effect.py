@@ -7,22 +7,31 @@ whether units are removed rather than single weights; None where only the model 
 
 from __future__ import annotations
 
-from argparse import Namespace
-
-from cli.flag import Flags
-from engine.allocation import takes_all, target_of
 from pruning.depth import DEPTH
+from settings.flag import Flags
 
 DENSE = "where nothing is pruned"
+TARGETS = ("target_macs", "target_params", "target_latency_ms")
 
 
 def prunes(flags: Flags) -> str:
     return DENSE if flags["struct"] == "dense" or flags["pruning_times"] == 1 else ""
 
 
+def target_of(flags: Flags) -> str | None:
+    """The flag that sets a target, None where a run has none."""
+    return next((name for name in TARGETS if flags[name] is not None), None)
+
+
+def takes_all(flags: Flags) -> bool:
+    """Whether heads, neurons and whole branches are ranked together; without a target, --rate is the share of the MACs
+    of all of them that goes."""
+    return bool(flags["vit_structured"]) and flags["vit_prune_target"] == "all"
+
+
 def _counted(flags: Flags) -> str:
     """Why ratios do not say how many units stay."""
-    if target := target_of(Namespace(**flags)):
+    if target := target_of(flags):
         return f"with --{target}, which says how many units stay"
     if flags["unit_counts"] is not None:
         return "with the file of --ratio_allocation, which says how many units stay"
@@ -40,7 +49,7 @@ def _by_layer(flags: Flags) -> str:
 
 
 def _one_ranking(flags: Flags) -> str:
-    return "where all kinds are ranked together by score per cost" if takes_all(Namespace(**flags)) else ""
+    return "where all kinds are ranked together by score per cost" if takes_all(flags) else ""
 
 
 def _probed(flags: Flags) -> str:
@@ -61,7 +70,7 @@ def mlp_prune_ratio(flags: Flags) -> str:
 
 def sorting_mode(flags: Flags) -> str:
     file = flags["unit_counts"] is not None
-    needed = "" if target_of(Namespace(**flags)) else structured(flags)
+    needed = "" if target_of(flags) else structured(flags)
     found = prunes(flags) or needed or _by_layer(flags) or _probed(flags) or (_counted(flags) if file else "")
     return found or ("" if flags["sorting_mode"] == "global" else _one_ranking(flags))
 
@@ -87,7 +96,7 @@ def round_to(flags: Flags) -> str:
 
 
 def ratio_allocation(flags: Flags) -> str:
-    needed = "" if flags["vit_structured"] or target_of(Namespace(**flags)) else "without --vit_structured or a target"
+    needed = "" if flags["vit_structured"] or target_of(flags) else "without --vit_structured or a target"
     return prunes(flags) or needed or _by_layer(flags) or _one_ranking(flags)
 
 

@@ -186,7 +186,10 @@ def parser_of(table: Mapping[str, Iterable[Flag]], shows_all: bool = True) -> On
 
 def markdown(table: Mapping[str, Iterable[Flag]]) -> str:
     """All flags as tables, a group each, for docs/flags.md."""
-    parts = ["# Flags", "Made by `python -m cli.flags`. `python main_imp_fillback.py --help` shows the common ones."]
+    parts = [
+        "# Flags",
+        "Written by `python -m settings.flags`; `python main_imp_fillback.py --help` shows the common ones.",
+    ]
     for title, flags in table.items():
         rows = ["| flag | meaning |", "|---|---|"]
         for flag in flags:
