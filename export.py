@@ -26,6 +26,7 @@ from deployment.card import model_card
 from deployment.command import main
 from deployment.compaction import compact, macs, parity
 from deployment.compiled import aot_package, compiled, torch_export
+from deployment.demo import class_names
 from deployment.folder import check_folder, describe, load, proof_line, read_config, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
 from deployment.semi_structured import semi_structured_
@@ -40,6 +41,7 @@ __all__ = [
     "aot_package",
     "check_folder",
     "check_onnx",
+    "class_names",
     "compact",
     "compiled",
     "describe",

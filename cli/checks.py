@@ -161,6 +161,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     _check_teacher(args)
     _check_pattern(args)
+    for name, value in (("allow_partial", ""), ("preprocessing", "model")):
+        if getattr(args, name) and value in ("", getattr(args, name)) and not (args.init or args.pretrained):
+            raise RunError(f"--{name} {value}".rstrip() + ": is about weights that a run starts from; add --pretrained")
     if args.layer_scale and args.pretrained:
         raise RunError(
             f"--layer_scale {args.layer_scale}: pretrained weights were trained without; leave one of them out"

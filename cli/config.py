@@ -42,7 +42,7 @@ def typed_out(parser: OneLineParser, content: Mapping, source: str) -> list[str]
     actions |= {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
     flags = []
     for name, value in content.items():
-        if name in ("pretrained_note", "unit_counts"):  # args.yaml of a run has them
+        if name in ("pretrained_note", "preprocessing_used", "unit_counts"):  # args.yaml of a run has them
             continue
         action = actions.get(name) if isinstance(name, str) else None
         if action is None or action.dest == "help" or (action.dest == "config" and value is not None):

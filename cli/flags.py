@@ -91,7 +91,8 @@ def _model(group: Group) -> None:
         const=True,
         default=False,
         metavar="FILE",
-        help="start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
+        help="start from timm's public weights, or from a FILE (.safetensors, .pth, .npz) or folder of weights; all of "
+        "them must fit, but for the classifier",
     )
     group.add_argument("--pretrained_tag", help="which of timm's public weights, such as augreg_in21k")
     group.add_argument(
@@ -101,6 +102,17 @@ def _model(group: Group) -> None:
         help="pretrained patch embedding of another patch size: resample it, or start it anew",
     )
     _switch(group, "--pretrained_fallback", "start from random weights when the pretrained ones cannot be had")
+    _switch(
+        group,
+        "--allow_partial",
+        "load --pretrained or --init weights that lack tensors of the model, or hold tensors that it has no place for",
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=["model", "dataset"],
+        help="whose mean, std, interpolation and centre crop images get; the model's where it starts from weights that "
+        "have a record of them (timm's configuration, a run of this program), else the data set's",
+    )
     group.add_argument(
         "--layer_scale", type=float, metavar="V", help="our ViTs' branches end in a learned factor from V on; off"
     )
@@ -120,7 +132,11 @@ def _model(group: Group) -> None:
         help="between attention and MLP of each block of a plain ViT, ours or timm's, the R most similar pairs of "
         "tokens merge into their averages (ToMe), at most half of the patch tokens that are left; 0 is off",
     )
-    group.add_argument("--init", metavar="FILE", help="initial weights: a state dict of this architecture")
+    group.add_argument(
+        "--init",
+        metavar="FILE",
+        help="initial weights: a file or folder with all weights of this model, classifier included",
+    )
 
 
 def _train(group: Group) -> None:

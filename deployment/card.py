@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from dataset import Preprocessing
 from families import family_of_config
 
 
@@ -19,9 +20,11 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     )
     table = "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---", "---:", "---:"), *rows[1:]))
     facts = "\n".join(f"- {name}: {value}" for name, value in {**provenance, **metrics}.items())
-    normalisation = f"Images are scaled to 0..1 and normalised with mean {config['mean']} and std {config['std']}."
-    if config["mean"] is None:
-        normalisation = "How its images are normalised is not known: the weights came without their data set."
+    images = "How its images are normalised is not known: the weights came without their data set."
+    if shown := Preprocessing.from_config(config):
+        images = f"Images are prepared as in training: {shown.words()} (`preprocessing` in config.json)."
+    if names := config.get("class_names"):
+        images += f"\n\nClasses, in the order of the logits: {_listed(names)}."
     which = "folded" if "folded" in config else "removed"
     left, loading = family_of_config(config).card(config)
     if "nm" in provenance:
@@ -31,8 +34,13 @@ def model_card(config: Mapping, proof: Mapping) -> str:
         f"The {which} model computes what the masked one does: largest difference "
         f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
         f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
-        f"{facts}\n\n{normalisation}\n\n{loading}"
+        f"{facts}\n\n{images}\n\n{loading}"
     )
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most:,} more (`class_names` in config.json)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _pattern_words(keep: str, group: str) -> str:

@@ -20,7 +20,7 @@ from deployment.compiled import aot_package, check_compiler, compiled, torch_exp
 from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_words, runtime_files, write_demo
 from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, read_config, write, write_folded
 from deployment.hub import check_hub, write_hub
-from deployment.onnx_file import OPSET, check_onnx, to_onnx
+from deployment.onnx_file import OPSET, check_onnx, onnx_metadata, to_onnx
 from deployment.quantise import INT8_FILES, better_form, write_int8
 from deployment.semi_structured import semi_structured_table
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
@@ -186,7 +186,8 @@ def _export(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
-        splits = load_dataset(dataset, data, size, val_fraction)
+        shown = getattr(run, "preprocessing_used", None)
+        splits = load_dataset(dataset, data, size, val_fraction, shown=shown)
         facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
@@ -204,7 +205,8 @@ def _export(args: argparse.Namespace) -> None:
         test = make_batches(splits.test, facts, 256, device, workers=workers)
         metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
         log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
-    small = write(folder, masked, kept, proving(), facts, provenance, metrics)
+    classes = class_names(dataset, data, facts.classes) if facts else ()
+    small = write(folder, masked, kept, proving(), facts, provenance, metrics, classes)
     log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
     variants = {}
     if args.fold:
@@ -227,8 +229,7 @@ def _export(args: argparse.Namespace) -> None:
             if args.demo is not None:
                 _write_page(args, folder, shown, runtime, dataset, data, facts)
     if args.hf:
-        classes = class_names(dataset, data, facts.classes) if facts else ()
-        write_hub(folder, Path(args.hf), dataset, size, classes)
+        write_hub(folder, Path(args.hf), dataset, size)
         log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
 
 
@@ -270,7 +271,7 @@ def _write_programs(args: argparse.Namespace, folder: Path) -> None:
     """What runs without this program, from the folded network where there is one."""
     model = load(folder / FOLDED if args.fold else folder) if args.onnx or args.torch_export or args.aot else None
     if args.onnx:
-        worst = to_onnx(model, folder / "model.onnx", args.opset)
+        worst = to_onnx(model, folder / "model.onnx", args.opset, onnx_metadata(read_config(folder)))
         log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
     if args.torch_export:
         worst = torch_export(model, folder / "model.pt2")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import utils
-from dataset import DatasetFacts
+from dataset import DatasetFacts, preprocessing_of
 from deployment.card import model_card
 from deployment.compaction import compact, macs, parity
 from families import family_of, family_of_config
@@ -47,6 +47,7 @@ def write(
     facts: DatasetFacts | None,
     provenance: Mapping,
     metrics: Mapping,
+    classes: Sequence[str] = (),
 ) -> nn.Module:
     """Write `model/` and return the small model; nothing is written when it computes something else.
 
@@ -55,13 +56,14 @@ def write(
         kept: as in `compact`.
         batches: validation images for the proof.
         provenance, metrics: plain values for config.json and the card.
+        classes: their names, in the order of the logits; empty where they are not known.
 
     Raises:
         RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float32.
     """
     small, kept = compact(masked, kept)
     proof = _proven("removed", masked, small, batches)
-    config = describe(small, kept, facts)
+    config = describe(small, kept, facts, classes)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(unmerged(masked)), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
@@ -142,13 +144,14 @@ def check_folder(folder: Path) -> None:
         raise RunError(f"--out {folder}: {there} is not a folder that can be written; choose another")
 
 
-def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
+def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None, classes: Sequence[str] = ()) -> dict:
     """A removed model as plain values, enough to build it again (its family's share) and to feed it images."""
-    config = family_of(small).describe(small, kept)
-    mean, std = ([], []) if facts is None else (facts.mean, facts.std)
-    # per channel; grey images become three equal ones
-    config["mean"] = list(mean) * (3 // len(mean)) if mean else None
-    config["std"] = list(std) * (3 // len(std)) if std else None
+    family = family_of(small)
+    shown = preprocessing_of(facts, family.image_size(small)).as_config() if facts else {}
+    config = family.describe(small, kept) | {name: shown.get(name) for name in ("mean", "std")}
+    config["preprocessing"] = shown or None
+    if classes:
+        config["class_names"] = list(classes)
     return config
 
 
@@ -158,7 +161,7 @@ def _digest(config: Mapping) -> str:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The exported model, in eval mode on the CPU; images are normalised by `mean` and `std` of config.json.
+    """The exported model, in eval mode on the CPU; how it wants its images stands in `preprocessing` of config.json.
 
     Raises:
         RunError: a file is missing, truncated or not the one that was written.

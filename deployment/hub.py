@@ -1,6 +1,6 @@
 """A folder as the Hugging Face hub expects it: an exported model in; config.json, model.safetensors, README.md out.
 
-    write_hub(Path("results/NAME/model"), Path("out"), "digits", classes)
+    write_hub(Path("results/NAME/model"), Path("out"), "digits", 16)
 
 Nothing is uploaded. `export.load` and the lines of the card load the folder as they load `model/`; the hub reads the
 metadata at the head of README.md.
@@ -12,11 +12,12 @@ import importlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from dataset import Preprocessing
 from deployment.folder import read_config, seal
 from deployment.quantise import INT8_FILES
 from families import family_of_config
@@ -40,7 +41,7 @@ def check_hub() -> None:
         raise RunError("--hf: huggingface_hub is missing; pip install huggingface_hub") from error
 
 
-def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes: Sequence[str]) -> None:
+def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None:
     """Write the folder, whole or not at all.
 
     Args:
@@ -48,12 +49,11 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
         folder: where it goes; it must not be there yet.
         dataset: key of DATASETS, None where the weights came without one.
         size: pixels a side of its images.
-        classes: their names, in the order of the logits; empty where they are not known.
 
     Raises:
         RunError: the model is damaged, or the disk is full.
     """
-    config = hub_config(read_config(model), size, classes)
+    config = hub_config(read_config(model), size)
     config, blob = seal(config, load_file(str(model / "model.safetensors")))
     try:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -73,16 +73,18 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
         raise RunError(f"--hf {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
 
 
-def hub_config(config: Mapping, size: int, classes: Sequence[str]) -> dict:
+def hub_config(config: Mapping, size: int) -> dict:
     """config.json with the keys under which timm's models on the hub say what their images and classes are.
 
     `architecture` is the dense one's name. The widths that are left are in our own keys: `timm.create_model` alone
     cannot build them, the lines of the card do.
     """
-    shown = {"input_size": [3, size, size], "mean": config["mean"], "std": config["std"], "interpolation": "bilinear"}
-    if size >= 128:
-        shown["crop_pct"] = 0.875
-    known = {key: value for key, value in shown.items() if value is not None}
+    known = {"input_size": [3, size, size]}
+    if shown := Preprocessing.from_config(config):
+        mean, std, kind = list(shown.mean), list(shown.std), shown.interpolation
+        known |= {"mean": mean, "std": std, "interpolation": kind, "crop_pct": shown.crop / shown.resize}
+        known |= {"crop_mode": "squash"} if shown.resize_mode == "square" else {}
+    classes = config.get("class_names", ())
     added = {"architecture": config["provenance"].get("arch", ""), "pretrained_cfg": known}
     if classes:
         added |= {"num_classes": len(classes), "label_names": list(classes)}

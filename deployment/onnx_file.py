@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,34 @@ def open_session(path: Path, threads: int | None = None) -> Callable[[np.ndarray
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def to_onnx(model: nn.Module, path: Path, opset: int = OPSET) -> float:
+def onnx_metadata(config: Mapping) -> dict[str, str]:
+    """How images are prepared and what the logits stand for, of an exported model's config.json, as ONNX keeps it."""
+    named = {name: config.get(name) for name in ("preprocessing", "class_names")}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in named.items() if value}
+
+
+def label(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put `metadata` into an ONNX file, in place of what it has."""
+    import onnx
+
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, str(path))
+
+
+def labels_of(path: Path) -> dict[str, str]:
+    """The metadata of an ONNX file."""
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
+
+
+def to_onnx(model: nn.Module, path: Path, opset: int = OPSET, metadata: Mapping[str, str] | None = None) -> float:
     """Write ONNX with a dynamic batch and return the largest difference to `model` under ONNX Runtime, batch 1 and 3.
 
     Args:
         opset: version of the standard operators that the file is written in.
+        metadata: what the file says of itself; see `onnx_metadata`.
 
     Raises:
         RunError: onnx, onnxscript or onnxruntime is missing, the operator set cannot be written or run, or the
@@ -91,6 +115,8 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET) -> float:
                 opset_version=opset,
                 verbose=False,
             )
+            if metadata:
+                label(draft, metadata)
             session = _checked_session(draft, opset)
             worst = 0.0
             for batch in (1, 3):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import utils
 from dataset import Splits, make_batches
-from deployment.onnx_file import OPSET, open_session
+from deployment.onnx_file import OPSET, label, labels_of, open_session
 from deployment.onnx_table import onnx_rows, onnx_section
 from utils import RunError
 
@@ -79,6 +79,7 @@ def to_int8(source: Path, target: Path, form: str, images: Iterable[Tensor] = ()
             _quantise_static(prepared, draft, images)
         else:
             _quantise_dynamic(prepared, draft)
+        label(draft, labels_of(source))
         if not np.isfinite(open_session(draft)(_noise(draft))).all():
             raise RunError(f"--int8: the {form} file gives logits that are not finite; not written", code=1)
         utils.write_atomic(target, lambda file: file.write(draft.read_bytes()))

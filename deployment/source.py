@@ -19,8 +19,7 @@ from engine.allocation import TARGETS
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
-from models.vit import MisfitError
-from pruning.masks import plain_weights
+from models.weight_files import MisfitError, PretrainedError, read_weights, without_prefixes
 from utils import RunError
 
 
@@ -68,8 +67,9 @@ def full_network(
     if dense is None and not kept.exists():
         return "masked", copy.deepcopy(masked).cpu()
     named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0, "kd_features": None})
+    facts = dataset_facts(args.dataset, args.data, getattr(args, "preprocessing_used", None))
     try:
-        model = named_teacher(named, dataset_facts(args.dataset, args.data), masked, load)
+        model = named_teacher(named, facts, masked, load)
     except RunError as error:
         raise RunError(str(error).replace("--teacher", "--dense", 1)) from error
     return "dense", model.eval()
@@ -77,15 +77,9 @@ def full_network(
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
     """A model from a state dict of `torch.nn.utils.prune`, with its masks applied."""
-    content = utils.load_state_file(path, "--from_checkpoint")
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     try:
-        weights = plain_weights(tensors)
-    except RuntimeError as error:
-        raise RunError(f"--from_checkpoint {path}: a mask does not fit its weight ({error})") from error
-    try:
-        return from_weights(arch, {name.removeprefix("module."): value for name, value in weights.items()})
-    except MisfitError as error:
+        return from_weights(arch, without_prefixes(read_weights(path, "--from_checkpoint")))
+    except (PretrainedError, ValueError) as error:
         raise RunError(str(error)) from error
 
 

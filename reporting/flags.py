@@ -20,6 +20,7 @@ TARGETS = {  # flag -> what it says, in words
 _CIRCUMSTANCES = {
     "save_dir", "exp_name", "device", "gpu", "workers", "print_freq", "verbose", "resume", "checkpoint", "overwrite",
     "checkpoint_every", "config", "data", "dry_run", "export", "list_archs", "notes", "pretrained_note",
+    "preprocessing", "allow_partial",
 }  # fmt: skip
 _STRUCTURED = {
     "vit_prune_target", "mlp_prune_ratio", "sorting_mode", "ratio_schedule", "rank_by", "min_units", "refill",
@@ -137,7 +138,7 @@ def command(run: Run) -> str:
         "config",
         "notes",
     }
-    left_out |= {"pretrained_note", "unit_counts"}
+    left_out |= {"pretrained_note", "preprocessing_used", "unit_counts"}
     words = ["python main_imp_fillback.py"]
     for name, value in run.args.items():
         if name in left_out or name.startswith("wandb_") or value is None:

@@ -20,7 +20,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmVit
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from models import build_model, resnet, vit
-from models.vit import PretrainedError, VisionTransformer, load_pretrained_weights
+from models.pretrained import load_pretrained_weights
+from models.vit import VisionTransformer
+from models.weight_files import PretrainedError
 from vit_pruning_utils import is_vit_model
 
 SMALL = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -476,7 +476,7 @@ def test_a_model_without_its_data_set_goes_to_the_hub_and_loads(tmp_path, monkey
     images = torch.randn(4, 3, 8, 8)
     kept = {"layer1.0.conv1": [0, 1, 2, 3]}
     export.write(tmp_path / "model", model, kept, [(images, torch.zeros(4))], None, {"arch": "res20s"}, {})
-    write_hub(tmp_path / "model", tmp_path / "hub", None, 8, ())
+    write_hub(tmp_path / "model", tmp_path / "hub", None, 8)
     text = (tmp_path / "hub" / "README.md").read_text()
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
     assert (head["library_name"], head["license"]) == ("pytorch", "mit")
