@@ -37,9 +37,9 @@ class FolderBatches:
     """Batches of image files, decoded and augmented by `workers` processes that work ahead (0: in this process).
 
     `aug`: "none" shows images as evaluation does (see `preprocessing_of`); "basic" is a random resized crop of 8% to
-    100% of the area and a horizontal flip; "strong" adds RandAugment (Cubuk et al. 2020, arXiv:1909.13719), "rand" RandAugment and random
-    erasing (for a quarter of the images, a rectangle of 2% to 33% of the area set to the mean). Transforms are
-    torchvision's, on Pillow images; bytes travel to `device`, which normalises.
+    100% of the area and a horizontal flip; "strong" adds RandAugment (Cubuk et al. 2020, arXiv:1909.13719), "rand"
+    RandAugment and random erasing (for a quarter of the images, a rectangle of 2% to 33% of the area set to the mean).
+    Transforms are torchvision's, on Pillow images; bytes travel to `device`, which normalises.
 
     What is random about the image at a position of an epoch comes from a generator of its own, seeded by
     (seed, state, epoch, position), so batches do not depend on the number of workers, and reading can start

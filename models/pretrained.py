@@ -204,9 +204,9 @@ def _gaps(report: TransferReport, free: tuple[str, ...] | None) -> str:
     count = len(report.transferred) + len(report.resampled) + len(report.reinitialised)
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of the model's {count} tensors are not in it ({_named(missing)})")
+        parts.append(f"it lacks {len(missing)} of the model's {count} tensors ({_named(missing)})")
     if left:
-        parts.append(f"{len(left)} of its tensors have no place in the model ({_named(left)})")
+        parts.append(f"the model has no place for {len(left)} of its tensors ({_named(left)})")
     return " and ".join(parts)
 
 
