@@ -156,9 +156,11 @@ def _fill(
     if misfit or _gaps(report, free):
         translated = _translated(model, weights)
         found = translated and _matched(model, translated, free, anew)
-        if found and not (found[2] or _gaps(found[1], free)):
+        changed = _resized_by_filter(weights, found[0]) if found else []
+        if found and not (found[2] or _gaps(found[1], free) or (changed and free is None)):
             loaded, report, misfit = found
-            _note_resampled(report, weights, loaded)
+            report.transferred = [name for name in report.transferred if name not in changed]
+            report.resampled += [name for name in changed if name not in report.resampled]
             log.info("%s: names translated by timm's filter for this model", said)
     if misfit:
         raise MisfitError(f"{said}: {misfit}; give weights of the same architecture")
@@ -240,12 +242,9 @@ def _filter_of(model: nn.Module) -> Callable | None:
     return convert
 
 
-def _note_resampled(report: TransferReport, weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
-    """timm's filters resample on their way: those tensors are not transferred as they were."""
-    for name in ("pos_embed", "patch_embed.proj.weight"):
-        if name in report.transferred and name in weights and weights[name].shape != loaded[name].shape:
-            report.transferred.remove(name)
-            report.resampled.append(name)
+def _resized_by_filter(weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list[str]:
+    """timm's filters resample on their way: tensors that have another size than in the file."""
+    return [name for name, tensor in loaded.items() if name in weights and weights[name].numel() != tensor.numel()]
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
