@@ -33,6 +33,7 @@ from torch import nn
 import export
 import report
 import utils
+from cli.checks import check_model_folder
 from cli.errors import explain, leave, one_voice
 from cli.parse import parse_args
 from cli.plan import plan
@@ -184,6 +185,7 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit, shown)
         teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
+    check_model_folder(args)
     lock = make_save_dir(args) if processes.first else None
     args.save_dir = processes.from_first(args.save_dir)
     try:

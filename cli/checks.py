@@ -6,12 +6,15 @@ import argparse
 import math
 import os
 import re
+from pathlib import Path
 
 import models
 from dataset import DATASETS
+from deployment.folder import check_folder
 from engine.allocation import LATENCY, SORTING, TARGETS, allocates, read_counts, takes_all, target_of
 from engine.capture import GRAPHS
 from engine.distill import SELF, wants_teacher
+from engine.folder import named_dir
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from engine.sensitivity import SENSITIVITY
@@ -42,6 +45,13 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_combinations(args)
     _check_processes(args)
     return _notes(args, given)
+
+
+def check_model_folder(args: argparse.Namespace) -> None:
+    """Refuse a run's folder whose model/ holds files of others, which the run would replace at its end."""
+    folder = args.save_dir or (args.exp_name and named_dir(args.exp_name))
+    if folder and (args.export or args.overwrite):
+        check_folder(Path(folder) / "model", "--save_dir" if args.save_dir else "--exp_name")
 
 
 def check_search(args: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ metadata at the head of README.md.
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dataset import Preprocessing
-from deployment.folder import read_config, seal
+from deployment.card import is_pruned
+from deployment.folder import as_json, read_config, seal
 from deployment.quantise import INT8_FILES
 from families import family_of_config
 from utils import RunError
@@ -61,7 +61,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
             draft = Path(staging) / folder.name
             draft.mkdir()
             (draft / "model.safetensors").write_bytes(blob)
-            (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            (draft / "config.json").write_text(as_json(config), "utf-8")
             card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
             (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
             for name in ("parity.json", "model.onnx", *INT8_FILES.values()):
@@ -100,7 +100,8 @@ def metadata(config: Mapping, dataset: str | None) -> str:
     family, arch = family_of_config(config), config["architecture"]
     timm = "import timm" in family.card(config)[1]
     accuracy = config["metrics"].get("test_accuracy")
-    results, name = [], f"{arch.rpartition('/')[2]}-pruned"
+    pruned = is_pruned(config)
+    results, name = [], f"{arch.rpartition('/')[2]}{'-pruned' * pruned}"
     if accuracy is not None and dataset is not None:
         results = [
             cards.EvalResult(
@@ -116,7 +117,12 @@ def metadata(config: Mapping, dataset: str | None) -> str:
         "license": "mit",
         "library_name": "timm" if timm else "pytorch",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "pruning", "structured-pruning", "safetensors", *["timm"][:timm]],
+        "tags": [
+            "image-classification",
+            *["pruning", "structured-pruning"][: 2 * pruned],
+            "safetensors",
+            *["timm"][:timm],
+        ],
         "datasets": [HUB_NAMES[dataset]] if dataset in HUB_NAMES else None,
         "metrics": ["accuracy"],
         "model_name": name,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deployment.compaction import worst_of
+from deployment.compaction import without_empty_layers, worst_of
 from families import family_of
 from pruning.scores import evaluating
 from utils import RunError
@@ -103,18 +105,8 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET, metadata: Mapping[
     draft = path.with_name(f".{path.name}.tmp")
     try:
         with evaluating(model):
-            torch.onnx.export(
-                model,
-                (inputs[2],),
-                str(draft),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                external_data=False,
-                opset_version=opset,
-                verbose=False,
-            )
+            with quiet():
+                _export(without_empty_layers(model), inputs[2], draft, opset)
             if metadata:
                 label(draft, metadata)
             session = _checked_session(draft, opset)
@@ -130,6 +122,42 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET, metadata: Mapping[
     finally:
         draft.unlink(missing_ok=True)
     return worst
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the remarks that the tools of ONNX log about what they are told here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _export(model: nn.Module, images: Tensor, path: Path, opset: int) -> None:
+    for module in model.modules():
+        if hasattr(module, "relative_position_bias_table") and hasattr(module, "fused_attn"):
+            module.fused_attn = False  # PyTorch 2.9 cannot write fused attention with a bias
+    try:
+        torch.onnx.export(
+            model,
+            (images,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")[:200]
+        raise RunError(
+            f"--onnx: PyTorch cannot write {type(model).__name__} ({type(cause).__name__}: {reason}); not written", 1
+        ) from error
 
 
 def _checked_session(path: Path, opset: int) -> Callable[[np.ndarray], np.ndarray]:

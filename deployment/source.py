@@ -20,6 +20,8 @@ from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
 from models.weight_files import MisfitError, PretrainedError, read_weights, without_prefixes
+from reporting.flags import without_effect
+from reporting.runs import method_of
 from utils import RunError
 
 
@@ -85,16 +87,13 @@ def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
 
 def run_provenance(run: argparse.Namespace) -> dict:
     """What made a model, for its config.json and card."""
-    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed")
-    found = {name: getattr(run, name) for name in names}
-    if getattr(run, "nm", None) and run.struct != "dense" and run.pruning_times > 1:
-        found["nm"] = run.nm
-    if run.vit_structured:
-        found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
-    if getattr(run, "token_merge", None):
-        found["token_merge"] = run.token_merge
-    names = (*TARGETS, "latency_batch")
-    found |= {name: getattr(run, name) for name in names if getattr(run, name, None) is not None}
+    method = method_of(vars(run))
+    idle = without_effect(vars(run), method)
+    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed", "nm")
+    names += ("vit_prune_target", "mlp_prune_ratio", "token_merge", *TARGETS, "latency_batch")
+    found = {name: getattr(run, name, None) for name in names if name not in idle}
+    found = {name: value for name, value in found.items() if value is not None and (name != "token_merge" or value)}
+    found["struct"] = method
     if getattr(run, "finish_epochs", None):
         found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
         if run.finish_on_all:

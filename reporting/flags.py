@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
 
 from pruning.depth import DEPTH
 from reporting.runs import Run
@@ -39,52 +40,57 @@ _TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
 
 def flags_without_effect(run: Run) -> set[str]:
     """Flags that this run's other flags leave without effect, and `units` of `identity` where none go."""
-    args, without_effect = run.args, set()
+    return without_effect(run.args, run.method, has_filters(run))
+
+
+def without_effect(args: Mapping, method: str, filters: bool | None = None) -> set[str]:
+    """The same for the flags of a run alone; `filters`: whether its units are filters, None where it is not known."""
+    idle = set()
     structured = bool(args.get("vit_structured"))
-    if run.method == "dense":
-        without_effect |= _PRUNING | _STRUCTURED | _PENALTY | {"units"}
+    if method == "dense":
+        idle |= _PRUNING | _STRUCTURED | _PENALTY | {"units"}
     if args.get("nm"):
-        without_effect.add("rate")
+        idle.add("rate")
     allocated = args.get("unit_counts") or any(args.get(name) is not None for name in TARGETS)
     if not structured:
         by_schedule = {"ratio_schedule", "min_units"} if allocated else {"ratio_schedule"} if args.get("nm") else set()
-        without_effect |= _STRUCTURED - by_schedule
+        idle |= _STRUCTURED - by_schedule
     elif args.get("vit_prune_target") == "head":
-        without_effect.add("mlp_prune_ratio")
+        idle.add("mlp_prune_ratio")
     elif args.get("vit_prune_target") in DEPTH:
-        without_effect |= {"mlp_prune_ratio", "sorting_mode", "min_units", "rank_by", "round_to"}
+        idle |= {"mlp_prune_ratio", "sorting_mode", "min_units", "rank_by", "round_to"}
     elif args.get("vit_prune_target") == "all":
-        without_effect |= {"mlp_prune_ratio", "sorting_mode", "rank_by"}
+        idle |= {"mlp_prune_ratio", "sorting_mode", "rank_by"}
     heads_only = structured and args.get("vit_prune_target") == "head"
-    single_weights = not structured and has_filters(run) is False
+    single_weights = not structured and filters is False
     if args.get("round_to", 1) == 1 or heads_only or single_weights:
-        without_effect.add("round_to")
+        idle.add("round_to")
     if args.get("ratio_allocation") == "sensitivity":
-        without_effect |= {"sorting_mode", "rank_by"}
+        idle |= {"sorting_mode", "rank_by"}
     if allocated:
-        without_effect |= {"mlp_prune_ratio", "rank_by"}
+        idle |= {"mlp_prune_ratio", "rank_by"}
         if args.get("criteria") != "remain" and not (structured and args.get("refill") is False):
-            without_effect.add("rate")
+            idle.add("rate")
     if args["struct"] != "rsst":
-        without_effect |= _PENALTY
+        idle |= _PENALTY
     if args.get("RST_schedule") != "exp_custom_exponents":
-        without_effect.add("exponents")
+        idle.add("exponents")
     if args.get("prune_type") != "rewind_lt":
-        without_effect.add("rewind_epoch")
+        idle.add("rewind_epoch")
     if structured or args["struct"] not in ("refill", "rsst"):
-        without_effect.add("fillback_rate")
-    chooses_none = has_filters(run) is False and not args.get("fillback_rate")
+        idle.add("fillback_rate")
+    chooses_none = filters is False and not args.get("fillback_rate")
     if not structured and (args["struct"] == "imp" or chooses_none):
-        without_effect |= {"criteria", "score_batches"}
+        idle |= {"criteria", "score_batches"}
     if structured:
-        without_effect.add("prune_patch_embed")
+        idle.add("prune_patch_embed")
     if args.get("sched") == "cosine":
-        without_effect.add("decreasing_lr")
+        idle.add("decreasing_lr")
     if args.get("stem") == "patch":  # runs of older versions have no other, and do not say so
-        without_effect.add("stem")
+        idle.add("stem")
     if args.get("opt") == "adamw":
-        without_effect.add("momentum")
-    return without_effect
+        idle.add("momentum")
+    return idle
 
 
 def has_filters(run: Run) -> bool | None:

@@ -537,7 +537,7 @@ def test_the_documented_commands_on_digits(resnets, tmp_path, capsys):
     assert {n: len(ids) for n, ids in kept.items()} == {n: int(expected[n].mean() * filters[n] + 1e-9) for n in filters}
     assert int(pruned["filters"]) == 16 + sum(map(len, kept.values()))
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
-    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    assert proof["max_difference_float64"] <= proof["bound"]
     assert proof["top1_agreement"] == 1.0
     assert export.main([str(done.dir), "--out", str(tmp_path / "out"), "--evaluate", "--fold"]) == 0
     folded = export.load(tmp_path / "out" / "folded")
