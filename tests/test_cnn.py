@@ -463,7 +463,11 @@ def test_folded_networks_have_no_norm_and_compute_the_same(make_micro, projected
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
     exec(code.replace('"model/folded"', repr(str(tmp_path / "folded"))), space)
     assert (space["model"](images) - folded(images)).abs().max() <= 1e-6
-    # another model/ takes the variant of the older one away
+    # the same model/ keeps its variant, another one takes it away
+    export.write(tmp_path, masked, kept, [(images, labels)], None, {}, {})
+    assert (tmp_path / "folded").exists()
+    with torch.no_grad():
+        masked.fc.bias += 1
     export.write(tmp_path, masked, kept, [(images, labels)], None, {}, {})
     assert not (tmp_path / "folded").exists()
 
