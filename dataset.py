@@ -4,14 +4,15 @@
     train = make_batches(splits.train, splits.facts, batch_size=128, device="cpu", seed=42, aug="basic")
     images, labels = train.batch(state=0, epoch=3, step=7)     # the same bits whenever it is asked for
 
-Images are uint8 until a batch is made; a batch is float32 [B, 3, H, W], normalised once by the data set's own
-mean and standard deviation. Which images validate is fixed, whatever the seed of the run.
+Images are uint8 until a batch is made; a batch is float32 [B, 3, H, W], normalised once by the mean and standard
+deviation of the data set, or of pretrained weights (`shown`). Which images validate is fixed, whatever the seed.
 """
 
 from images.batches import Batches, make_batches
 from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, Splits
 from images.folders import FolderBatches
 from images.orders import balanced_order
+from images.preprocessing import Preprocessing, preprocessing_of
 from images.reading import read_idx
 from images.splits import dataset_facts, joined, load_dataset, split_sizes
 
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetFacts",
     "FolderBatches",
     "FolderSplit",
+    "Preprocessing",
     "Split",
     "Splits",
     "balanced_order",
@@ -29,6 +31,7 @@ __all__ = [
     "joined",
     "load_dataset",
     "make_batches",
+    "preprocessing_of",
     "read_idx",
     "split_sizes",
 ]

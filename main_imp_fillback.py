@@ -33,10 +33,11 @@ from torch import nn
 import export
 import report
 import utils
+from cli.checks import check_model_folder
 from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
 from cli.plan import notes_on_steps, plan
-from dataset import DataError, Splits, load_dataset
+from dataset import DataError, Splits, load_dataset, preprocessing_of
 from deployment.folder import NotProvenError
 from engine import journal
 from engine.capture import check_compile
@@ -121,7 +122,8 @@ def hand_over(run: Run) -> None:
     last, folder, provenance = run.progress.states[-1], run.save_dir / "model", export.run_provenance(run.args)
     metrics = {"val_accuracy": last["best_accuracy"], "test_accuracy": last["test_accuracy"]}
     metrics = {name: value for name, value in metrics.items() if value != ""}  # a finish on all images has none
-    small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics)
+    classes = export.class_names(run.args.dataset, run.args.data, run.facts.classes)
+    small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics, classes)
     log.info(f"{export.size_table(run.dense, small)}\n\n{export.proof_line(folder)}")
 
 
@@ -189,9 +191,11 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         model = make_model(args, weights=False) if content else first_model(args)
         units_of_run(args, model)
         pixels = family_of(model).image_size(model)
-        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+        shown = getattr(args, "preprocessing_used", None)  # runs of older versions have none
+        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit, shown)
         teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
+    check_model_folder(args)
     lock = make_save_dir(args) if processes.first else None
     args.save_dir = processes.from_first(args.save_dir)
     try:
@@ -229,6 +233,7 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
     data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
     log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
+    log.info(f"images: {preprocessing_of(splits.facts, pixels).words()}")
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
     which = f"states 0 to {states - 1} of" if states > 1 else "one state of"

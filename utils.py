@@ -414,7 +414,7 @@ def save_tensors(path: Path, content: object) -> None:
     write_atomic(path, write)
 
 
-def _seal_broken(path: Path) -> bool:
+def seal_broken(path: Path) -> bool:
     """Whether a file that `save_tensors` wrote has changed since; others carry no seal."""
     digest, left = hashlib.sha256(), path.stat().st_size - _SEAL_LENGTH
     if left < 0:
@@ -432,7 +432,7 @@ def load_tensors(path: Path, what: str) -> dict:
     if not path.is_file():
         raise RunError(f"{what}: {path} does not exist")
     try:
-        if _seal_broken(path):
+        if seal_broken(path):
             raise RunError(f"{what}: {path} is damaged (its content changed after it was written)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what raw pickles hold; they are refused below
@@ -451,27 +451,16 @@ def load_tensors(path: Path, what: str) -> dict:
     return content
 
 
-def load_state_file(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict from `.safetensors` or a `torch.save` file, also nested under `state_dict` or `model`.
-
-    Raises:
-        RunError: it is missing, damaged or not finite.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            content = load_file(str(path))
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{what}: {path} is missing or not a safetensors file ({cause(error)})") from error
-    else:
-        content = load_tensors(path, what)
-        for key in ("state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-    check_finite(content, f"{what} {path}")
-    return content
+def plain_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without `torch.nn.utils.prune`'s pairs: X_orig and X_mask become X = X_orig * X_mask."""
+    plain = {}
+    for name, value in state_dict.items():
+        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state_dict:
+            stem = name.removesuffix("_orig")
+            plain[stem] = value * state_dict[f"{stem}_mask"].to(value)
+        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state_dict):
+            plain[name] = value
+    return plain
 
 
 def check_finite(weights: Mapping, source: str) -> None:
@@ -490,6 +479,14 @@ def cpu_copy(content):
     if isinstance(content, list | tuple):
         return type(content)(map(cpu_copy, content))
     return content
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. Only to CUDA, and out of pinned memory, does the copy go on while others work:
+    the memory is kept for it there, where elsewhere its owner may have it overwritten before."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

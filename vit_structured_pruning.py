@@ -29,7 +29,7 @@ from families.vit import (
     vit_macs,
     vit_units,
 )
-from pruning.masks import normalise_names, plain_weights
+from pruning.masks import normalise_names
 from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import CRITERIA, SCORE_BATCHES, Criterion, captured, evaluating, score_units, trained_weights
@@ -46,6 +46,7 @@ from pruning.units import (
     unit_parameters,
     unit_weights,
 )
+from utils import plain_weights
 
 __all__ = [
     "CRITERIA",

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import families
 from families import FAMILIES, family_of
 from models import TIMM
-from models.vit import PretrainedError, import_timm, reason
+from models.weight_files import PretrainedError, import_timm, reason
 from pruning.units import LayoutError
 from utils import RunError, format_table, write_text
 

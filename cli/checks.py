@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import models
+from deployment.folder import check_folder
 from engine.allocation import read_counts
 from engine.distill import SELF
+from engine.folder import named_dir
 from engine.model import run_length
 from engine.optimizer import milestones_of
 from engine.processes import world_size
@@ -41,6 +44,13 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
     _check_combinations(args)
     _check_processes(args)
     return _notes(args, given)
+
+
+def check_model_folder(args: argparse.Namespace) -> None:
+    """Refuse a run's folder whose model/ holds files of others, which the run would replace at its end."""
+    folder = args.save_dir or (args.exp_name and named_dir(args.exp_name))
+    if folder and (args.export or args.overwrite):
+        check_folder(Path(folder) / "model", "--save_dir" if args.save_dir else "--exp_name")
 
 
 def check_search(args: argparse.Namespace) -> None:
@@ -85,6 +95,9 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     _check_teacher(args)
     _check_pattern(args)
+    for name, value in (("allow_partial", ""), ("preprocessing", "model")):
+        if getattr(args, name) and value in ("", getattr(args, name)) and not (args.init or args.pretrained):
+            raise RunError(f"--{name} {value}".rstrip() + ": is about weights that a run starts from; add --pretrained")
     if args.layer_scale and args.pretrained:
         raise RunError(
             f"--layer_scale {args.layer_scale}: pretrained weights were trained without; leave one of them out"

@@ -53,7 +53,7 @@ def typed_out(content: Mapping, source: str) -> list[str]:
     options |= {f"no-{flag.name}": flag for flag in FLAGS.values() if flag.both}
     typed = []
     for name, value in content.items():
-        if name in ("pretrained_note", "unit_counts"):  # args.yaml of a run has them
+        if name in ("pretrained_note", "preprocessing_used", "unit_counts"):  # args.yaml of a run has them
             continue
         flag = FLAGS.get(name) or options.get(name) if isinstance(name, str) else None
         if flag is None or (flag.name == "config" and value is not None):

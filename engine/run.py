@@ -324,7 +324,7 @@ class Run:
             return
         stays = () if self.args.fc else (self.family.classifier,)
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
-        self.dense.load_state_dict(start, strict=False)
+        self.dense.load_state_dict({**self.dense.state_dict(), **start})
 
     def be_taught_by(self, model: nn.Module) -> None:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families.depth import branch_units, layer_scale
+from families.depth import branch_units, bypass_empty_, layer_scale
 from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
 from utils import RunError
@@ -148,6 +148,9 @@ class TransformerFamily:
 
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         pass
+
+    def bypass_empty_(self, model: nn.Module) -> None:
+        bypass_empty_(model, self.branches(model))
 
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         alive = find_working(self.branches(model))

@@ -7,6 +7,7 @@
     splits.py    train, validation and test cut from what was read          `load_dataset`
     randaugment.py  RandAugment of a batch                              an operation of it
     augment.py   crops, flips and more as batched tensor code               a new augmentation
+    preprocessing.py  how an image becomes a network's input, in one value  a step of it
     folders.py   batches of image files, by worker processes                `FolderBatches`
     batches.py   batches of pixels that live on the device                  `Batches`, `make_batches`
 

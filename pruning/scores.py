@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pruning.masks import normalise_names, plain_weights
+from pruning.masks import normalise_names
 from pruning.units import Tap, Units
+from utils import plain_weights
 
 log = logging.getLogger(__name__)
 

@@ -16,17 +16,13 @@ TARGETS = {name: flag.words for name, flag in FLAGS.items() if name.startswith("
 
 def flags_without_effect(run: Run) -> set[str]:
     """Flags that this run's other flags leave without effect, and `units` of `identity` where none are removed."""
-    idle = set(idle_flags({**run.args, "has_units": _has_units(run)}))
-    return idle | ({"units"} if run.method == "dense" else set())
+    has_units = True if run.args.get("vit_structured") else has_filters(run)
+    return set(idle_flags({**run.args, "has_units": has_units})) | ({"units"} if run.method == "dense" else set())
 
 
 def has_filters(run: Run) -> bool | None:
     """Whether its units are filters, as its rows say; None before the first epoch, when it has no row."""
     return "filters" in run.counts if run.counts else None
-
-
-def _has_units(run: Run) -> bool | None:
-    return True if run.args.get("vit_structured") else has_filters(run)
 
 
 def identity(run: Run) -> dict:

@@ -143,10 +143,11 @@ def _proof(run: Run) -> str:
         return float(source) if isinstance(source, int | float) else math.nan
 
     proof = partial(value, run.proof)
+    allowed = proof("bound" if "bound" in run.proof else "bound_float32")  # runs of older versions
     text = (
         f"**Proof:** the small model in model/ computes what the masked one does: its logits differ by at most "
-        f"{proof('max_difference_float32'):.2g} in float32 (allowed: {proof('bound_float32'):.2g}) and "
-        f"{proof('max_difference_float64'):.2g} in float64, and it gives the same class for "
+        f"{proof('max_difference_float64'):.2g} in float64 (allowed: {allowed:.2g}) and "
+        f"{proof('max_difference_float32'):.2g} in float32, and it gives the same class for "
         f"{percent(proof('top1_agreement'))} of {thousands(proof('images'))} validation images."
     )
     sizes = [value(run.config, key, part) for key in ("parameters", "macs") for part in ("dense", "removed")]

@@ -45,7 +45,7 @@ def write_report(run: Run) -> None:
     plots: dict[str, bytes] = {}
     if run.history:
         plots["plots/accuracy.png"] = plot_accuracy(run)
-    if run.states:
+    if len(run.states) > 1:
         plots["plots/density.png"] = plot_density(run)
     if penalty_curves(run):
         plots["plots/penalty.png"] = plot_penalty(run)

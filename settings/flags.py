@@ -136,7 +136,9 @@ MODEL = (
     ),
     Flag("patch_size", "pixels per patch side; the architecture's own when not given", kind=square, check=at_least(1)),
     Flag(
-        "pretrained", "start from timm's public weights, or from a .safetensors, .pth or .npz FILE",
+        "pretrained",
+        "start from timm's public weights, or from a FILE (.safetensors, .pth, .npz) or folder of weights; all of them "
+        "must fit, but for the classifier",
         False, const=True, metavar="FILE", also=("--vit_pretrained",), common=True,
     ),
     Flag("pretrained_tag", "which of timm's public weights, such as augreg_in21k"),
@@ -162,7 +164,20 @@ MODEL = (
         "merge into their averages (ToMe), at most half of the patch tokens that are left; 0 is off",
         0, int, metavar="R", check=at_least(0),
     ),
-    Flag("init", "initial weights: a state dict of this architecture", metavar="FILE"),
+    Flag(
+        "allow_partial",
+        "load --pretrained or --init weights that lack tensors of the model, or hold tensors that it has no place for",
+        False, bool, computes=False,
+    ),
+    Flag(
+        "preprocessing",
+        "whose mean, std, interpolation and centre crop images get; the model's where it starts from weights that have "
+        "a record of them (timm's configuration, a run of this program), else the data set's",
+        choices=("model", "dataset"), computes=False,
+    ),
+    Flag(
+        "init", "initial weights: a file or folder with all weights of this model, classifier included", metavar="FILE"
+    ),
 )  # fmt: skip
 
 _FINISHES = ("finish_epochs", "which says for how long")

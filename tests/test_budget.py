@@ -231,7 +231,7 @@ def test_a_run_ends_within_its_budget_and_exports_without_loss(flags, name, shar
     small = export.load(done.dir / "model")
     assert family_of(small).cost(small, {})[name] == left[2] * whole
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
-    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    assert proof["max_difference_float64"] <= proof["bound"]
     without = flags.partition(" --target")[0]
     again = run(*words(without), "--ratio_allocation", done.dir / "units.csv", "--seed", 7, name="again")
     assert by_layer(again.dir) == by_layer(done.dir)

@@ -304,7 +304,7 @@ def test_a_resumed_run_drops_the_same_branches(run, monkeypatch, target, criteri
         assert sum(not ids for ids in kept.values()) == DEPTH  # of 2 x DEPTH branches
         assert all(len(ids) in (0, 4, 48) for ids in kept.values())
     proof = json.loads((whole.dir / "model" / "parity.json").read_text())
-    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    assert proof["max_difference_float64"] <= proof["bound"]
 
 
 def test_a_plan_counts_blocks(run):

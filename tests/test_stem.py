@@ -16,7 +16,8 @@ from engine.distill import named_teacher
 from engine.optimizer import parameter_groups
 from families.vit import vit_macs
 from models import build_model, from_weights
-from models.vit import VisionTransformer, load_pretrained_weights
+from models.pretrained import load_pretrained_weights
+from models.vit import VisionTransformer
 
 GEOMETRY = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5"
