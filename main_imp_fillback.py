@@ -222,6 +222,8 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     log.info(
         f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
     )
+    if report := getattr(model, "pretrained_report", None):  # a resumed run loads none
+        log.info(f"weights from {args.pretrained}: {report.failure or report.summary()}", extra=utils.FILE_ONLY)
     log.info(f"images: {preprocessing_of(splits.facts, pixels).words()}")
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""

@@ -22,7 +22,7 @@ from dataset import DATASETS, load_dataset, make_batches
 from deployment import demo, onnx_file
 from deployment.hub import write_hub
 from deployment.quantise import better_form, to_int8
-from images.splits import _resize
+from images.preprocessing import resized
 from models.resnet import ResNet
 from utils import RunError
 
@@ -371,7 +371,7 @@ def test_the_page_prepares_images_as_the_data_sets_do(tmp_path):
         facts = DATASETS[name]
         image = pixels(facts.channels, facts.image_size, facts.image_size, seed)
         cases.append((image, demo.image_spec(name, facts, size)))
-        split = SimpleNamespace(images=_resize(image[None], size), labels=torch.zeros(1, dtype=torch.long))
+        split = SimpleNamespace(images=resized(image[None], size), labels=torch.zeros(1, dtype=torch.long))
         (batch, _), *_ = make_batches(split, facts, 1, "cpu").sequential()
         real = interpolate(image[None].double(), (size, size), mode="bilinear", antialias=True)[0]
         clear = (real - real.floor() - 0.5).abs() > 1e-3  # in float32 an exact half goes either way
@@ -578,7 +578,7 @@ def test_a_digit_drawn_in_a_browser_is_answered(tmp_path, served):
         test = load_dataset("digits", "data", 8).test
         with torch.no_grad():
             small, facts = export.load(run / "model"), DATASETS["digits"]
-            sized = _resize(test.images[:1], 16).double()
+            sized = resized(test.images[:1], 16).double()
             shares = small(((sized / 255 - facts.mean[0]) / facts.std[0]).float().expand(-1, 3, -1, -1)).softmax(1)[0]
         Image.fromarray(test.images[0, 0].numpy()).save(tmp_path / "digit.png")
         page.find_element(By.ID, "file").send_keys(str(tmp_path / "digit.png"))
