@@ -82,7 +82,8 @@ def read_weights(source: str | Path, flag: str, public: bool = False) -> dict[st
         content = content[held[0]]
     tensors = {}
     if isinstance(content, Mapping):
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        named = ((str(name), value) for name, value in content.items())
+        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise PretrainedError(f"{said}: not a dictionary of tensors; give a file of weights")
     for name, value in tensors.items():
