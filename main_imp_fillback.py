@@ -233,6 +233,8 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
     data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
     log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
+    if report := getattr(model, "pretrained_report", None):  # a resumed run loads none
+        log.info(f"weights from {args.pretrained}: {report.failure or report.summary()}", extra=utils.FILE_ONLY)
     log.info(f"images: {preprocessing_of(splits.facts, pixels).words()}")
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""

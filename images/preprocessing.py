@@ -53,7 +53,8 @@ class Preprocessing:
         return cls(**{**found, "mean": tuple(found["mean"]), "std": tuple(found["std"])})
 
     def as_config(self) -> dict:
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def words(self) -> str:
         """In one line."""

@@ -112,7 +112,7 @@ def load_pretrained_weights(
     """
     if patch_embed not in PATCH_EMBED:
         raise ValueError(f"--patch_embed {patch_embed}: choose from {', '.join(PATCH_EMBED)}")
-    weights, said = read_weights(source, "--pretrained"), f"--pretrained {source}"
+    weights, said = read_weights(source, "--pretrained", public=True), f"--pretrained {source}"
     own = model.state_dict()
     weights = without_prefixes(weights, own)
     anew = patch_embed == "reinit"

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from utils import check_finite, plain_weights, seal_broken
 
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".npz")
+log = logging.getLogger(__name__)
+
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".npz")
 IN_FOLDERS = ("model.safetensors", "best.pt")  # of an exported model/, of a run
 # averages first, as timm takes them; "weights" is of our own checkpoints
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "weights")
@@ -46,37 +48,42 @@ class MisfitError(PretrainedError):
     """Pretrained weights that were read and belong to another architecture."""
 
 
-def read_weights(source: str | Path, flag: str) -> dict[str, Tensor]:
+def read_weights(source: str | Path, flag: str, public: bool = False) -> dict[str, Tensor]:
     """All tensors of a file of weights, without its containers and, where they were pruned by
     `torch.nn.utils.prune`, with their masks applied.
 
     Args:
-        source: a file of `FILE_SUFFIXES`, a folder with one of `IN_FOLDERS`, or a timm model with public weights.
+        source: a file, or a folder with one of `IN_FOLDERS`.
         flag: what an error begins with.
+        public: `source` may also name a timm model, whose weights timm downloads.
 
     Raises:
         PretrainedError: it is missing or damaged, or holds no tensors; timm is not installed; no network.
-        ValueError: it is neither a file or folder of weights nor a timm model with public weights.
+        ValueError: it is no file or folder of weights, nor such a timm model.
     """
-    path, said = file_of(source), f"{flag} {source}"
+    path, said = _file_of(source, public), f"{flag} {source}"
     if path is None:
-        if Path(source).exists():
-            known = ", ".join(FILE_SUFFIXES)
-            raise ValueError(f"{said}: no weights file ({known}), and no folder of a run or of an exported model")
         return _fetch(str(source), flag)
+    if path.is_dir():
+        raise ValueError(f"{said}: holds no weights; give a file, or the folder of a run or of an exported model")
     timm = import_timm(said) if path.suffix == ".npz" else None
     try:
         content = _read_npz(path, timm) if path.suffix == ".npz" else _read(path)
     except Exception as error:  # every reader raises its own types on a damaged file
+        if path.suffix not in FILE_SUFFIXES and path.exists():
+            raise ValueError(f"{said}: no weights file; known are {', '.join(FILE_SUFFIXES)}") from error
         raise PretrainedError(f"{said}: cannot be read ({reason(error)}); give a file of weights") from error
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        held = [key for key in CONTAINERS if content.get(key) and isinstance(content[key], Mapping)]
+        if not held:
             break
-        content = inner
+        if len(held) > 1:
+            log.info("%s: of %s in it the first is taken", said, " and ".join(held))
+        content = content[held[0]]
     tensors = {}
     if isinstance(content, Mapping):
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        named = ((str(name), value) for name, value in content.items())
+        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise PretrainedError(f"{said}: not a dictionary of tensors; give a file of weights")
     check_finite(tensors, said)
@@ -86,12 +93,12 @@ def read_weights(source: str | Path, flag: str) -> dict[str, Tensor]:
         raise MisfitError(f"{said}: a mask does not fit its weight ({reason(error)})") from error
 
 
-def file_of(source: str | Path) -> Path | None:
-    """The file that holds the weights; None where `source` names none, there or not."""
+def _file_of(source: str | Path, public: bool) -> Path | None:
+    """The file that holds the weights, or a folder without any; None where `source` can only be a timm name."""
     path = Path(source)
     if path.is_dir():
-        return next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-    return path if path.suffix in FILE_SUFFIXES else None
+        return next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
+    return None if public and path.suffix not in FILE_SUFFIXES and not path.exists() else path
 
 
 def without_prefixes(weights: Mapping[str, Tensor], own: Iterable[str] = ()) -> dict[str, Tensor]:

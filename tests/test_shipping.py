@@ -376,11 +376,19 @@ def test_the_page_prepares_images_as_the_data_sets_do(tmp_path):
         real = interpolate(image[None].double(), (size, size), mode="bilinear", antialias=True)[0]
         clear = (real - real.floor() - 0.5).abs() > 1e-3  # in float32 an exact half goes either way
         expected.append((split.images[0], batch[0], clear))
-    for seed, (height, width, size) in enumerate([(61, 90, 32), (300, 200, 128)]):
+    weights = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.8}
+    squash = {**weights, "crop_mode": "squash"}
+    files = [
+        (61, 90, 32, None, 32),
+        (300, 200, 128, None, 146),
+        (90, 61, 32, weights, 40),
+        (61, 90, 32, squash, (40, 40)),
+    ]
+    for seed, (height, width, size, shown, to) in enumerate(files):
         image = pixels(3, height, width, seed)
-        cases.append((image, demo.image_spec("folder", DATASETS["folder"], size)))
-        shorter = round(size / 0.875) if size >= 128 else size
-        plain = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+        cases.append((image, demo.image_spec("folder", DATASETS["folder"].shown_by(shown), size)))
+        mode = v2.InterpolationMode.BICUBIC if shown else v2.InterpolationMode.BILINEAR
+        plain = v2.Compose([v2.Resize(to, mode, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
         expected.append((plain(Image.fromarray(image.permute(1, 2, 0).numpy())), None, None))
     found = in_node(tmp_path, cases)
     for (_, spec), (planes, batch, clear), result in zip(cases, expected, found["results"], strict=True):
