@@ -10,10 +10,12 @@ mean and standard deviation. Which images validate is fixed, whatever the seed o
 
 from images.batches import Batches, make_batches
 from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, Splits
+from images.files import read_rgb
 from images.folders import FolderBatches
+from images.identity import difference
 from images.orders import balanced_order
 from images.reading import read_idx
-from images.splits import dataset_facts, joined, load_dataset, split_sizes
+from images.splits import dataset_facts, folder_identity, joined, load_dataset, split_sizes
 
 __all__ = [
     "DATASETS",
@@ -26,9 +28,12 @@ __all__ = [
     "Splits",
     "balanced_order",
     "dataset_facts",
+    "difference",
+    "folder_identity",
     "joined",
     "load_dataset",
     "make_batches",
     "read_idx",
+    "read_rgb",
     "split_sizes",
 ]

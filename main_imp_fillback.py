@@ -39,7 +39,7 @@ from cli.plan import plan
 from dataset import DataError, Splits, load_dataset
 from engine import journal
 from engine.capture import check_compile
-from engine.checkpoint import check_same_start
+from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
 from engine.folder import make_save_dir, write_run_facts
@@ -180,6 +180,8 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         units_of_run(args, model)
         pixels = family_of(model).image_size(model)
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+        if content:
+            args.notes += check_same_data(content, splits.identity)
         teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
     lock = make_save_dir(args) if processes.first else None

@@ -306,6 +306,9 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
             notes.append(f"--rate: --nm {args.nm} says how many weights stay; no effect here")
     notes += [f"--{name}: has no effect without --vit_structured" for name in without_effect]
     notes += _notes_on_allocation(args, given) + _notes_on_depth(args, given)
+    if not args.flip and (args.aug == "none" or not DATASETS[args.dataset].flip):
+        never = "--aug none" if args.aug == "none" else f"--dataset {args.dataset}"
+        notes.append(f"--no-flip: has no effect, {never} never flips")
     if args.fillback_rate and (args.vit_structured or args.struct in ("imp", "dense", "oneshot")):
         notes.append("--fillback_rate: only element-wise refill and rsst give weights back; no effect here")
     if args.stem == "conv" and given.get("patch_embed") == "resample":

@@ -64,15 +64,25 @@ def _data(group: Group) -> None:
     group.add_argument("--workers", type=int, default=4, help="processes that read image folders; others need none")
     group.add_argument("--batch_size", type=int, default=128, help="images per forward pass")
     group.add_argument("--img_size", type=int, help="pixels the model sees; the data set's or architecture's own")
-    group.add_argument("--val_fraction", type=float, default=0.1, help="share of training images that validate")
-    group.add_argument("--train_limit", type=int, help="keep so many training images, balanced by class")
+    group.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="share of training images that validate. In folders of images val/ is the test set, unless there is a "
+        "test/, too: then val/ validates; without either, a fifth of train/ is the test set",
+    )
+    group.add_argument("--train_limit", type=int, help="keep so many training images, stratified by class")
     group.add_argument(
         "--aug",
         choices=["none", "basic", "strong", "rand"],
         default="basic",
-        help="basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and "
-        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to 33%% of "
-        "the area of a quarter of the images), on folders too",
+        help="basic: horizontal flips, and a crop: of image files, a random one of 8%% to 100%% of the area, resized; of "
+        "small data sets, one shifted by up to 4 pixels. strong: and brightness, contrast and an erased square; image "
+        "files: and RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to "
+        "33%% of the area of a quarter of the images), on image files too",
+    )
+    group.add_argument(
+        "--no-flip", dest="flip", action="store_false", default=True, help="--aug without horizontal flips"
     )
 
 

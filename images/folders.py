@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from images.augment import ERASE_AREA, ERASE_CHANCE, ERASE_RATIO, Normalise, check_augmentation
 from images.facts import DataError, DatasetFacts, FolderSplit, one_line
+from images.files import read_rgb
 from images.orders import WHOLE, Share, count_steps, epoch_order, random_seed, step_positions
 from images.reading import import_torchvision
 
@@ -228,7 +229,7 @@ class _FolderReader:
             for index in candidates:
                 path = self._split.path(index)
                 try:
-                    image = _read_rgb(path)
+                    image = read_rgb(path)
                 except Exception as error:  # decoders of broken files raise whatever they like
                     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
                         raise
@@ -266,16 +267,6 @@ class _FolderReader:
             order, _ = epoch_order(self._seed, state, epoch, len(self._split.labels))
             self._cached_order = (state, epoch), order.numpy()
         return self._cached_order[1]
-
-
-def _read_rgb(path: str):
-    """The file as a Pillow image of three 8-bit channels."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
 
 
 def _quiet_pillow() -> None:

@@ -32,7 +32,7 @@ _PRUNING = {
     "rate", "prune_type", "rewind_epoch", "criteria", "score_batches", "fillback_rate", "prune_patch_embed", "fc",
     "vit_structured", "round_to", "nm", *TARGETS, "latency_batch", "ratio_allocation", "unit_counts",
 }  # fmt: skip
-_NEGATED = {"export", "refill"}  # true unless --no-NAME is given
+_NEGATED = {"export", "refill", "flip"}  # true unless --no-NAME is given
 _TWO_WAY = {"compact_training"}  # --NAME and --no-NAME
 
 
@@ -81,6 +81,8 @@ def flags_without_effect(run: Run) -> set[str]:
         without_effect.add("decreasing_lr")
     if args.get("stem") == "patch":  # runs of older versions have no other, and do not say so
         without_effect.add("stem")
+    if args.get("flip", True) or args.get("aug") == "none":  # runs of older versions flip, and do not say so
+        without_effect.add("flip")
     if args.get("opt") == "adamw":
         without_effect.add("momentum")
     return without_effect
