@@ -76,10 +76,10 @@ def _data(group: Group) -> None:
         "--aug",
         choices=["none", "basic", "strong", "rand"],
         default="basic",
-        help="basic: horizontal flips, and a crop: of image files, a random one of 8%% to 100%% of the area, resized; of "
-        "small data sets, one shifted by up to 4 pixels. strong: and brightness, contrast and an erased square; image "
-        "files: and RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to "
-        "33%% of the area of a quarter of the images), on image files too",
+        help="basic: horizontal flips and a random crop, of image files of 8%% to 100%% of the area, resized; of small "
+        "data sets shifted by up to 4 pixels. strong: and brightness, contrast and an erased square; image files: and "
+        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2%% to 33%% of "
+        "the area of a quarter of the images), on image files too",
     )
     group.add_argument(
         "--no-flip", dest="flip", action="store_false", default=True, help="--aug without horizontal flips"

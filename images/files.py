@@ -83,7 +83,9 @@ def read_rgb(path: str | Path) -> "Image":
     from PIL import Image
 
     with Image.open(path) as image:
-        image.load()  # of TIFF, also turns it
+        if image.format == "TIFF":  # which Pillow turns itself; uncompressed ones wrongly when it maps them into memory
+            image.filename = ""
+        image.load()
         turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION))
         if image.mode.startswith("I") or image.mode == "F":
             image = Image.fromarray(_eight_bits(image))

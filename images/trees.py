@@ -92,9 +92,8 @@ def read_tree(name: str, root: Path) -> Tree:
     except OSError as error:
         raise _tree_error(name, f"'{root}' cannot be read ({one_line(error)})") from error
     if len(classes) == 1:
-        raise _tree_error(
-            name, f"'{root / 'train'}' holds one class only ({next(iter(classes))}), a classifier needs two"
-        )
+        only = next(iter(classes))
+        raise _tree_error(name, f"'{root / 'train'}' holds one class only ({only}), a classifier needs two")
     others = [f"{folder}/" for folder in folders if folder not in parts.values()]
     notes = _left_out(left_out) + ([f"not read beside train/: {some(others)}"] if others else []) + notes
 

@@ -176,9 +176,8 @@ class Study:
         except (SQLAlchemyError, RuntimeError) as error:
             raise RunError(f"{file}: no study of this Optuna ({str(error).splitlines()[0]}); move it away") from error
         if data and (changed := difference(study.user_attrs["data"], data)):
-            raise RunError(
-                f"--save_dir {self.folder}: was searched on other data: {changed}; give their folder by --data"
-            )
+            where = f"--save_dir {self.folder}"
+            raise RunError(f"{where}: was searched on other data: {changed}; give their folder by --data")
         other = sorted(name for name in command | begun if command.get(name) != begun.get(name))
         if other:
             names = ", ".join(f"--{name}" for name in other)
