@@ -8,6 +8,7 @@ import errno
 import functools
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -179,7 +180,11 @@ class FolderBatches:
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = reason
-                logger.warning("%s: cannot be read as an image (%s), skipped", self._split.path(index), reason)
+                path, labels = self._split.path(index), self._split.labels
+                logger.warning("%s: cannot be read as an image (%s), skipped", path, reason)
+                alike = (labels == labels[index]).nonzero().flatten().tolist()
+                if self.broken.keys() >= {*alike}:
+                    logger.warning("%s: no image of this class can be read", os.path.dirname(path))
         if len(self.broken) > self._allowed:
             first = ", ".join(f"{self._split.path(i)}: {self.broken[i]}" for i in list(self.broken)[:3])
             raise DataError(

@@ -163,12 +163,13 @@ def _list_part(
         if not pairs:
             raise _tree_error(name, f"'{root / part}' holds no class folders with images ({' '.join(EXTENSIONS)})")
     paths = np.array([os.fsencode(path) for path, _ in pairs])
-    labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
-    present = {*labels.tolist()}
+    labels = [label for _, label in pairs]
+    present = {*labels}
     without = [folder for folder, label in classes.items() if label not in present]
     if without:
         notes.append(f"{part}/ has no images of {len(without):,} of {len(classes):,} classes: {some(without)}")
-    return Files(paths, labels)
+    # on the CPU wherever a model that needs the number of classes is being built
+    return Files(paths, torch.tensor(labels, dtype=torch.int64, device="cpu"))
 
 
 def _add(left_out: dict[str, list[str]], reason: str, paths: list[str]) -> None:

@@ -1,8 +1,12 @@
 """Laws of image files: which are listed, what pixels they become, and by what a run knows its data again."""
 
+import json
 import os
+import shutil
 import struct
+import subprocess
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +14,11 @@ import torch
 from micro import MICRO, call, runner
 from PIL import Image
 
-from dataset import DataError, difference, folder_identity, load_dataset, read_rgb
+import main_imp_fillback as entry
+from dataset import DataError, FolderBatches, difference, folder_identity, load_dataset, read_rgb
+from deployment.demo import PAGE
 from images.files import list_images
+from reporting import flags as flags_of_reports
 
 SLOPE = np.arange(12, dtype=np.int64).reshape(3, 4)  # a picture that no turn and no mirror leaves as it is
 
@@ -157,6 +164,30 @@ def test_the_first_frame_of_several_is_read(tmp_path):
         assert read(tmp_path / name).tolist() == [[[255, 0, 0]] * 2] * 2
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_demo_page_makes_transparent_images_opaque_in_the_same_way(tmp_path):
+    generator = np.random.RandomState(0)
+    noise = generator.randint(0, 256, (4, 5, 4), dtype=np.uint8)
+    even, faint, solid = noise.copy(), noise.copy(), noise.copy()
+    even[..., 3], faint[..., :3], solid[..., 3] = 9, 250, 255
+    expected = []
+    for number, image in enumerate((noise, even, faint, solid)):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+        expected.append(read(tmp_path / f"{number}.png"))
+    script = tmp_path / "run.mjs"
+    script.write_text(
+        f'import {{ readFileSync }} from "node:fs"; import {{ makeOpaque }} from "{(PAGE / "image.mjs").as_uri()}";'
+        "const images = JSON.parse(readFileSync(0)).map((image) => Uint8ClampedArray.from(image));"
+        "images.forEach(makeOpaque); console.log(JSON.stringify(images.map((image) => [...image])));"
+    )
+    content = json.dumps([image.flatten().tolist() for image in (noise, even, faint, solid)])
+    done = subprocess.run(["node", script], input=content, capture_output=True, text=True, check=True)
+    for found, image in zip(json.loads(done.stdout), expected, strict=True):
+        found = np.array(found).reshape(4, 5, 4)
+        assert (found[..., 3] == 255).all()
+        assert np.abs(found[..., :3] - image).max() <= 1  # Pillow rounds twice
+
+
 # Which files are listed
 
 
@@ -258,6 +289,40 @@ def test_an_identity_of_resident_data_is_of_their_contents(monkeypatch):
 
         monkeypatch.setattr(splits, "READERS", {"digits": other})
         assert "contents differ" in difference(first, load_dataset("digits", "none").identity)
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-flip",)])
+def test_without_flips_what_rises_to_the_right_always_does(tmp_path, house, monkeypatch, flags):
+    for number in range(60):
+        name = tmp_path / "ramps" / "train" / "ab"[number % 2] / f"{number}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (40, 1))).save(name)
+    batch, rises = FolderBatches.batch, []
+
+    def seen(self, *key):
+        images, labels = batch(self, *key)
+        rises.extend((images[:, 0, 8, -1] > images[:, 0, 8, 0]).tolist())
+        return images, labels
+
+    monkeypatch.setattr(FolderBatches, "batch", seen)
+    run = [*RUN, "--aug", "basic", "--data", tmp_path / "ramps", "--pruning_times", 1, *flags]
+    assert call(run) == 0
+    assert len(rises) == 40
+    assert all(rises) == bool(flags)
+    assert any(rises)
+
+
+def test_no_flip_is_an_identity_of_its_own_and_has_no_effect_where_nothing_flips(tmp_path):
+    def run_of(*flags):
+        args = vars(entry.parse_args(str.split("--dataset cifar10 --epochs 1") + list(flags)))
+        return SimpleNamespace(args=args, method="dense", counts={})
+
+    plain, without = (flags_of_reports.identity(run_of(*flags)) for flags in ((), ("--no-flip",)))
+    assert without == plain | {"flip": False}
+    assert "flip" not in plain  # as of runs that do not know the flag
+    for flags, reason in ((("--aug", "none"), "--aug none"), (("--dataset", "digits"), "--dataset digits")):
+        notes = entry.parse_args([*str.split("--epochs 1 --no-flip --dataset cifar10"), *flags]).notes
+        assert f"--no-flip: has no effect, {reason} never flips" in notes
 
 
 RUN = [*MICRO, *str.split("--dataset folder --img_size 16 --workers 0 --aug none --batch_size 10 --train_limit 20")]
