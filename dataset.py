@@ -10,11 +10,13 @@ deviation of the data set, or of pretrained weights (`shown`). Which images vali
 
 from images.batches import Batches, make_batches
 from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, Splits
+from images.files import read_rgb
 from images.folders import FolderBatches
+from images.identity import difference
 from images.orders import balanced_order
 from images.preprocessing import Preprocessing, preprocessing_of
 from images.reading import read_idx
-from images.splits import dataset_facts, joined, load_dataset, split_sizes
+from images.splits import dataset_facts, folder_identity, joined, load_dataset, split_sizes
 
 __all__ = [
     "DATASETS",
@@ -28,10 +30,13 @@ __all__ = [
     "Splits",
     "balanced_order",
     "dataset_facts",
+    "difference",
+    "folder_identity",
     "joined",
     "load_dataset",
     "make_batches",
     "preprocessing_of",
     "read_idx",
+    "read_rgb",
     "split_sizes",
 ]

@@ -41,7 +41,7 @@ from dataset import DataError, Splits, load_dataset, preprocessing_of
 from deployment.folder import NotProvenError
 from engine import journal
 from engine.capture import check_compile
-from engine.checkpoint import check_same_start
+from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
 from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
@@ -193,6 +193,8 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         pixels = family_of(model).image_size(model)
         shown = getattr(args, "preprocessing_used", None)  # runs of older versions have none
         splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit, shown)
+        if content:
+            args.notes += check_same_data(content, splits.identity)
         teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
     check_model_folder(args)

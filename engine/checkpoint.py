@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset import difference
 from engine.processes import Processes
 from utils import RunError, cause, load_tensors, save_tensors
 
@@ -245,6 +246,27 @@ def check_same_start(content: Mapping | None, processes: Processes) -> None:
             f"--resume: the checkpoint found here ({found}) is not the first process's ({first}); --save_dir must be a "
             "folder that all machines share"
         )
+
+
+def check_same_data(content: Mapping, identity: dict) -> list[str]:
+    """Whether a checkpoint is of a run on these data; returns notes for the log.
+
+    Args:
+        identity: of the data as they are now; see images/identity.py.
+
+    Raises:
+        RunError: the data differ, and how.
+    """
+    before = content.get("data")
+    if before is None:
+        return ["--resume: the checkpoint does not hold which data it is of; whether they are the same is not checked"]
+    try:
+        other = difference(before, identity)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"--resume: the checkpoint does not fit this run (data: {error})") from error
+    if other:
+        raise RunError(f"--resume: the data are not those of this run: {other}; give their folder by --data")
+    return []
 
 
 def load_checkpoint(save_dir: Path) -> dict:

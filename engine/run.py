@@ -127,7 +127,8 @@ class Run:
     def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
         args, batch = self.args, self.args.batch_size * self.args.accum_steps
         self.images_a_step = min(batch, len(split.labels))  # of all processes
-        return make_batches(split, self.facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
+        facts = replace(self.facts, flip=self.facts.flip and args.flip)
+        return make_batches(split, facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
 
     # -- start, go on, end
 
@@ -553,6 +554,7 @@ class Run:
             "teacher_sha256": self.teacher_sha256,
             "random": random_states(),
             "args": plain_args(self.args),
+            "data": self.splits.identity,
         }
         self.writer.submit(_write_checkpoint, self.save_dir, self.progress.snapshot(), content)
 

@@ -7,7 +7,7 @@ of images) are all that a new one needs.
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +153,13 @@ class FolderSplit:
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Train and validation are cut from the official training set, test is the official test set. Folders of
-    one's own images may bring a validation set."""
+    one's own images may bring a validation set. `identity` says which data were read; see identity.py."""
 
     train: Split | FolderSplit
     val: Split | FolderSplit
     test: Split | FolderSplit
     facts: DatasetFacts
+    identity: dict = field(default_factory=dict)
 
 
 def known_facts(name: str) -> DatasetFacts:

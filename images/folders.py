@@ -8,6 +8,7 @@ import errno
 import functools
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from images.augment import ERASE_AREA, ERASE_CHANCE, ERASE_RATIO, Normalise, check_augmentation
 from images.facts import DataError, DatasetFacts, FolderSplit, one_line
+from images.files import read_rgb
 from images.orders import WHOLE, Share, count_steps, epoch_order, random_seed, step_positions
 from images.preprocessing import preprocessing_of
 from images.reading import import_torchvision
@@ -179,7 +181,11 @@ class FolderBatches:
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = reason
-                logger.warning("%s: cannot be read as an image (%s), skipped", self._split.path(index), reason)
+                path, labels = self._split.path(index), self._split.labels
+                logger.warning("%s: cannot be read as an image (%s), skipped", path, reason)
+                alike = (labels == labels[index]).nonzero().flatten().tolist()
+                if self.broken.keys() >= {*alike}:
+                    logger.warning("%s: no image of this class can be read", os.path.dirname(path))
         if len(self.broken) > self._allowed:
             first = ", ".join(f"{self._split.path(i)}: {self.broken[i]}" for i in list(self.broken)[:3])
             raise DataError(
@@ -230,7 +236,7 @@ class _FolderReader:
             for index in candidates:
                 path = self._split.path(index)
                 try:
-                    image = _read_rgb(path)
+                    image = read_rgb(path)
                 except Exception as error:  # decoders of broken files raise whatever they like
                     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
                         raise
@@ -268,16 +274,6 @@ class _FolderReader:
             order, _ = epoch_order(self._seed, state, epoch, len(self._split.labels))
             self._cached_order = (state, epoch), order.numpy()
         return self._cached_order[1]
-
-
-def _read_rgb(path: str):
-    """The file as a Pillow image of three 8-bit channels."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
 
 
 def _quiet_pillow() -> None:

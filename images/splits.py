@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from images.facts import DataError, DatasetFacts, FolderSplit, Split, Splits, known_facts
+from images.identity import identity_of_splits, identity_of_tree
 from images.orders import balanced_order
 from images.preprocessing import resized
 from images.reading import READERS
-from images.trees import TREES, Files, found_facts, read_tree, tree_if_there
+from images.trees import TREES, Files, Tree, found_facts, read_tree, tree_if_there
 
 logger = logging.getLogger(__name__)
+
+SMALL = 1_000  # images; an accuracy of so many has a standard error of up to 1.6 points
 
 
 def load_dataset(
@@ -38,8 +41,8 @@ def load_dataset(
     `DatasetFacts.shown_by`.
 
     Folders of images (imagenet, tiny-imagenet, folder) are never downloaded, and only listed here: their
-    splits are `FolderSplit`s. In `folder`, where only one of val/ and test/ is there, it is the test set;
-    where neither is, a fixed class-balanced fifth of train/ is, before validation is cut.
+    splits are `FolderSplit`s. In `folder`, where only one of val/ (or valid/, validation/) and test/ is there, it is
+    the test set; where neither is, a fixed, stratified fifth of train/ is, before validation is cut.
 
     Raises DataError, in one line, for a bad argument and for data that is missing (with no network), damaged
     or labelled outside the classes. A failed download leaves `data_dir` as it was.
@@ -59,7 +62,7 @@ def load_dataset(
         return Split(resized(split.images, image_size or facts.image_size, facts.interpolation), split.labels)
 
     train, val = (Split(official_train.images[o], official_train.labels[o]) for o in (train_order, val_order))
-    return Splits(finish(train), finish(val), finish(test), facts)
+    return Splits(finish(train), finish(val), finish(test), facts, identity_of_splits(official_train, test))
 
 
 def split_sizes(
@@ -75,6 +78,12 @@ def split_sizes(
     if tree and tree.val:
         return _count_split(len(tree.train.labels), val_fraction, train_limit, cut_val=False)[0], len(tree.val.labels)
     return _count_split(len(tree.train.labels) if tree else facts.train_images, val_fraction, train_limit)
+
+
+def folder_identity(name: str, data_dir: str | Path | None = None) -> dict | None:
+    """Which images a folder holds, as `load_dataset` would say it; None for other data sets, and without the data."""
+    tree = tree_if_there(name, data_dir)
+    return identity_of_tree(tree, Path(data_dir).expanduser()) if tree else None
 
 
 def dataset_facts(name: str, data_dir: str | Path | None = None, shown: Mapping | None = None) -> DatasetFacts:
@@ -127,12 +136,24 @@ def _load_folders(
     facts = found_facts(known, tree)
     if known.classes not in (0, facts.classes):
         logger.info("--dataset %s: %d classes found, the full set has %d", name, facts.classes, known.classes)
-    if tree.roles:
-        logger.info("--dataset %s: %s", name, tree.roles)
     train_order, val_order = _cut(tree.train.labels, val_fraction, train_limit, cut_val=tree.val is None)
+    logger.info("--dataset %s: %s", name, _roles(tree, len(val_order)))
+    for note in tree.notes:
+        logger.warning("--dataset %s: %s", name, note)
 
     def finish(files: Files) -> FolderSplit:
         return FolderSplit(files.paths, files.labels, root, image_size, name)
 
     val = tree.val or tree.train.take(val_order)
-    return Splits(finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts)
+    return Splits(
+        finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts, identity_of_tree(tree, root)
+    )
+
+
+def _roles(tree: Tree, cut: int) -> str:
+    """Which images validate and test; `cut` of those of train/ validate. Small sets measure coarsely, which is said."""
+    validates = f"; {cut:,} images cut from train/ validate" if tree.val is None else ""
+    sizes = [cut if tree.val is None else len(tree.val.labels), len(tree.test.labels)]
+    errors = [f"{50 / size**0.5:.1f} points on {size:,} images" for size in sizes if size < SMALL]
+    coarse = f"; the standard error of an accuracy is up to {', '.join(dict.fromkeys(errors))}" if errors else ""
+    return f"{tree.roles}{validates}{coarse}"

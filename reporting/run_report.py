@@ -172,7 +172,8 @@ def _training_words(run: Run) -> str:
     training += [f"learning rate {rate:g}"] if isinstance(rate, int | float) else []
     training += [f"{args['sched']} schedule"] if args.get("sched") else []
     training += [f"batches of {args['batch_size']} images"] if args.get("batch_size") else []
-    training += [f"augmentation {args['aug']}"] if args.get("aug") else []
+    flips = " without flips" if args.get("flip") is False else ""
+    training += [f"augmentation {args['aug']}{flips}"] if args.get("aug") else []
     training += [str(run.environment["precision"])] if run.environment.get("precision") else []
     training += [f"{args['train_limit']:,} training images"] if isinstance(args.get("train_limit"), int) else []
     return f"Training: {escaped(', '.join(filter(None, training)))}."

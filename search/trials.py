@@ -25,6 +25,7 @@ import numpy as np
 from cli.checks import check_and_complete
 from cli.config import typed_out
 from cli.plan import planned_states
+from dataset import difference, folder_identity
 from deployment.folder import load
 from deployment.speed import throughput
 from engine.folder import RunLock
@@ -168,10 +169,16 @@ class Study:
             if begun is None:
                 study.set_user_attr("command", command)
                 begun = command
+            data = folder_identity(self.args.dataset, self.args.data)
+            if data and "data" not in study.user_attrs:
+                study.set_user_attr("data", data)
         except (SQLAlchemyError, RuntimeError) as error:
             raise RunError(
                 f"{file}: Optuna cannot open it ({cause(error)}); move it away if it is no study of this Optuna"
             ) from error
+        if data and (changed := difference(study.user_attrs["data"], data)):
+            where = f"--save_dir {self.folder}"
+            raise RunError(f"{where}: was searched on other data: {changed}; give their folder by --data")
         other = sorted(name for name in command | begun if command.get(name) != begun.get(name))
         if other:
             names = ", ".join(f"--{name}" for name in other)

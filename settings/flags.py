@@ -46,6 +46,12 @@ def one_of(names: Iterable[str]) -> Check:
     return Check(lambda value: value in names, f"unknown; choose from {', '.join(names)}")
 
 
+def _flip(flags: Flags) -> str:
+    if flags["aug"] == "none":
+        return "with --aug none"
+    return "" if DATASETS[flags["dataset"]].flip else f"with --dataset {flags['dataset']}, which is never flipped"
+
+
 def _searched_rate(flags: Flags) -> Values:
     """Whole units: the share that is gone in the end. Otherwise what goes each time, so that 90% to 5% are left."""
     if flags["vit_structured"]:
@@ -116,15 +122,22 @@ DATA = (
     Flag("workers", "processes that read image folders; others need none", 4, int, check=at_least(0), **WHERE),
     Flag("batch_size", "images per forward pass", 128, int, check=at_least(1), common=True),
     Flag("img_size", "pixels per side that the model sees; its or the data set's own", kind=square, check=at_least(1)),
-    Flag("val_fraction", "share of training images that validate", 0.1, float, check=OPEN, **FIXED),
-    Flag("train_limit", "keep so many training images, balanced by class", kind=int, check=at_least(1), **FIXED),
+    Flag(
+        "val_fraction",
+        "share of training images that validate. In folders of images val/ is the test set, unless there is a test/, "
+        "too: then val/ validates; without either, a fifth of train/ is the test set",
+        0.1, float, check=OPEN, **FIXED,
+    ),
+    Flag("train_limit", "keep so many training images, stratified by class", kind=int, check=at_least(1), **FIXED),
     Flag(
         "aug",
-        "basic: crop and flip. strong: and brightness, contrast and an erased square; image folders: and RandAugment. "
-        "rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2% to 33% of the area of a "
-        "quarter of the images), on folders too",
+        "basic: horizontal flips and a random crop, of image files of 8% to 100% of the area, resized; of small data "
+        "sets shifted by up to 4 pixels. strong: and brightness, contrast and an erased square; image files: and "
+        "RandAugment. rand: basic, two operations of RandAugment at magnitude 9 and random erasing (2% to 33% of the "
+        "area of a quarter of the images), on image files too",
         "basic", choices=("none", "basic", "strong", "rand"),
     ),
+    Flag("flip", "--aug without horizontal flips", True, bool, idle=_flip),
 )  # fmt: skip
 
 MODEL = (

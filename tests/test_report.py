@@ -356,7 +356,7 @@ def test_what_goes_is_said(tmp_path, figures, flags, single, words):
         "--struct imp --prune_type rewind_lt --rewind_epoch 3 --epochs 10 --decreasing_lr 2,7 --pretrained",
         "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
         "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
-        "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b'",
+        "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b' --no-flip",
         "--arch res20s --criteria l2 --score_batches 3",
     ],
 )

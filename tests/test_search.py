@@ -305,6 +305,24 @@ def test_a_study_ends_with_runs_a_front_and_files_that_run_them_again(stand_in, 
     assert_one_line((code, *capsys.readouterr()), "was searched with another --lr")
 
 
+def test_a_study_goes_on_with_its_own_data_only(stand_in, tmp_path, capsys):
+    for name in ("a/0", "a/1", "a/2", "b/0", "b/1"):
+        path = tmp_path / "data" / "train" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    folder = tmp_path / "study"
+    command = [*words("--dataset folder --img_size 16 --arch vit_micro --epochs 2 --pruning_times 2"), *BOTH]
+    command += ["--no-export", "--save_dir", folder]
+    assert call([*command, "--search", 1, "--data", tmp_path / "data"]) == 0
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    assert call([*command, "--search", 2, "--data", moved]) == 0
+    capsys.readouterr()
+    (moved / "train" / "a" / "3.jpg").touch()
+    code = call([*command, "--search", 3, "--data", moved])
+    assert_one_line((code, *capsys.readouterr()), "was searched on other data: there were 4 images in train and now 5")
+    assert states_of(folder) == ["COMPLETE"] * 2
+
+
 def test_test_accuracy_chooses_nothing(stand_in, tmp_path):
     """The stand-in's test accuracy rises with the rate, as its cost falls: by it the cheapest trial would win alone."""
     folder = tmp_path / "study"

@@ -9,6 +9,16 @@ const halfToEven = (value) => {
 const whole = (value) => Math.min(255, Math.max(0, Math.floor(value + 0.5)));
 const pixel = (value) => Math.min(255, Math.max(0, halfToEven(value)));
 
+/** RGBA bytes without transparency, in place, as training shows images: on white, or on black where all would be nearly
+ *  white on white; alpha that is the same everywhere is dropped. */
+export function makeOpaque(rgba) {
+  const alphas = rgba.filter((_, i) => i % 4 === 3);
+  const varies = alphas.some((alpha) => alpha !== alphas[0]);
+  const on = (ground, i) => Math.round((rgba[i] * alphas[i >> 2] + ground * (255 - alphas[i >> 2])) / 255);
+  const ground = rgba.some((_, i) => i % 4 < 3 && on(255, i) < 240) ? 255 : 0;
+  for (let i = 0; i < rgba.length; i++) rgba[i] = i % 4 === 3 ? 255 : varies ? on(ground, i) : rgba[i];
+}
+
 /** RGBA bytes to one grey plane (ITU-R 601 luma in Pillow's integers) or to three planes. */
 export function pictureOf(rgba, width, height, grey) {
   const planes = Array.from({ length: grey ? 1 : 3 }, () => new Float64Array(width * height));
