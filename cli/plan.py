@@ -16,7 +16,7 @@ from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
 from families import Family, family_of
 from models.merging import merging_line
-from models.vit import FILE_SUFFIXES
+from models.weight_files import FILE_SUFFIXES
 from pruning.depth import DEPTH, candidates
 from pruning.nm import parse_pattern, scheduled_keep, weights_left
 from pruning.units import Kept, count_parameters, unit_weights

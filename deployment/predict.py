@@ -8,7 +8,6 @@ Images are shown to the model as its config.json says that test images were.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from dataset import Preprocessing
 from deployment.folder import load, read_config
-from images.folders import _read_rgb
-from images.trees import EXTENSIONS
+from images.files import EXTENSIONS, list_images, read_rgb
+from images.trees import some
 from utils import RunError
 
 log = logging.getLogger("export")
@@ -35,11 +34,12 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            below = (Path(parent) / name for parent, _, names in os.walk(path) for name in names)
-            images = sorted(file for file in below if file.suffix.lower() in EXTENSIONS and file.name[0] != ".")
+            images, left_out = list_images(path)
+            for reason, names in left_out.items():
+                log.warning("%s: left out: %s (%s)", path, some(names), reason)
             if not images:
                 raise RunError(f"--predict {path}: no images in this folder ({' '.join(EXTENSIONS)})")
-            found += images
+            found += [path / name for name in images]
         elif path.is_file():
             found.append(path)
         else:
@@ -72,7 +72,7 @@ def predict(
         readable, images = [], []
         for file in files[start : start + BATCH]:
             try:
-                images.append(shown.pixels(_read_rgb(str(file))))
+                images.append(shown.pixels(read_rgb(str(file))))
             except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())
                 log.warning(f"{file}: cannot be read as an image ({reason}), left out")
