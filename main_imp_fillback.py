@@ -222,6 +222,8 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     log.info(
         f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
     )
+    for line in splits.lines:  # which stand on the screen already; run.log was not open yet
+        log.info(line, extra=utils.FILE_ONLY)
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""
     log.info(f"states 0 to {states - 1} of {epochs} epochs each{behind}; files in {args.save_dir}")
