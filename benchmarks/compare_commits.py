@@ -2,8 +2,8 @@
 
     python benchmarks/compare_commits.py OLD NEW [--jobs 1] [--only NAME ...] [--kill]
 
-Each commit is checked out into a temporary worktree ("." for NEW is the tree as it is) and runs short commands of every kind
-on digits, on the CPU with one thread. What they leave must be equal: the tensors of model/model.safetensors bit by
+Each commit is checked out into a temporary worktree ("." for NEW is the tree as it is) and runs short commands of every
+kind on digits, on the CPU with one thread. What they leave must be equal: the tensors of model/model.safetensors bit by
 bit, states.csv but for its seconds, and the kept units (units.csv, model/config.json); columns that only NEW has are
 allowed. With --kill each command of OLD is started once more, killed in its state 1 and finished by NEW: it must end
 as OLD's unbroken run did. When anything differs, the exit status is 1 and the folders of all runs stay.
@@ -30,7 +30,8 @@ BASE = (
     "--checkpoint_every 4 --device cpu --amp off --wandb_mode disabled"
 )
 BOTH = "--vit_structured --vit_prune_target both --rate 0.34"
-BUDGET, ADAMW = "--struct refill --vit_structured --vit_prune_target both", "--opt adamw --lr 0.001 --prune_type finetune"
+BUDGET = "--struct refill --vit_structured --vit_prune_target both"
+ADAMW = "--opt adamw --lr 0.001 --prune_type finetune"
 RECIPE = (
     "--sched cosine --min_lr 1e-5 --aug rand --mixup 0.2 --cutmix 1 --label_smoothing 0.1 --drop_path 0.1 "
     "--ema_decay 0.9 --clip_grad 1 --accum_steps 2 --layer_decay 0.8"
