@@ -30,8 +30,10 @@ BASE = (
     "--checkpoint_every 4 --device cpu --amp off --wandb_mode disabled"
 )
 BOTH = "--vit_structured --vit_prune_target both --rate 0.34"
-BUDGET = "--struct refill --vit_structured --vit_prune_target both"
-ADAMW = "--opt adamw --lr 0.001 --prune_type finetune"
+BUDGET, ADAMW = (
+    "--struct refill --vit_structured --vit_prune_target both",
+    "--opt adamw --lr 0.001 --prune_type finetune",
+)
 RECIPE = (
     "--sched cosine --min_lr 1e-5 --aug rand --mixup 0.2 --cutmix 1 --label_smoothing 0.1 --drop_path 0.1 "
     "--ema_decay 0.9 --clip_grad 1 --accum_steps 2 --layer_decay 0.8"
