@@ -2,16 +2,19 @@
 """The small model that a run ends with: on disk and back, with the proof that nothing changed.
 
     python export.py results/NAME                              writes results/NAME/model/
+    python export.py results/NAME --predict photo.jpg images/  class names and probabilities; --out FILE.csv keeps them
     python export.py results/NAME --onnx --latency             and model.onnx, and a table of speeds
     python export.py results/NAME --fold --torch_export        a variant for inference, and model.pt2
     python export.py results/NAME --onnx --int8                8-bit weights, and a table of what they cost and save
     python export.py results/NAME --demo                       a web page that shows the model
     python export.py results/NAME --hf DIR                     a folder for the Hugging Face hub
     python export.py results/NAME --evaluate                   accuracy on the run's test images
+    python export.py results/NAME/model --onnx                 from the exported model alone, without its data set
     python export.py --from_checkpoint model.pth.tar --arch vit_small --out model
 
-`model/` holds model.safetensors, config.json, parity.json and a model card. `export.load("model")` gives the model
-back; the card shows how plain timm does. No file holds pickled code.
+`model/` holds model.safetensors, config.json, parity.json and a model card. `export.load("results/NAME")` gives the
+model back; the card shows how plain timm does. No file holds pickled code. Calls add to one another: what was made from
+the same weights stays.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from deployment.card import model_card
 from deployment.command import main
 from deployment.compaction import compact, macs, parity
 from deployment.compiled import aot_package, compiled, torch_export
+from deployment.demo import class_names
 from deployment.folder import check_folder, describe, load, proof_line, read_config, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
+from deployment.predict import image_files, predict
 from deployment.semi_structured import semi_structured_
 from deployment.source import run_provenance
 from deployment.speed import latency_table, size_table, throughput
@@ -40,15 +45,18 @@ __all__ = [
     "aot_package",
     "check_folder",
     "check_onnx",
+    "class_names",
     "compact",
     "compiled",
     "describe",
+    "image_files",
     "latency_table",
     "load",
     "macs",
     "main",
     "model_card",
     "parity",
+    "predict",
     "proof_line",
     "read_config",
     "run_provenance",

@@ -33,16 +33,18 @@ from torch import nn
 import export
 import report
 import utils
-from cli.errors import explain, leave, one_voice
+from cli.checks import check_model_folder
+from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
-from cli.plan import plan
-from dataset import DataError, Splits, load_dataset
+from cli.plan import notes_on_steps, plan
+from dataset import DataError, Splits, load_dataset, preprocessing_of
+from deployment.folder import NotProvenError
 from engine import journal
 from engine.capture import check_compile
-from engine.checkpoint import check_same_start
+from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
-from engine.folder import make_save_dir, write_run_facts
+from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.processes import ALONE, Processes, joined
 from engine.run import Run
@@ -50,6 +52,7 @@ from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
+from reporting.words import plural
 from search.command import search
 from utils import RunError
 
@@ -81,8 +84,9 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
             elif run.signals.received or run.checkpoint_due():
                 training.break_off()
             run.signals.check()
+        training.close()
+        training = None  # frees its network and, on a GPU, its captured step
         run.end_state()  # test the selected model
-        training = None
         run.signals.check()
 
 
@@ -96,8 +100,15 @@ def conclude(run: Run) -> None:
     log.info("\n%s", sparsity_report(masks, title), extra=utils.FILE_ONLY)
     table = journal.states_table(run.progress.states, run.finish_state)
     log.info("\n%s\n\n%s\n", sparsity_by_kind(masks, title), table)
-    hand_over(run)
-    write_report(run)
+    failed = run.save_dir / EXPORT_FAILED
+    failed.unlink(missing_ok=True)
+    try:
+        hand_over(run)
+    except NotProvenError as error:  # which it would be again
+        utils.write_text(failed, f"{error}\n")
+        raise
+    finally:  # the run is trained, whatever its export runs into
+        write_report(run)
 
 
 def hand_over(run: Run) -> None:
@@ -111,7 +122,8 @@ def hand_over(run: Run) -> None:
     last, folder, provenance = run.progress.states[-1], run.save_dir / "model", export.run_provenance(run.args)
     metrics = {"val_accuracy": last["best_accuracy"], "test_accuracy": last["test_accuracy"]}
     metrics = {name: value for name, value in metrics.items() if value != ""}  # a finish on all images has none
-    small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics)
+    classes = export.class_names(run.args.dataset, run.args.data, run.facts.classes)
+    small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics, classes)
     log.info(f"{export.size_table(run.dense, small)}\n\n{export.proof_line(folder)}")
 
 
@@ -121,7 +133,7 @@ def write_report(run: Run) -> None:
         report.write(run.save_dir)
         log.info(f"report: {run.save_dir / 'report.html'}")
     except Exception as error:  # the run is done and its model written, whatever a plot runs into
-        log.warning("report: %s; python report.py %s tries again", error, run.save_dir)
+        log.warning("report: %s; python report.py %s tries again", utils.cause(error), run.save_dir)
     pictures = {f"plots/{path.stem}": path for path in sorted((run.save_dir / "plots").glob("*.png"))}
     run.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
 
@@ -130,6 +142,7 @@ def write_report(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     try:
         with joined() as processes:  # those that torchrun started, or this one alone
             return command(argv, processes)
@@ -155,8 +168,7 @@ def command(argv: list[str] | None, processes: Processes) -> int:
         how = f"--resume --save_dir {args.save_dir}"
         return leave(processes, f"stopped by {stop} with a checkpoint; go on with {how}", stop.code)
     except KeyboardInterrupt:
-        how = f"--resume --save_dir {args.save_dir}"
-        return leave(processes, f"interrupted; go on from the last checkpoint with {how}", 130)
+        return leave(processes, f"interrupted; {way_on(args)}", 130)
     except Exception as error:
         reason = explain(error, args, processes)
         if reason is None:
@@ -179,9 +191,13 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         model = make_model(args, weights=False) if content else first_model(args)
         units_of_run(args, model)
         pixels = family_of(model).image_size(model)
-        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit)
+        shown = getattr(args, "preprocessing_used", None)  # runs of older versions have none
+        splits = load_dataset(args.dataset, args.data, pixels, args.val_fraction, args.train_limit, shown)
+        if content:
+            args.notes += check_same_data(content, splits.identity)
         teacher = named_teacher(args, splits.facts, model, export.load)
     processes.check_enough(len(splits.train.labels))
+    check_model_folder(args)
     lock = make_save_dir(args) if processes.first else None
     args.save_dir = processes.from_first(args.save_dir)
     try:
@@ -217,13 +233,17 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
         f"seed {args.seed}"
     )
     train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
-    log.info(
-        f"{args.dataset}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes"
-    )
+    data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
+    log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
+    if report := getattr(model, "pretrained_report", None):  # a resumed run loads none
+        log.info(f"weights from {args.pretrained}: {report.failure or report.summary()}", extra=utils.FILE_ONLY)
+    log.info(f"images: {preprocessing_of(splits.facts, pixels).words()}")
     states, epochs, _ = run_length(args)
-    behind = f", then a finish of {args.finish_epochs} epochs" if args.finish_epochs else ""
-    log.info(f"states 0 to {states - 1} of {epochs} epochs each{behind}; files in {args.save_dir}")
-    for note in args.notes:
+    behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
+    which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
+    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
+    for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)
     if args.vit_structured and args.struct == "rsst" and args.prune_type == "lt" and args.ratio_schedule == "constant":
         what = "are the same as Refill's, bit for bit" if args.fc else "differ from Refill's only by the classifier"

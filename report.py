@@ -44,6 +44,7 @@ def build_parser() -> utils.OneLineParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.out is not None and len(args.run_dirs) == 1:

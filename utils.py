@@ -38,6 +38,16 @@ class RunError(Exception):
         self.code = code
 
 
+def cause(error: BaseException) -> str:
+    """Why something failed, in one line: the first of the error's own, and the second where that is a heading."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join([first, *others[:1]]) if first.endswith(":") else first)[:300]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Errors are one line on standard error and exit code 2; flags are not abbreviated."""
 
@@ -107,14 +117,26 @@ def pick_device(name: str = "auto", gpu: int = 0) -> torch.device:
 
 def processor_name() -> str:
     """The processor's model where the system says it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # another system, or a sandbox
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
+AMP_AUTO = "VIT_PRUNING_AMP_AUTO"
+
+
 def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type of `--amp`; None computes in the weights' own precision."""
+    """The autocast type of `--amp`; None computes in the weights' own precision.
+
+    The environment variable VIT_PRUNING_AMP_AUTO, bf16 or off, stands for `auto` on every processor; tests use it.
+    """
+    if amp == "auto":
+        amp = os.environ.get(AMP_AUTO) or amp
+        if amp not in ("auto", "off", "bf16"):
+            raise RunError(f"{AMP_AUTO}={amp}: must be bf16 or off; unset it to go by the processor")
     if amp == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -145,6 +167,12 @@ class Stopped(Exception):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
+
+
+def _write_now(number: int, text: bytes) -> None:
+    """A line on standard error about a signal; not by a print, which the signal may have interrupted."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, b"%s: %s\n" % (signal.Signals(number).name.encode(), text))
 
 
 class StopSignals:
@@ -185,16 +213,13 @@ class StopSignals:
         again, self.heard = self.heard, number
         if self.shared:
             if not again:
-                os.write(2, b"%s: all processes stop after a step\n" % signal.Signals(number).name.encode())
+                _write_now(number, b"all processes stop after a step")
             return
         ignored = [number for number, handler in self._before.items() if handler is signal.SIG_IGN]
         self._restore()
         for other in ignored:
             signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
-        # not by a print, which this may have interrupted
-        os.write(
-            2, b"%s: stopping after this step; a second one stops at once\n" % signal.Signals(number).name.encode()
-        )
+        _write_now(number, b"stopping after this step; a second one stops at once")
 
     def check(self) -> None:
         """Raises: Stopped, when a signal has come."""
@@ -202,15 +227,52 @@ class StopSignals:
             raise Stopped(self.received)
 
 
-# ------------------------------------------------------------------------------------------------ logging
+# ------------------------------------------------------------------------------------- output and logging
+
+
+class _Descriptor(io.FileIO):
+    """The descriptor of a standard stream, whose reader may go away: what is written from then on is dropped."""
+
+    lost = False
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:  # a pipe without a reader, a terminal that was closed, a full disk
+            self.lost = True
+            return len(data)
+
+
+def keep_output_harmless() -> None:
+    """From now on nothing that is printed ends the program: see `_Descriptor`, and characters that a terminal does not
+    know come out as backslash escapes. Streams that something else has put in place stay."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the program was started with the stream closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            buffer = io.BufferedWriter(_Descriptor(stream.fileno(), "w", closefd=False))
+            lines = stream.line_buffering
+            fresh = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines)
+            setattr(sys, name, fresh)
+
+
+def _is_lost(stream: io.TextIOBase) -> bool:
+    return getattr(getattr(getattr(stream, "buffer", None), "raw", None), "lost", False)
 
 
 class _TqdmHandler(logging.Handler):
     """Log lines that do not tear a progress bar apart."""
 
+    noted = False
+
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+        if _is_lost(sys.stdout) and not self.noted:
+            self.noted = True
+            log.warning("standard output is gone; the program goes on")
 
 
 class _LogFile(logging.FileHandler):
@@ -237,7 +299,7 @@ def start_logging(run_log: Path | None = None, verbose: bool = False) -> None:
     screen.addFilter(lambda record: verbose or not getattr(record, "file_only", False))
     root.addHandler(screen)
     if run_log is not None:
-        file = _LogFile(run_log, encoding="utf-8")
+        file = _LogFile(run_log, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         root.addHandler(file)
 
@@ -258,6 +320,17 @@ def format_table(rows: Sequence[Mapping], columns: Mapping[str, Callable | str])
 DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EROFS", "EDQUOT", "EIO", "EACCES", "EPERM", "EFBIG")}
 
 
+def disk_advice(error: OSError) -> str:
+    """What to do where a file could not be written, when the system's reason tells; goes behind that reason."""
+    ways = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "; free the disk or choose another folder")
+    ways |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose a folder that can be written")
+    return ways.get(error.errno, "")
+
+
+def cannot_write(error: OSError, path: str | Path) -> str:
+    return f"cannot write {path}: {cause(error)}{disk_advice(error)}"
+
+
 def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """Let `write` fill a temporary file, flush it to disk and rename it: `path` is old, new, never half.
 
@@ -276,13 +349,11 @@ def write_atomic(path: Path, write: Callable[[io.BufferedWriter], object]) -> No
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free the disk or choose --save_dir", 1
-        ) from error
+        raise RunError(cannot_write(error, path), 1) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def sha256(path: Path) -> str:
@@ -343,7 +414,7 @@ def save_tensors(path: Path, content: object) -> None:
     write_atomic(path, write)
 
 
-def _seal_broken(path: Path) -> bool:
+def seal_broken(path: Path) -> bool:
     """Whether a file that `save_tensors` wrote has changed since; others carry no seal."""
     digest, left = hashlib.sha256(), path.stat().st_size - _SEAL_LENGTH
     if left < 0:
@@ -361,36 +432,42 @@ def load_tensors(path: Path, what: str) -> dict:
     if not path.is_file():
         raise RunError(f"{what}: {path} does not exist")
     try:
-        if _seal_broken(path):
+        if seal_broken(path):
             raise RunError(f"{what}: {path} is damaged (its content changed after it was written)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what raw pickles hold; they are refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except RunError:
         raise
+    except OSError as error:
+        raise RunError(f"{what}: {path} cannot be read ({cause(error)})") from error
     except Exception as error:  # truncated zips, foreign pickles and bad magic numbers all raise their own types
-        raise RunError(
-            f"{what}: {path} cannot be loaded safely (damaged, or it holds more than tensors and plain values)"
-        ) from error
+        why = "damaged, or it holds more than tensors and plain values"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            why = f"out of memory, or damaged: {cause(error)}"
+        raise RunError(f"{what}: {path} cannot be loaded safely ({why})") from error
     if not isinstance(content, dict):
         raise RunError(f"{what}: {path} holds no dictionary of tensors")
     return content
 
 
-def load_state_file(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict from `.safetensors` or a `torch.save` file, also nested under `state_dict` or `model`."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def plain_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without `torch.nn.utils.prune`'s pairs: X_orig and X_mask become X = X_orig * X_mask."""
+    plain = {}
+    for name, value in state_dict.items():
+        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state_dict:
+            stem = name.removesuffix("_orig")
+            plain[stem] = value * state_dict[f"{stem}_mask"].to(value)
+        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state_dict):
+            plain[name] = value
+    return plain
 
-        try:
-            return load_file(str(path))
-        except Exception as error:  # safetensors raises its own error type, and OSError
-            raise RunError(f"{what}: {path} is missing or not a safetensors file") from error
-    content = load_tensors(path, what)
-    for key in ("state_dict", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    return content
+
+def check_finite(weights: Mapping, source: str) -> None:
+    """Raises: RunError, naming `source` and the first tensor that holds NaN or infinity."""
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.float().isfinite().all():
+            raise RunError(f"{source}: {name} holds NaN or infinity; give weights that training has not broken")
 
 
 def cpu_copy(content):
@@ -402,6 +479,14 @@ def cpu_copy(content):
     if isinstance(content, list | tuple):
         return type(content)(map(cpu_copy, content))
     return content
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`. Only to CUDA, and out of pinned memory, does the copy go on while others work:
+    the memory is kept for it there, where elsewhere its owner may have it overwritten before."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

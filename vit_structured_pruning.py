@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families import family_of
 from families.parts import PLAIN_MODULES, unit_macs
 from families.vit import (
     PRUNABLE_SUFFIXES,
@@ -30,10 +29,9 @@ from families.vit import (
     vit_macs,
     vit_units,
 )
-from pruning.masks import normalise_names, plain_weights
-from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units, spread
+from pruning.masks import normalise_names
+from pruning.ranking import best_first, keep_count, scheduled_ratio, select_units
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
-from pruning.rounding import ROUNDED, fit_counts, fitting_count
 from pruning.scores import CRITERIA, SCORE_BATCHES, Criterion, captured, evaluating, score_units, trained_weights
 from pruning.units import (
     Kept,
@@ -48,6 +46,7 @@ from pruning.units import (
     unit_parameters,
     unit_weights,
 )
+from utils import plain_weights
 
 __all__ = [
     "CRITERIA",
@@ -74,7 +73,6 @@ __all__ = [
     "layout_problem",
     "normalise_names",
     "plain_weights",
-    "plan_structured",
     "prune_attention_heads_hard",
     "prune_mlp_neurons_hard",
     "remove_units",
@@ -213,44 +211,4 @@ def check_vit_structure(model: nn.Module) -> list[dict[str, int]]:
         print("blocks.{layer:<3} | {heads:>3} heads of {head_dim} | {neurons:>5} neurons".format(**row))
     heads, neurons = (sum(row[name] for row in rows) for name in ("heads", "neurons"))
     print(f"total      | {heads:>3} heads | {neurons:,} neurons | {count_vit_parameters(model):,} parameters")
-    return rows
-
-
-def plan_structured(
-    model: nn.Module,
-    ratios: Mapping[str, float],
-    states: int,
-    schedule: str = "geometric",
-    sorting_mode: str = "layer-wise",
-    min_units: int = 1,
-    round_to: int = 1,
-) -> list[dict[str, float]]:
-    """What each state trains, before anything is trained: heads, neurons, parameters, MACs and density.
-
-    `ratios` is {"head": fraction, "neuron": fraction}; the rows hold the totals, which do not depend on scores (but for
-    MACs and parameters of a global ranking where layers differ in width). `round_to` is that of `rank_units`.
-    """
-    family = family_of(model)
-    units = family.units(model)
-    weights = sum(group.count * unit_weights(model, group) for group in units.values())
-    rows = []
-    for state in range(states):
-        left = {key: group.count for key, group in units.items()}
-        for kind, ratio in ratios.items():
-            counts = {key: group.count for key, group in units.items() if group.kind == kind}
-            wanted = scheduled_ratio(schedule, ratio, state, states) if state else 0.0
-            multiple = round_to if kind in ROUNDED else 1
-            if sorting_mode == "layer-wise":
-                shares = {key: keep_count(count, wanted, min_units) for key, count in counts.items()}
-                left |= {
-                    key: fitting_count(shares[key], count, count, min_units, multiple) for key, count in counts.items()
-                }
-            else:
-                total = keep_count(sum(counts.values()), wanted, len(counts) * min_units)
-                # which layer they come from is up to the scores; here all lose the same share
-                shares = dict(zip(counts, spread(list(counts.values()), total, min_units), strict=True))
-                left |= fit_counts(shares, counts, counts, min_units, multiple)
-        row = family.cost(model, {key: range(count) for key, count in left.items()})
-        row["density"] = sum(left[key] * unit_weights(model, group) for key, group in units.items()) / weights
-        rows.append({"state": state, **row})
     return rows

@@ -39,11 +39,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from cli.flags import build_parser
 from cli.parse import parse_args
 from dataset import split_sizes
 from engine.model import make_model, run_length
 from families import family_of
+from settings.flags import build_parser
 from utils import RunError
 
 MAIN = "main_imp_fillback.py"

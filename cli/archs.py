@@ -24,7 +24,7 @@ from tqdm import tqdm
 import families
 from families import FAMILIES, family_of
 from models import TIMM
-from models.vit import import_timm, reason
+from models.weight_files import PretrainedError, import_timm, reason
 from pruning.units import LayoutError
 from utils import RunError, format_table, write_text
 
@@ -56,7 +56,7 @@ def _names(pattern: str) -> list[str]:
     """Names of the timm files that families look at, in timm's order."""
     try:
         timm = import_timm("--list_archs")
-    except RuntimeError as error:
+    except PretrainedError as error:
         raise RunError(str(error)) from error
     wanted = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
     files = [file for family in FAMILIES for file in getattr(family, "timm_files", ())]

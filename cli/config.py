@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from settings.flags import FLAGS
 from utils import OneLineParser, RunError
 
 
 def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
-    """The flags of the YAML file that `--config` names, to be read before those given by hand."""
+    """The flags of the YAML file that `--config` names, to be read before those given by hand.
+
+    Flags by hand win over the same ones in the file, and over those that would contradict them: a run's name over the
+    folder of another run, a file of weights over the tag of public ones.
+    """
     finder = OneLineParser(prog=parser.prog, add_help=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
+    for action in parser._actions:
+        if action.dest in ("config", "exp_name", "pretrained"):
+            finder.add_argument(*action.option_strings, nargs=action.nargs, const=action.const)
+    by_hand = finder.parse_known_args(argv)[0]
+    path = by_hand.config
     if path is None:
         return []
     try:
@@ -26,10 +33,13 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
         raise RunError(f"--config {path}: not a YAML file ({error})") from error
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
-    return typed_out(parser, content, f"--config {path}")
+    overruled = ["save_dir"] if by_hand.exp_name is not None else []
+    overruled += ["pretrained_tag"] if isinstance(by_hand.pretrained, str) else []
+    content = {name: value for name, value in content.items() if name not in overruled}
+    return typed_out(content, f"--config {path}")
 
 
-def typed_out(parser: OneLineParser, content: Mapping, source: str) -> list[str]:
+def typed_out(content: Mapping, source: str) -> list[str]:
     """Flags and their values, as YAML holds them, as they would be typed out.
 
     Args:
@@ -38,30 +48,20 @@ def typed_out(parser: OneLineParser, content: Mapping, source: str) -> list[str]
     Raises:
         RunError: no such flag, or no value of it.
     """
-    actions = {action.dest: action for action in parser._actions}
-    actions |= {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
-    flags = []
+    options = {flag.option.removeprefix("--"): flag for flag in FLAGS.values()}
+    options |= {older.removeprefix("--"): flag for flag in FLAGS.values() for older in flag.also}
+    options |= {f"no-{flag.name}": flag for flag in FLAGS.values() if flag.both}
+    typed = []
     for name, value in content.items():
-        if name in ("pretrained_note", "unit_counts"):  # args.yaml of a run has them
+        if name in ("pretrained_note", "preprocessing_used", "unit_counts"):  # args.yaml of a run has them
             continue
-        action = actions.get(name) if isinstance(name, str) else None
-        if action is None or action.dest == "help" or (action.dest == "config" and value is not None):
-            raise RunError(f"{source}: unknown flag {name!r}; see --help")
-        if value is None:
-            continue
-        option = action.option_strings[0]
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        if isinstance(value, dict) or (action.nargs == 0 and not isinstance(value, bool)):
-            raise RunError(f"{source}: {name}: {value!r} is not a value of {option}; see --help")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            flags.append(action.option_strings[value == name.startswith("no-")])
-        elif action.nargs == 0:
-            # `no-export: true` and `export: false` mean the same
-            if value == (action.const if name == action.dest else True):
-                flags.append(option)
-        elif value is True and action.nargs == "?":
-            flags.append(option)
-        elif not (value is False and action.nargs == "?"):
-            flags.append(f"{option}={value}")
-    return flags
+        flag = FLAGS.get(name) or options.get(name) if isinstance(name, str) else None
+        if flag is None or (flag.name == "config" and value is not None):
+            raise RunError(f"{source}: unknown flag {name!r}; see --help all")
+        if isinstance(value, bool) and name not in FLAGS and name.startswith("no-"):
+            value = not value  # `no-export: true` and `export: false` mean the same
+        try:
+            typed += flag.typed(value)
+        except ValueError as error:
+            raise RunError(f"{source}: {name}: {error}; see --help all") from error
+    return typed

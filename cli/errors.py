@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from engine.capture import GRAPHS
+from engine.checkpoint import has_checkpoint
 from engine.processes import Processes
-from utils import DISK_ERRORS
+from settings.flags import AUTO, GRAPHS
+from utils import DISK_ERRORS, cannot_write, cause
 
-MESSAGE_FAILED = re.compile(
-    r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Distributed"
-)  # from or to another process
+# what gloo and NCCL say of a message from or to another process that failed: the other end, or the way to it, is gone
+LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|Socket Timeout|Timed out waiting|"
+    r"remote process exited|ncclRemoteError|ncclSystemError|communicator was aborted"
+)
+MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def leave(processes: Processes, message: str, code: int) -> int:
@@ -46,18 +51,29 @@ def one_voice(processes: Processes) -> Iterator[None]:
             sys.stderr.write(said.getvalue())
 
 
+def way_on(args: argparse.Namespace) -> str:
+    """How a run that has ended early goes on: from its checkpoint where it has one, else from the start."""
+    if args.save_dir and has_checkpoint(Path(args.save_dir)):
+        return f"go on from the last checkpoint with --resume --save_dir {args.save_dir}"
+    again = "" if args.resume == AUTO else ", with --overwrite"
+    return f"there is no checkpoint yet: give the same command again{again}"
+
+
 def explain(error: Exception, args: argparse.Namespace, processes: Processes) -> str | None:
     """A line for errors of the system and of PyTorch that the user can mend; None for others, which are bugs."""
     text = " ".join(str(error).split())
-    if processes.several and isinstance(error, RuntimeError) and MESSAGE_FAILED.search(text):
-        return f"{processes.lost()}; go on from the last checkpoint with --resume --save_dir {args.save_dir}"
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"cannot write {error.filename or args.save_dir}: {error.strerror}; free the disk or choose --save_dir"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and MEMORY.search(text)
+    ):
         return (
-            f"out of memory with --batch_size {args.batch_size} --accum_steps {args.accum_steps} --amp {args.amp}: "
-            "lower the first and raise the second by the same factor, or use --amp bf16; the last checkpoint is good"
+            f"out of memory with --batch_size {args.batch_size} --accum_steps {args.accum_steps} --amp {args.amp} "
+            f"({cause(error)[:200]}): start anew with a lower --batch_size and a higher --accum_steps; where something "
+            f"else filled the memory: {way_on(args)}"
         )
+    if processes.several and _is_message_lost(error, text):
+        return f"{processes.lost()} ({cause(error)[:200]}); {way_on(args)}"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return cannot_write(error, error.filename or args.save_dir)
     if "deterministic" in text and args.deterministic:
         return f"--deterministic: not possible on this device ({text[:200]}); leave it out or use --device cpu"
     if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -65,3 +81,10 @@ def explain(error: Exception, args: argparse.Namespace, processes: Processes) ->
     if args.compile in GRAPHS and "captur" in text:
         return f"--compile {args.compile}: cannot capture this step ({text[:200]}); leave it out"
     return None
+
+
+def _is_message_lost(error: Exception, text: str) -> bool:
+    """Whether a message to or from another process failed. A failed check ("enforce fail") is a disagreement, a bug."""
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and "enforce fail" not in text and bool(LOST.search(text))

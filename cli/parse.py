@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from cli.archs import list_archs
 from cli.checks import check_and_complete, check_search
 from cli.config import config_flags
-from cli.flags import AUTO, build_parser
 from cli.resume import finds_run, is_complete, resumed_args
+from engine.folder import EXPORT_FAILED
 from engine.processes import first_of_all
+from settings.flag import AUTO
+from settings.flags import build_parser
 from utils import RunError
 
 
@@ -55,11 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ends_here = auto and resumes and not args.dry_run and is_complete(args)
     except RunError as error:
         parser.error(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if not resumes:
-            raise
-        parser.error(f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program ({error})")
     if ends_here:
         print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
+        if (failed := Path(args.save_dir) / EXPORT_FAILED).is_file():
+            print(f"it has no model/: {failed.read_text().strip()}")
         parser.exit()
     return args

@@ -8,18 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cli.checks import check_run_name
-from cli.flags import AUTO
-from engine.allocation import allocates
 from engine.checkpoint import has_checkpoint, load_checkpoint
-from engine.folder import named_dir
+from engine.folder import EXPORT_FAILED, named_dir
 from engine.model import run_length
+from settings.flag import AUTO, check_values
+from settings.flags import FLAGS, complete
 from utils import OneLineParser, RunError, load_tensors
-
-FREE_ON_RESUME = {
-    "workers", "device", "gpu", "print_freq", "verbose", "save_dir", "resume", "checkpoint", "data", "config",
-    "checkpoint_every", "wandb_mode", "wandb_project", "wandb_entity", "dry_run", "overwrite", "list_archs",
-}  # fmt: skip
 
 
 def finds_run(args: argparse.Namespace) -> bool:
@@ -28,7 +22,7 @@ def finds_run(args: argparse.Namespace) -> bool:
     Raises:
         RunError: the command names no folder, or not clearly; or its run had checkpoints and has lost them.
     """
-    check_run_name(args)
+    check_values([FLAGS["exp_name"]], args)
     if not (args.save_dir or args.exp_name):
         raise RunError("--resume auto: needs --save_dir DIR or --exp_name NAME, or it would not find its run again")
     if args.checkpoint:
@@ -53,10 +47,13 @@ def finds_run(args: argparse.Namespace) -> bool:
 
 def is_complete(args: argparse.Namespace) -> bool:
     """Whether a run that would go on has trained all its states and written what a run writes in the end."""
-    if args.resumed_from["run"]["state"] < run_length(args)[0]:
+    before, rounds = args.resumed_from["args"], run_length(args)[0] + bool(args.finish_epochs)
+    longer = (before.get("finish_epochs") or 0) < (args.finish_epochs or 0)
+    if longer or args.resumed_from["run"]["state"] < rounds:
         return False
     folder = Path(args.save_dir)
-    files = ["checkpoint.pt", "report.html", *(["model/config.json"] if args.export else [])]
+    small = EXPORT_FAILED if (folder / EXPORT_FAILED).is_file() else "model/config.json"
+    files = ["checkpoint.pt", "report.html", *([small] if args.export else [])]
     if not all((folder / name).is_file() for name in files):
         return False
     checkpoint, *last = ((folder / name).stat().st_mtime_ns for name in files)
@@ -65,47 +62,60 @@ def is_complete(args: argparse.Namespace) -> bool:
 
 def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
     """The flags of the run that goes on, with those of today's that are free to change."""
-    if not (args.save_dir or args.checkpoint):
-        parser.error("--resume: needs --save_dir DIR or --checkpoint FILE")
-    args.save_dir = args.save_dir or str(Path(args.checkpoint).parent)
+    if not (args.save_dir or args.checkpoint or args.exp_name):
+        parser.error("--resume: needs --save_dir DIR, --exp_name NAME or --checkpoint FILE")
+    if not args.save_dir:
+        check_values([FLAGS["exp_name"]], args)
+        args.save_dir = str(Path(args.checkpoint).parent if args.checkpoint else named_dir(args.exp_name))
     if args.checkpoint:
         content = load_tensors(Path(args.checkpoint), "--checkpoint")
     else:
         content = load_checkpoint(Path(args.save_dir))
-    stored = content.get("args")
-    if not (isinstance(stored, dict) and isinstance(content.get("run"), dict)):
-        raise TypeError("no flags, or no state")
+    foreign = f"--resume: {args.checkpoint or args.save_dir} holds no checkpoint of this program"
+    stored, progress = content.get("args"), content.get("run")
+    if not (isinstance(stored, dict) and isinstance(progress, dict) and isinstance(progress.get("state"), int)):
+        raise RunError(f"{foreign} (no flags, or no state)")
     missing = {"arch", "dataset", "struct", "epochs", "pruning_times", "lr", "rate", "seed"} - stored.keys()
-    wrong = [action.dest for action in parser._actions if action.dest in stored and not _could_be(action, stored)]
+    wrong = [name for name, flag in FLAGS.items() if name in stored and not flag.could_be(stored[name])]
     if missing or wrong:
-        raise TypeError(f"flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)}")
-    stored = {**{name: parser.get_default(name) for name in vars(args)}, **stored}
-    longer = given.get("pruning_times", 0) > stored["pruning_times"]
-    by_schedule = (
-        stored["vit_structured"] or stored["nm"] or allocates(argparse.Namespace(**{"unit_counts": None, **stored}))
-    )
-    grows = by_schedule and stored["ratio_schedule"] != "constant"
-    if longer and stored["finish_epochs"] and content["run"]["state"] >= stored["pruning_times"]:
-        more = given["pruning_times"]
-        parser.error(f"--pruning_times {more}: this run is in its finish, which no state can follow; leave it out")
-    free = FREE_ON_RESUME | ({"pruning_times"} if longer and not grows and stored["struct"] != "dense" else set())
+        raise RunError(f"{foreign} (flags missing or of a wrong type: {', '.join(sorted(missing) + wrong)})")
+    stored = complete(stored)
+    free = {name for name, flag in FLAGS.items() if flag.resumes}
+    free |= _extensions(stored, given, content["run"]["state"])
     other = [f"--{name} {value}" for name, value in given.items() if name not in free and stored.get(name) != value]
     if other:
         way_out = "give those of its args.yaml, or another --save_dir" if args.resume == AUTO else "leave them out"
+        if given.get("epochs", 0) > stored["epochs"]:
+            way_out += "; --finish_epochs N trains the selected model for longer"
         parser.error(f"--resume: the run was started with other flags than {' '.join(other)}; {way_out}")
     resumed = argparse.Namespace(**{**vars(args), **stored, **{name: given[name] for name in free if name in given}})
     resumed.save_dir, resumed.resume, resumed.resumed_from = args.save_dir, True, content
     return resumed
 
 
-def _could_be(action: argparse.Action, stored: dict) -> bool:
-    """Whether the value of a stored flag is of a kind that the parser gives it."""
-    value = stored[action.dest]
-    if value is None:
-        return action.default is None
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return action.nargs == "?"
-    kinds = {int: int, float: (int, float)}.get(action.type, str)
-    return isinstance(value, kinds) and (not action.choices or value in action.choices)
+def _extensions(stored: dict, given: dict, state: int) -> set[str]:
+    """Those of the given flags that make a run longer which stands in `state`.
+
+    Raises:
+        RunError: what it has trained so far would have been trained otherwise in the longer run.
+    """
+    longer, states = set(), stored["pruning_times"]
+    if given.get("pruning_times", 0) > states:
+        reason = ""
+        if stored["struct"] == "dense":
+            reason = "a dense run spreads one schedule over all its epochs; --finish_epochs N trains it for longer"
+        elif not FLAGS["ratio_schedule"].idle(stored) and stored["ratio_schedule"] != "constant":
+            reason = (
+                f"--ratio_schedule {stored['ratio_schedule']} has spread this run's pruning over {states} states; "
+                "start a new run"
+            )
+        elif stored["finish_epochs"] and state >= states:
+            reason = "this run is in its finish, which no state can follow; leave it out"
+        if reason:
+            raise RunError(f"--pruning_times {given['pruning_times']}: {reason}")
+        longer.add("pruning_times")
+    if given.get("finish_epochs", 0) > (stored["finish_epochs"] or 0):
+        longer.add("finish_epochs")
+        if not stored["finish_epochs"]:  # nothing of a finish is trained yet
+            longer |= {"finish_lr", "finish_on_all"}
+    return longer

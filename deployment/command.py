@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -13,14 +14,26 @@ from pathlib import Path
 
 import torch
 
+import report
 import utils
-from dataset import DATASETS, DataError, DatasetFacts, load_dataset, make_batches
+from dataset import DATASETS, DataError, DatasetFacts, Splits, load_dataset, make_batches
 from deployment.compaction import affordable, compact
 from deployment.compiled import aot_package, check_compiler, compiled, torch_export
 from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_words, runtime_files, write_demo
-from deployment.folder import FOLDED, check_folder, foldable, load, proof_line, read_config, write, write_folded
+from deployment.folder import (
+    FOLDED,
+    check_folder,
+    foldable,
+    load,
+    model_folder,
+    proof_line,
+    read_config,
+    write,
+    write_folded,
+)
 from deployment.hub import check_hub, write_hub
-from deployment.onnx_file import OPSET, check_onnx, to_onnx
+from deployment.onnx_file import OPSET, check_onnx, onnx_metadata, to_onnx
+from deployment.predict import answer_line, answer_rows, image_files, predict
 from deployment.quantise import INT8_FILES, better_form, write_int8
 from deployment.semi_structured import semi_structured_table
 from deployment.source import full_network, masked_from_checkpoint, masked_from_run, run_provenance
@@ -38,8 +51,22 @@ log = logging.getLogger("export")
 def build_parser() -> argparse.ArgumentParser:
     what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
     parser = utils.OneLineParser(description=what)
-    parser.add_argument("run_dir", nargs="?", help="folder of a finished run")
-    parser.add_argument("--out", help="where the model goes, written anew by each call; RUN_DIR/model when not given")
+    parser.add_argument(
+        "run_dir",
+        nargs="?",
+        help="folder of a finished run; of an exported model for --onnx, --torch_export, --aot, --hf and --predict, "
+        "which then need no data set",
+    )
+    parser.add_argument(
+        "--out", help="where the model goes, RUN_DIR/model when not given; with --predict, the CSV file of the answers"
+    )
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="FILE",
+        help="print the most probable classes of images, or of all images in folders; with --out FILE.csv every "
+        "class's probability goes there",
+    )
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
     parser.add_argument(
         "--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write"
@@ -58,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a folder with a web page (RUN_DIR/demo when DIR is not given) that shows the answers and times of "
         "the full and the removed network, with --int8 also of the int8 one, on images or drawn digits",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the page of an earlier --demo")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the page of an earlier --demo, or the CSV file of --predict"
+    )
     parser.add_argument(
         "--ort_web",
         metavar="DIR",
@@ -74,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--hf", metavar="DIR", help="write the model to DIR as the Hugging Face hub expects it; nothing is uploaded"
     )
     _add_programs(parser)
+    _add_sources(parser)
+    return parser
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency", action="store_true", help="time dense against removed")
     parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
     parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
@@ -81,7 +115,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from_checkpoint", metavar="FILE", help="a state dict with weight_orig and weight_mask pairs")
     parser.add_argument("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
-    return parser
 
 
 def _add_programs(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +136,7 @@ def _add_programs(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    utils.keep_output_harmless()
     parser = build_parser()
     args = parser.parse_args(argv)
     if bool(args.run_dir) == bool(args.from_checkpoint):
@@ -117,7 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     utils.start_logging()
     try:
         _check_places(args)
-        _export(args)
+        if args.predict:
+            _predict(args)
+        elif _is_model(args):
+            _export_again(args)
+        else:
+            _export(args)
     except (RunError, DataError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
@@ -131,7 +170,9 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         "--compile: is timed by --latency; add it, or leave this out": args.compile and not args.latency,
         "--int8: belongs to --onnx; give both": args.int8 and not args.onnx,
         f"--opset {args.opset}: belongs to --onnx or --demo": args.opset != OPSET and not (args.onnx or shows),
-        "--overwrite: belongs to --demo; a model is replaced anyway": args.overwrite and args.demo is None,
+        "--overwrite: belongs to --demo or --predict; a model is replaced anyway": args.overwrite
+        and args.demo is None
+        and not args.predict,
         f"--ort_web {args.ort_web}: belongs to --demo": args.ort_web and args.demo is None,
         f"--dense {args.dense}: belongs to --int8 or --demo": args.dense and not shows,
         f"--dense {args.dense}: needs the folder of a run": args.dense and args.from_checkpoint,
@@ -140,9 +181,40 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         and not _has_data(args),
         "--demo: needs a folder, as in --demo DIR, with --from_checkpoint": args.demo == "" and args.from_checkpoint,
     }
+    if args.predict or _is_model(args):
+        wrong |= _foreign_flags(args)
     for message, holds in wrong.items():
         if holds:
             parser.error(message)
+
+
+FROM_MODEL = ("run_dir", "onnx", "opset", "torch_export", "aot", "hf", "predict", "out", "overwrite", "device")
+
+
+def _foreign_flags(args: argparse.Namespace) -> dict[str, bool]:
+    """What neither --predict nor the folder of an exported model alone can serve."""
+    default = vars(build_parser().parse_args([]))
+    given = [name for name, value in vars(args).items() if value != default[name]]
+    if args.predict:
+        wrong = {
+            f"--{name}: does not go with --predict; give it in a call of its own": name
+            not in ("run_dir", "predict", "out", "overwrite", "device")
+            for name in given
+        }
+        return wrong | {"--predict: needs the folder of a run or of an exported model": not args.run_dir}
+    wrong = {
+        f"--{name}: {args.run_dir} is an exported model; this flag needs the folder of its run": name not in FROM_MODEL
+        or name == "out"
+        for name in given
+    }
+    asked = args.onnx or args.torch_export or args.aot or args.hf
+    return wrong | {f"{args.run_dir} is an exported model: say what to make of it, such as --onnx": not asked}
+
+
+def _is_model(args: argparse.Namespace) -> bool:
+    """Whether the folder is that of an exported model, and not of a run."""
+    folder = Path(args.run_dir or "")
+    return bool(args.run_dir) and (folder / "model.safetensors").is_file() and not (folder / "args.yaml").exists()
 
 
 def _has_data(args: argparse.Namespace) -> bool:
@@ -156,8 +228,10 @@ def _check_places(args: argparse.Namespace) -> None:
             check_compiler(flag)
     if args.onnx or args.demo is not None:
         check_onnx(args.opset)
-    if args.out:
-        check_folder(Path(args.out))
+    if args.predict:
+        _check_csv(args)
+    elif not _is_model(args):
+        check_folder(*((Path(args.out), "--out") if args.out else (Path(args.run_dir) / "model", "RUN_DIR")))
     if args.demo is not None:
         check_new_folder("--demo", _demo_folder(args), args.overwrite)
     if args.hf:
@@ -165,8 +239,44 @@ def _check_places(args: argparse.Namespace) -> None:
         check_new_folder("--hf", Path(args.hf))
 
 
+def _check_csv(args: argparse.Namespace) -> None:
+    if args.out and Path(args.out).suffix.lower() != ".csv":
+        raise RunError(f"--out {args.out}: with --predict it is a CSV file, such as answers.csv")
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise RunError(f"--out {args.out}: is there already; choose another, or replace it by --overwrite")
+    if args.out and not os.access(Path(args.out).absolute().parent, os.W_OK):
+        raise RunError(f"--out {args.out}: {Path(args.out).absolute().parent} is not a folder that can be written")
+
+
 def _demo_folder(args: argparse.Namespace) -> Path:
     return Path(args.demo or Path(args.run_dir) / "demo")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    """Answers for images, in the log and as CSV."""
+    files = image_files(map(Path, args.predict))
+    names, answers = predict(model_folder(Path(args.run_dir)), files, utils.pick_device(args.device))
+    for file, probabilities in answers:
+        log.info(answer_line(file, names, probabilities))
+    if args.out and answers:
+        utils.write_csv(Path(args.out), answer_rows(names, answers))
+    if len(answers) < len(files):
+        raise RunError(f"--predict: {len(files) - len(answers)} of {len(files)} files could not be read", code=1)
+
+
+def _export_again(args: argparse.Namespace) -> None:
+    """More forms of the exported model that is there."""
+    folder = Path(args.run_dir)
+    _write_programs(args, folder)
+    if args.hf:
+        _write_hub(args, folder)
+
+
+def _write_hub(args: argparse.Namespace, folder: Path) -> None:
+    model = load(folder)
+    dataset = args.dataset or read_config(folder)["provenance"].get("dataset")
+    write_hub(folder, Path(args.hf), dataset, family_of(model).image_size(model))
+    log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -186,7 +296,8 @@ def _export(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     masked, size = masked.to(device), family_of(masked).image_size(masked)
     if args.run_dir or args.dataset:
-        splits = load_dataset(dataset, data, size, val_fraction)
+        shown = getattr(run, "preprocessing_used", None)
+        splits = load_dataset(dataset, data, size, val_fraction, shown=shown)
         facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
@@ -200,11 +311,9 @@ def _export(args: argparse.Namespace) -> None:
         name, full = full_network(run_dir, full, run, args.dense)
     if args.demo is not None:
         runtime = runtime_files(args.ort_web)
-    if args.evaluate:
-        test = make_batches(splits.test, facts, 256, device, workers=workers)
-        metrics["test_accuracy"] = accuracy(compact(masked, kept)[0], test)
-        log.info(f"test accuracy {100 * metrics['test_accuracy']:.2f}% of {len(test):,} images")
-    small = write(folder, masked, kept, proving(), facts, provenance, metrics)
+    measured = _evaluated(compact(masked, kept)[0], splits, device, workers) if args.evaluate else {}
+    classes = class_names(dataset, data, facts.classes) if facts else ()
+    small = write(folder, masked, kept, proving(), facts, provenance, metrics, classes, measured)
     log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
     variants = {}
     if args.fold:
@@ -222,14 +331,33 @@ def _export(args: argparse.Namespace) -> None:
             shown = Shown(name, full, Path(drafts) / "full.onnx")
             to_onnx(full, shown.file, args.opset)
             if args.int8:
-                rows = write_int8(folder, shown.file, name, affordable(full), splits, workers, args.opset)
+                rows = write_int8(folder, shown.file, name, affordable(full), splits, workers)
                 log.info(f"\n{utils.format_table(rows, onnx_columns(rows))}\n")
             if args.demo is not None:
                 _write_page(args, folder, shown, runtime, dataset, data, facts)
     if args.hf:
-        classes = class_names(dataset, data, facts.classes) if facts else ()
-        write_hub(folder, Path(args.hf), dataset, size, classes)
-        log.info(f"{args.hf}: ready for the Hugging Face hub, as in: hf upload NAME {args.hf}")
+        _write_hub(args, folder)
+    if args.int8 or args.latency:
+        _write_report(args, folder)
+
+
+def _evaluated(model: torch.nn.Module, splits: Splits, device: torch.device, workers: int) -> dict[str, float]:
+    """The exported model's accuracy on the test images, in its own precision, which is float32."""
+    test = make_batches(splits.test, splits.facts, 256, device, workers=workers)
+    found = {"test_accuracy": accuracy(model, test)}
+    log.info(f"test accuracy {100 * found['test_accuracy']:.2f}% of {len(test):,} images")
+    return found
+
+
+def _write_report(args: argparse.Namespace, folder: Path) -> None:
+    """The run's report anew, where it has one, with what was measured on the model beside it."""
+    run_dir = Path(args.run_dir or "")
+    if not args.run_dir or not (run_dir / "report.md").exists() or folder.resolve() != (run_dir / "model").resolve():
+        return
+    try:
+        report.write(run_dir)
+    except RunError as error:  # everything asked for is written
+        log.warning(f"report: {error}; python report.py {run_dir} tries again")
 
 
 def _check_model(args: argparse.Namespace, masked: torch.nn.Module) -> None:
@@ -270,7 +398,7 @@ def _write_programs(args: argparse.Namespace, folder: Path) -> None:
     """What runs without this program, from the folded network where there is one."""
     model = load(folder / FOLDED if args.fold else folder) if args.onnx or args.torch_export or args.aot else None
     if args.onnx:
-        worst = to_onnx(model, folder / "model.onnx", args.opset)
+        worst = to_onnx(model, folder / "model.onnx", args.opset, onnx_metadata(read_config(folder)))
         log.info(f"{folder / 'model.onnx'}: ONNX Runtime differs by {worst:.2g} at batch 1 and 3")
     if args.torch_export:
         worst = torch_export(model, folder / "model.pt2")

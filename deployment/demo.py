@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dataset import DatasetFacts
+from dataset import DatasetFacts, preprocessing_of
 from deployment.compaction import macs
 from deployment.onnx_file import OPSET, to_onnx
 from pruning.units import count_parameters
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 PAGE = Path(__file__).parent / "demo_page"
 PAGE_FILES = ("index.html", "style.css", "app.mjs", "image.mjs")
@@ -158,7 +158,7 @@ def write_demo(
                 folder.rename(Path(staging) / "old")
             draft.rename(folder)
     except OSError as error:
-        raise RunError(f"--demo {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
+        raise RunError(f"--demo {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
 def page_words(arch: str, dataset: str, name: str) -> dict[str, str]:
@@ -187,10 +187,10 @@ def image_spec(dataset: str, facts: DatasetFacts, size: int) -> dict:
 
     Pixels of 0..255 are multiplied by `scale` and moved by `bias`, by channel, as in `images.augment.Normalise`.
     """
-    mean, std = (torch.tensor(values, dtype=torch.float64).expand(3) for values in (facts.mean, facts.std))
-    spec = {"size": size, "native": facts.image_size, "grey": facts.channels == 1, "fit": FITS.get(dataset, "shorter")}
-    if spec["fit"] == "shorter":
-        spec["shorter"] = round(size / 0.875) if size >= 128 else size
+    shown = preprocessing_of(facts, size)
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (shown.mean, shown.std))
+    spec = {"size": size, "native": facts.image_size, "grey": shown.channels == 1, "fit": FITS.get(dataset, "file")}
+    spec |= {"resize": shown.resize, "keepsAspect": shown.resize_mode == "shorter", "kernel": shown.interpolation}
     return {**spec, "scale": (1 / (255 * std)).float().tolist(), "bias": (-mean / std).float().tolist()}
 
 

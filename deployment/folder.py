@@ -8,17 +8,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import utils
-from dataset import DatasetFacts
+from dataset import DatasetFacts, preprocessing_of
 from deployment.card import model_card
 from deployment.compaction import compact, macs, parity
 from families import family_of, family_of_config
@@ -37,6 +41,15 @@ FOLLOWING = (  # made from a model/ that is there
     "model_aot.pt2",
     "latency.txt",
 )
+OWN = ("README.md", "config.json", "parity.json", "model.safetensors", *FOLLOWING, FOLDED)
+SECTION = "\n## ONNX\n"  # what a call with --int8 adds to the card starts with it
+# in JSON with indents: a list without lists or objects in it, and what separates its values; strings hold no line ends
+LIST, BREAK = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]"), re.compile(r",\n\s*")
+log = logging.getLogger("export")
+
+
+class NotProvenError(RunError):
+    """The small model computes something else than the masked one."""
 
 
 def write(
@@ -47,6 +60,8 @@ def write(
     facts: DatasetFacts | None,
     provenance: Mapping,
     metrics: Mapping,
+    classes: Sequence[str] = (),
+    measured: Mapping | None = None,
 ) -> nn.Module:
     """Write `model/` and return the small model; nothing is written when it computes something else.
 
@@ -55,17 +70,19 @@ def write(
         kept: as in `compact`.
         batches: validation images for the proof.
         provenance, metrics: plain values for config.json and the card.
+        classes: their names, in the order of the logits; empty where they are not known.
+        measured: metrics too, measured just now; `metrics` give way to what an earlier call measured on these weights.
 
     Raises:
-        RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float32.
+        RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float64.
     """
     small, kept = compact(masked, kept)
     proof = _proven("removed", masked, small, batches)
-    config = describe(small, kept, facts)
+    config = describe(small, kept, facts, classes)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(unmerged(masked)), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
-    _write_files(folder, small, config, proof)
+    _write_files(folder, small, config, proof, measured)
     return small
 
 
@@ -84,7 +101,7 @@ def write_folded(
     config["folded"] = foldable(folded, in_place=True)
     proof = _proven("folded", masked, folded, batches)
     config["parameters"]["removed"], config["macs"]["removed"] = count_parameters(folded), macs(folded)
-    _write_files(folder / FOLDED, folded, config, proof)
+    _write_files(folder / FOLDED, folded, config, proof, config["metrics"])
     return folded
 
 
@@ -102,29 +119,68 @@ def foldable(model: nn.Module, in_place: bool = False) -> list[str]:
 
 def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
     proof = parity(masked, model, batches)
-    if not proof["max_difference_float32"] <= proof["bound_float32"]:
-        raise RunError(
-            f"the {what} model differs from the masked one by {proof['max_difference_float32']:.2g} "
-            f"(allowed: {proof['bound_float32']:.2g}); not exported",
+    if not proof["max_difference_float64"] <= proof["bound"]:
+        raise NotProvenError(
+            f"the {what} model differs from the masked one by {proof['max_difference_float64']:.2g} in float64 "
+            f"(allowed: {proof['bound']:.2g}); not exported",
             code=1,
         )
+    if not math.isfinite(proof["max_difference_float32"]):
+        raise NotProvenError(f"the {what} model's logits are not finite in float32; not exported", code=1)
     return proof
 
 
-def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping) -> None:
+def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping, measured: Mapping | None = None) -> None:
+    """The files of a model. What was made from the model that is there, such as model.onnx, stays where weights and
+    config are still the same, and so does what was measured on it; else it goes, and a line says so."""
+    before = _config_of_same(folder, model.state_dict(), config)
+    if before is not None:
+        config["metrics"] = {**config["metrics"], **before["metrics"]}
+    config["metrics"] = {**config["metrics"], **(measured or {})}
     config, blob = seal(config, model.state_dict())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FOLLOWING:
-            (folder / name).unlink(missing_ok=True)  # they belong to the model that was here
-        if (folder / FOLDED).is_dir():
-            shutil.rmtree(folder / FOLDED)
+        following = [folder / name for name in (*FOLLOWING, FOLDED) if (folder / name).exists()]
+        if before is None and following:
+            names = ", ".join(path.name for path in following)
+            log.warning(f"{folder}: {names} belonged to another model and is gone; ask for it again")
+            for path in following:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     except OSError as error:
         raise RunError(f"cannot write {folder}: {error.strerror}; the run itself is complete", code=1) from error
+    sections = _sections(folder) if before is not None else ""
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
-    utils.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    utils.write_text(folder / "parity.json", json.dumps(proof, indent=2) + "\n")
-    utils.write_text(folder / "README.md", model_card(config, proof))
+    utils.write_text(folder / "config.json", as_json(config))
+    utils.write_text(folder / "parity.json", as_json(proof))
+    utils.write_text(folder / "README.md", model_card(config, proof) + sections)
+
+
+def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping) -> dict | None:
+    """The config.json that is there, if it describes this model and these weights; metrics may differ."""
+    try:
+        there, tensors = read_config(folder), load_file(str(folder / "model.safetensors"))
+    except RunError:
+        return None  # none, damaged, or of an older version
+    named = [json.loads(json.dumps({**content, "metrics": {}, "sha256": ""})) for content in (there, config)]
+    same = named[0] == named[1] and tensors.keys() == weights.keys()
+    return there if same and all(torch.equal(tensors[name], weights[name].cpu()) for name in tensors) else None
+
+
+def _sections(folder: Path) -> str:
+    """What was added behind the card that is there: the table of its ONNX files."""
+    _, heading, text = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
+    return heading + text
+
+
+def add_section(folder: Path, text: str) -> None:
+    """Put text behind the card, in the place of what an earlier call put there."""
+    card, _, _ = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
+    utils.write_text(folder / "README.md", f"{card}{SECTION}{text}")
+
+
+def as_json(content: Mapping) -> str:
+    """JSON with a line for each list of plain values, such as the ids that a layer keeps."""
+    return LIST.sub(lambda found: f"[{BREAK.sub(', ', found[1])}]", json.dumps(content, indent=2)) + "\n"
 
 
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
@@ -135,20 +191,39 @@ def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
 
 
-def check_folder(folder: Path) -> None:
-    """Raise early when `folder` could not be made or written."""
+def check_folder(folder: Path, flag: str = "--out") -> None:
+    """Raise early when `folder` could not be made or written, or holds files of others that would be replaced."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RunError(f"--out {folder}: {there} is not a folder that can be written; choose another")
+        raise RunError(f"{flag} {folder}: {there} is not a folder that can be written; choose another")
+    in_the_way = [name for name in OWN if (folder / name).exists()]
+    if in_the_way and not _is_export(folder):
+        raise RunError(f"{flag} {folder}: holds {in_the_way[0]}, which this program did not write; choose another")
 
 
-def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None) -> dict:
+def _is_export(folder: Path) -> bool:
+    """Whether one of its files says that this program wrote the folder, whole or damaged since."""
+    try:
+        with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+            if "config_sha256" in (file.metadata() or {}):
+                return True
+    except (OSError, SafetensorError):
+        pass  # the other file may say it
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"sha256", "provenance", "macs"} <= config.keys()
+
+
+def describe(small: nn.Module, kept: Kept, facts: DatasetFacts | None, classes: Sequence[str] = ()) -> dict:
     """A removed model as plain values, enough to build it again (its family's share) and to feed it images."""
-    config = family_of(small).describe(small, kept)
-    mean, std = ([], []) if facts is None else (facts.mean, facts.std)
-    # per channel; grey images become three equal ones
-    config["mean"] = list(mean) * (3 // len(mean)) if mean else None
-    config["std"] = list(std) * (3 // len(std)) if std else None
+    family = family_of(small)
+    shown = preprocessing_of(facts, family.image_size(small)).as_config() if facts else {}
+    config = family.describe(small, kept) | {name: shown.get(name) for name in ("mean", "std")}
+    config["preprocessing"] = shown or None
+    if classes:
+        config["class_names"] = list(classes)
     return config
 
 
@@ -158,12 +233,15 @@ def _digest(config: Mapping) -> str:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The exported model, in eval mode on the CPU; images are normalised by `mean` and `std` of config.json.
+    """The exported model, in eval mode on the CPU; how it wants its images stands in `preprocessing` of config.json.
+
+    Args:
+        folder: `model/`, or the folder of the run that it is in.
 
     Raises:
         RunError: a file is missing, truncated or not the one that was written.
     """
-    folder = Path(folder)
+    folder = model_folder(Path(folder))
     config = read_config(folder)
     family = family_of_config(config)
     model, kept = family.rebuild(config)
@@ -172,6 +250,11 @@ def load(folder: str | Path) -> nn.Module:
         family.fold_(model)
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
     return model.eval()
+
+
+def model_folder(folder: Path) -> Path:
+    """`folder`, or where it is a run's, the `model/` in it."""
+    return folder / "model" if (folder / "model").is_dir() and not (folder / "config.json").exists() else folder
 
 
 def read_config(folder: Path) -> dict:

@@ -1,6 +1,6 @@
 """A folder as the Hugging Face hub expects it: an exported model in; config.json, model.safetensors, README.md out.
 
-    write_hub(Path("results/NAME/model"), Path("out"), "digits", classes)
+    write_hub(Path("results/NAME/model"), Path("out"), "digits", 16)
 
 Nothing is uploaded. `export.load` and the lines of the card load the folder as they load `model/`; the hub reads the
 metadata at the head of README.md.
@@ -9,18 +9,19 @@ metadata at the head of README.md.
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from deployment.folder import read_config, seal
+from dataset import Preprocessing
+from deployment.card import is_pruned
+from deployment.folder import as_json, read_config, seal
 from deployment.quantise import INT8_FILES
 from families import family_of_config
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 # the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
 HUB_NAMES = {
@@ -37,10 +38,10 @@ def check_hub() -> None:
     try:
         importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise RunError("--hf: huggingface_hub is missing; pip install huggingface_hub") from error
+        raise RunError(f"--hf: needs huggingface_hub ({error}); pip install huggingface_hub") from error
 
 
-def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes: Sequence[str]) -> None:
+def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None:
     """Write the folder, whole or not at all.
 
     Args:
@@ -48,12 +49,11 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
         folder: where it goes; it must not be there yet.
         dataset: key of DATASETS, None where the weights came without one.
         size: pixels a side of its images.
-        classes: their names, in the order of the logits; empty where they are not known.
 
     Raises:
         RunError: the model is damaged, or the disk is full.
     """
-    config = hub_config(read_config(model), size, classes)
+    config = hub_config(read_config(model), size)
     config, blob = seal(config, load_file(str(model / "model.safetensors")))
     try:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -61,7 +61,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
             draft = Path(staging) / folder.name
             draft.mkdir()
             (draft / "model.safetensors").write_bytes(blob)
-            (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            (draft / "config.json").write_text(as_json(config), "utf-8")
             card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
             (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
             for name in ("parity.json", "model.onnx", *INT8_FILES.values()):
@@ -70,19 +70,21 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int, classes
             folder.parent.mkdir(parents=True, exist_ok=True)
             draft.rename(folder)
     except OSError as error:
-        raise RunError(f"--hf {folder}: cannot be written ({error.strerror or error}); free the disk", 1) from error
+        raise RunError(f"--hf {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
-def hub_config(config: Mapping, size: int, classes: Sequence[str]) -> dict:
+def hub_config(config: Mapping, size: int) -> dict:
     """config.json with the keys under which timm's models on the hub say what their images and classes are.
 
     `architecture` is the dense one's name. The widths that are left are in our own keys: `timm.create_model` alone
     cannot build them, the lines of the card do.
     """
-    shown = {"input_size": [3, size, size], "mean": config["mean"], "std": config["std"], "interpolation": "bilinear"}
-    if size >= 128:
-        shown["crop_pct"] = 0.875
-    known = {key: value for key, value in shown.items() if value is not None}
+    known = {"input_size": [3, size, size]}
+    if shown := Preprocessing.from_config(config):
+        mean, std, kind = list(shown.mean), list(shown.std), shown.interpolation
+        known |= {"mean": mean, "std": std, "interpolation": kind, "crop_pct": shown.crop / shown.resize}
+        known |= {"crop_mode": "squash"} if shown.resize_mode == "square" else {}
+    classes = config.get("class_names", ())
     added = {"architecture": config["provenance"].get("arch", ""), "pretrained_cfg": known}
     if classes:
         added |= {"num_classes": len(classes), "label_names": list(classes)}
@@ -98,7 +100,8 @@ def metadata(config: Mapping, dataset: str | None) -> str:
     family, arch = family_of_config(config), config["architecture"]
     timm = "import timm" in family.card(config)[1]
     accuracy = config["metrics"].get("test_accuracy")
-    results, name = [], f"{arch.rpartition('/')[2]}-pruned"
+    pruned = is_pruned(config)
+    results, name = [], f"{arch.rpartition('/')[2]}{'-pruned' * pruned}"
     if accuracy is not None and dataset is not None:
         results = [
             cards.EvalResult(
@@ -114,7 +117,12 @@ def metadata(config: Mapping, dataset: str | None) -> str:
         "license": "mit",
         "library_name": "timm" if timm else "pytorch",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "pruning", "structured-pruning", "safetensors", *["timm"][:timm]],
+        "tags": [
+            "image-classification",
+            *["pruning", "structured-pruning"][: 2 * pruned],
+            "safetensors",
+            *["timm"][:timm],
+        ],
         "datasets": [HUB_NAMES[dataset]] if dataset in HUB_NAMES else None,
         "metrics": ["accuracy"],
         "model_name": name,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deployment.compaction import worst_of
+from deployment.compaction import without_empty_layers, worst_of
 from families import family_of
 from pruning.scores import evaluating
 from utils import RunError
@@ -62,11 +65,34 @@ def open_session(path: Path, threads: int | None = None) -> Callable[[np.ndarray
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def to_onnx(model: nn.Module, path: Path, opset: int = OPSET) -> float:
+def onnx_metadata(config: Mapping) -> dict[str, str]:
+    """How images are prepared and what the logits stand for, of an exported model's config.json, as ONNX keeps it."""
+    named = {name: config.get(name) for name in ("preprocessing", "class_names")}
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in named.items() if value}
+
+
+def label(path: Path, metadata: Mapping[str, str]) -> None:
+    """Put `metadata` into an ONNX file, in place of what it has."""
+    import onnx
+
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, str(path))
+
+
+def labels_of(path: Path) -> dict[str, str]:
+    """The metadata of an ONNX file."""
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
+
+
+def to_onnx(model: nn.Module, path: Path, opset: int = OPSET, metadata: Mapping[str, str] | None = None) -> float:
     """Write ONNX with a dynamic batch and return the largest difference to `model` under ONNX Runtime, batch 1 and 3.
 
     Args:
         opset: version of the standard operators that the file is written in.
+        metadata: what the file says of itself; see `onnx_metadata`.
 
     Raises:
         RunError: onnx, onnxscript or onnxruntime is missing, the operator set cannot be written or run, or the
@@ -79,18 +105,10 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET) -> float:
     draft = path.with_name(f".{path.name}.tmp")
     try:
         with evaluating(model):
-            torch.onnx.export(
-                model,
-                (inputs[2],),
-                str(draft),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                external_data=False,
-                opset_version=opset,
-                verbose=False,
-            )
+            with quiet():
+                _export(without_empty_layers(model), inputs[2], draft, opset)
+            if metadata:
+                label(draft, metadata)
             session = _checked_session(draft, opset)
             worst = 0.0
             for batch in (1, 3):
@@ -104,6 +122,42 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET) -> float:
     finally:
         draft.unlink(missing_ok=True)
     return worst
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the remarks that the tools of ONNX log about what they are told here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _export(model: nn.Module, images: Tensor, path: Path, opset: int) -> None:
+    for module in model.modules():
+        if hasattr(module, "relative_position_bias_table") and hasattr(module, "fused_attn"):
+            module.fused_attn = False  # PyTorch 2.9 cannot write fused attention with a bias
+    try:
+        torch.onnx.export(
+            model,
+            (images,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")[:200]
+        raise RunError(
+            f"--onnx: PyTorch cannot write {type(model).__name__} ({type(cause).__name__}: {reason}); not written", 1
+        ) from error
 
 
 def _checked_session(path: Path, opset: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -75,12 +75,12 @@ def interleaved(
     return spent
 
 
-def onnx_section(rows: list[dict], opset: int) -> str:
-    """The part of a model card about the ONNX files beside it."""
+def onnx_section(rows: list[dict]) -> str:
+    """The part of a model card about the ONNX files beside it, without its heading."""
     table = md_table(rows, onnx_columns(rows), left=1)
     return (
-        f"\n## ONNX\n\nmodel.onnx (operator set {opset}, input `images` float32 [batch, 3, height, width], output "
-        "`logits`) holds the removed model, model_int8.onnx the same with 8-bit integers as weights and with scales of "
-        "activations fixed on training images, model_int8_dynamic.onnx with scales taken from each batch. Medians of "
-        f"interleaved rounds on this machine's CPU, accuracy on the test images:\n\n{table}\n"
+        "\nmodel.onnx (input `images` float32 [batch, 3, height, width], output `logits`) holds the removed model, "
+        "model_int8.onnx the same with 8-bit integers as weights and with scales of activations fixed on training "
+        "images, model_int8_dynamic.onnx with scales taken from each batch. Medians of interleaved rounds on this "
+        f"machine's CPU, accuracy on the test images:\n\n{table}\n"
     )

@@ -11,10 +11,8 @@ and GELU stay in float32.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,8 @@ from torch import Tensor
 
 import utils
 from dataset import Splits, make_batches
-from deployment.onnx_file import OPSET, open_session
+from deployment.folder import add_section
+from deployment.onnx_file import label, labels_of, open_session, quiet
 from deployment.onnx_table import onnx_rows, onnx_section
 from utils import RunError
 
@@ -30,9 +29,7 @@ INT8_FILES = {"static": "model_int8.onnx", "dynamic": "model_int8_dynamic.onnx"}
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 32
 
 
-def write_int8(
-    folder: Path, full: Path, name: str, most: int, splits: Splits, workers: int = 0, opset: int = OPSET
-) -> list[dict]:
+def write_int8(folder: Path, full: Path, name: str, most: int, splits: Splits, workers: int = 0) -> list[dict]:
     """Both int8 files beside the model.onnx of an exported model, onnx.csv, and a section in the card.
 
     Args:
@@ -57,8 +54,7 @@ def write_int8(
             content = (Path(drafts) / file).read_bytes()
             utils.write_atomic(folder / file, lambda target, content=content: target.write(content))
     utils.write_csv(folder / "onnx.csv", rows)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    utils.write_text(folder / "README.md", card + onnx_section(rows, opset))
+    add_section(folder, onnx_section(rows))
     return rows
 
 
@@ -72,13 +68,14 @@ def to_int8(source: Path, target: Path, form: str, images: Iterable[Tensor] = ()
     Raises:
         RunError: no image came to calibrate on, or the logits are not finite (no file is left).
     """
-    with tempfile.TemporaryDirectory(prefix="int8-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="int8-") as folder, quiet():
         prepared, draft = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         _prepare(source, prepared)
         if form == "static":
             _quantise_static(prepared, draft, images)
         else:
             _quantise_dynamic(prepared, draft)
+        label(draft, labels_of(source))
         if not np.isfinite(open_session(draft)(_noise(draft))).all():
             raise RunError(f"--int8: the {form} file gives logits that are not finite; not written", code=1)
         utils.write_atomic(target, lambda file: file.write(draft.read_bytes()))
@@ -172,14 +169,3 @@ def _noise(path: Path) -> np.ndarray:
     shape = onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim
     sides = [side.dim_value for side in shape[1:]]
     return np.random.default_rng(0).standard_normal((2, *sides), dtype=np.float32)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tools' remarks on what they are told here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

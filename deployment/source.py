@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import utils
 from dataset import dataset_facts
 from deployment.folder import load
-from engine.allocation import TARGETS
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
-from models.vit import MisfitError
-from pruning.masks import plain_weights
+from models.weight_files import MisfitError, PretrainedError, read_weights, without_prefixes
+from reporting.runs import method_of
+from settings.effect import TARGETS
+from settings.flags import idle_flags
 from utils import RunError
 
 
@@ -38,9 +39,10 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
             last = list(csv.DictReader(file))[-1]
         metrics = {} if getattr(args, "finish_on_all", False) else {"val_accuracy": best["accuracy"]}
         metrics["test_accuracy"] = float(last["test_accuracy"])
-        return _model_of_run(args, best["weights"]), best["kept"] or None, args, metrics
+        weights, kept = best["weights"], best["kept"] or None
     except damaged as error:
         raise RunError(f"{run_dir} is not the folder of a run ({type(error).__name__}: {error})") from error
+    return _model_of_run(args, weights), kept, args, metrics
 
 
 def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -68,8 +70,9 @@ def full_network(
     if dense is None and not kept.exists():
         return "masked", copy.deepcopy(masked).cpu()
     named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0, "kd_features": None})
+    facts = dataset_facts(args.dataset, args.data, getattr(args, "preprocessing_used", None))
     try:
-        model = named_teacher(named, dataset_facts(args.dataset, args.data), masked, load)
+        model = named_teacher(named, facts, masked, load)
     except RunError as error:
         raise RunError(str(error).replace("--teacher", "--dense", 1)) from error
     return "dense", model.eval()
@@ -77,30 +80,21 @@ def full_network(
 
 def masked_from_checkpoint(path: Path, arch: str) -> nn.Module:
     """A model from a state dict of `torch.nn.utils.prune`, with its masks applied."""
-    content = utils.load_state_file(path, "--from_checkpoint")
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     try:
-        weights = plain_weights(tensors)
-    except RuntimeError as error:
-        raise RunError(f"--from_checkpoint {path}: a mask does not fit its weight ({error})") from error
-    try:
-        return from_weights(arch, {name.removeprefix("module."): value for name, value in weights.items()})
-    except MisfitError as error:
+        return from_weights(arch, without_prefixes(read_weights(path, "--from_checkpoint")))
+    except (PretrainedError, ValueError) as error:
         raise RunError(str(error)) from error
 
 
 def run_provenance(run: argparse.Namespace) -> dict:
     """What made a model, for its config.json and card."""
-    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed")
-    found = {name: getattr(run, name) for name in names}
-    if getattr(run, "nm", None) and run.struct != "dense" and run.pruning_times > 1:
-        found["nm"] = run.nm
-    if run.vit_structured:
-        found |= {"vit_prune_target": run.vit_prune_target, "mlp_prune_ratio": run.mlp_prune_ratio}
-    if getattr(run, "token_merge", None):
-        found["token_merge"] = run.token_merge
-    names = (*TARGETS, "latency_batch")
-    found |= {name: getattr(run, name) for name in names if getattr(run, name, None) is not None}
+    method = method_of(vars(run))
+    idle = idle_flags(vars(run))
+    names = ("arch", "dataset", "struct", "criteria", "prune_type", "rate", "pruning_times", "epochs", "seed", "nm")
+    names += ("vit_prune_target", "mlp_prune_ratio", "token_merge", *TARGETS, "latency_batch")
+    found = {name: getattr(run, name, None) for name in names if name not in idle}
+    found = {name: value for name, value in found.items() if value is not None and (name != "token_merge" or value)}
+    found["struct"] = method
     if getattr(run, "finish_epochs", None):
         found |= {"finish_epochs": run.finish_epochs, "finish_lr": run.finish_lr}
         if run.finish_on_all:

@@ -46,21 +46,21 @@ def latency_table(
     batch_sizes: Iterable[int] = (1, 8, 64),
     variants: Mapping[str, nn.Module] | None = None,
 ) -> str:
-    """Speed of the removed model over the dense one, beside the limit that the MACs set; then that of its variants.
+    """Speed of the pruned model over the dense one, beside the limit that the MACs set; then that of its variants.
 
-    The dense one merges no tokens, whatever the removed one does.
+    The dense one merges no tokens, whatever the pruned one does.
     """
     variants, dense = variants or {}, unmerged(dense)
     limit = macs(dense) / max(1, macs(small))
     rows = []
     for batch_size in batch_sizes:
-        speed = throughput({"dense": dense, "removed": small, **variants}, batch_size, repeats=15)
-        gain = speed["removed"] / speed["dense"]
+        speed = throughput({"dense": dense, "pruned": small, **variants}, batch_size, repeats=15)
+        gain = speed["pruned"] / speed["dense"]
         rows.append(
             {
                 "batch": batch_size,
                 "dense ms": f"{1000 * batch_size / speed['dense']:.2f}",
-                "removed ms": f"{1000 * batch_size / speed['removed']:.2f}",
+                "pruned ms": f"{1000 * batch_size / speed['pruned']:.2f}",
                 "faster": f"{gain:.2f}x",
                 "MACs limit": f"{limit:.2f}x",
                 "of limit": f"{100 * gain / limit:.0f}%",
@@ -76,21 +76,23 @@ def latency_table(
 
 @torch.no_grad()
 def size_table(masked: nn.Module, small: nn.Module) -> str:
-    """Dense, masked and removed side by side: parameters in use, MACs, file size and images/s on this device.
+    """Dense, masked and pruned side by side: parameters in use, MACs, file size and images/s on this device.
 
-    The dense one merges no tokens, whatever the others do.
+    The dense one merges no tokens, whatever the others do. Masked is the network of full size with zeros in the place
+    of what is pruned; it has a line where there are such zeros, and pruned, without them, where it is another network.
     """
     in_use = sum(int(parameter.count_nonzero()) for parameter in masked.parameters())
+    prunable = family_of(masked).prunable_layers(masked, True).values()
+    has_zeros = any(bool((module.weight == 0).any()) for module in prunable)
     dense = unmerged(copy.deepcopy(masked))
     for parameter in dense.parameters():
         parameter.masked_fill_(parameter == 0, 0.02)  # whether zeros are faster than other numbers is the question
-    models = {"dense": dense, "masked": masked, "removed": small}
+    parameters = {"dense": count_parameters(masked), "masked": in_use, "pruned": count_parameters(small)}
+    models = {"dense": dense}
+    models |= {"masked": masked} if has_zeros else {}
+    same = parameters["pruned"] == parameters["dense"] and macs(small) == macs(dense)
+    models |= {} if same else {"pruned": small}
     speed = throughput(models, affordable(masked))
-    parameters = {
-        "dense": count_parameters(masked),
-        "masked": in_use,
-        "removed": count_parameters(small),
-    }
     rows = [
         {
             "model": name,

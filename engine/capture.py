@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from settings.flags import GRAPHS
 from utils import RunError
-
-GRAPHS = ("graph", "compiled-graph")  # values of --compile that capture the whole step
 
 
 @functools.cache

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset import difference
 from engine.processes import Processes
-from utils import RunError, load_tensors, save_tensors
+from utils import RunError, cause, load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +80,10 @@ class RunState:
             else:
                 content[name] = {layer: _unpack_bits(bits, device) for layer, bits in packed.items()}
         run = cls(**content)
-        run._check_types()
+        run.check_types()
         return run
 
-    def _check_types(self) -> None:
+    def check_types(self) -> None:
         """Raises: TypeError, for a value that no run has."""
 
         def number(value) -> bool:
@@ -123,6 +125,8 @@ def _pack_bits(mask: Tensor) -> dict:
 def _unpack_bits(packed: Mapping, device: torch.device) -> Tensor:
     count = int(np.prod(packed["shape"]))
     size = (count + 7) // 8
+    if not isinstance(packed["bits"], Tensor):
+        raise TypeError("a mask has no bits")
     try:
         inflated = zlib.decompressobj().decompress(packed["bits"].numpy().tobytes(), size + 1)
     except zlib.error as error:
@@ -144,6 +148,62 @@ def save_checkpoint(save_dir: Path, content: dict) -> None:
         os.replace(fresh, latest)
     except OSError as error:
         raise RunError(f"cannot write {latest}: {error.strerror}; the checkpoint before it stays", 1) from error
+
+
+def promote_best(save_dir: Path) -> None:
+    """best.new.pt becomes best.pt: it is written before the checkpoint that names it, and takes its place behind it, so
+    that the selected model of the latest checkpoint is on disk at any time."""
+    fresh = save_dir / "best.new.pt"
+    try:
+        if fresh.exists():
+            os.replace(fresh, save_dir / "best.pt")
+    except OSError as error:
+        raise RunError(f"cannot write {save_dir / 'best.pt'}: {error.strerror}", 1) from error
+
+
+def is_selected(best: Mapping, progress: RunState) -> bool:
+    """Whether the content of a best.pt is the model that the state has selected so far: its state, epoch, accuracy."""
+    found = {name: best[name] for name in ("epoch", "accuracy") if name in best}
+    return best.get("state") == progress.state and found == progress.best
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Here `what` of a checkpoint is read into the run, and nothing else is done.
+
+    Raises:
+        RunError: it is damaged, or of another run. Memory that runs out stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"--resume: the checkpoint does not fit this run ({what}: {cause(error)})") from error
+
+
+def check_kinds(content: Mapping) -> None:
+    """Raises: TypeError, for an entry of a checkpoint that is missing or of a kind that no checkpoint has."""
+    moments, states = content.get("moments"), []
+    if isinstance(moments, dict):
+        states = list(moments.values())
+    fine = {
+        "run": isinstance(content.get("run"), dict),
+        "weights": _tensors_by_name(content.get("weights")),
+        "average": _tensors_by_name(content.get("average", {})),
+        "moments": isinstance(moments, dict)
+        and all(isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values()) for state in states),
+        "scaler": isinstance(content.get("scaler"), dict),
+        "random": isinstance(content.get("random"), dict),
+        "rewind_file": isinstance(content.get("rewind_file"), str),
+    }
+    wrong = [name for name, good in fine.items() if not good]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} missing or of a wrong type")
+
+
+def _tensors_by_name(weights: object) -> bool:
+    return isinstance(weights, dict) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in weights.items())
 
 
 class Background:
@@ -188,8 +248,34 @@ def check_same_start(content: Mapping | None, processes: Processes) -> None:
         )
 
 
+def check_same_data(content: Mapping, identity: dict) -> list[str]:
+    """Whether a checkpoint is of a run on these data; returns notes for the log.
+
+    Args:
+        identity: of the data as they are now; see images/identity.py.
+
+    Raises:
+        RunError: the data differ, and how.
+    """
+    before = content.get("data")
+    if before is None:
+        return ["--resume: the checkpoint does not hold which data it is of; whether they are the same is not checked"]
+    try:
+        other = difference(before, identity)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"--resume: the checkpoint does not fit this run (data: {error})") from error
+    if other:
+        raise RunError(f"--resume: the data are not those of this run: {other}; give their folder by --data")
+    return []
+
+
 def load_checkpoint(save_dir: Path) -> dict:
     """The latest checkpoint of a run, or the one before when that is damaged."""
+    if not save_dir.is_dir():
+        raise RunError(f"--resume: {save_dir} is no folder; give --save_dir the folder of a run, as its log names it")
+    if not has_checkpoint(save_dir):
+        instead = "with --overwrite instead of" if (save_dir / "args.yaml").exists() else "without"
+        raise RunError(f"--resume: {save_dir} has no checkpoint to go on from; start the run {instead} --resume")
     damaged = []
     for name in CHECKPOINTS:
         if (save_dir / name).is_file():
@@ -201,4 +287,7 @@ def load_checkpoint(save_dir: Path) -> dict:
             for error in damaged:
                 log.warning("%s; going on from the checkpoint before it", error)
             return content
-    raise RunError(f"--resume: {save_dir} holds no checkpoint that can be loaded; start anew with --overwrite")
+    raise RunError(
+        f"--resume: {save_dir} holds no checkpoint that can be loaded ({'; '.join(damaged)}); "
+        "start anew with --overwrite"
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from images.orders import WHOLE, Share, random_seed
+from utils import to_device
 
 DEPTH_KEY = 2  # tells these draws from others of the same step
 BRANCHES = ("drop_path1", "drop_path2")  # of a block, ours and timm's: attention, MLP
@@ -55,7 +56,7 @@ class StochasticDepth:
         count = len(images) if count is None else count
         chances = torch.rand(len(self.keep), count, generator=generator, dtype=torch.float64)[:, self.share.of(count)]
         stays = (chances < self.keep[:, None]) / self.keep[:, None]  # [branches, B]
-        self.factors = stays.to(images.dtype).to(images.device, non_blocking=True)
+        self.factors = to_device(stays.to(images.dtype), images.device)
 
     def show(self, start: int, stop: int) -> None:
         """The next forward pass gets these images of the batch."""

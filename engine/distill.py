@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 import models
 from dataset import Batches, DatasetFacts, FolderBatches
 from engine.objective import Answer
+from engine.preprocessing import recorded, timm_wants
 from engine.processes import ALONE, Processes
 from engine.shape import model_from_flags
 from families import family_of
 from models.merging import restore_tokens_
-from models.vit import PretrainedError
+from models.pretrained import load_whole
+from models.weight_files import PretrainedError
 from pruning.scores import evaluating
 from pruning.units import LayoutError
-from utils import RunError, autocast, load_state_file, load_tensors
+from utils import RunError, autocast, cause, load_tensors
 
 log = logging.getLogger(__name__)
 
@@ -141,15 +143,18 @@ def named_teacher(
             if args.teacher.startswith(models.TIMM):
                 model = _public_model(args.teacher, facts, pixels)
             elif path.is_dir():
-                model = load_exported(path if (path / "config.json").exists() else path / "model")
+                folder = path if (path / "config.json").exists() else path / "model"
+                model = _shown_its_way(load_exported(folder), facts, recorded(folder))
             else:
                 model = _model_of_file(args, facts, path)
         shape = tuple(model.eval()(torch.zeros(1, 3, pixels, pixels)).shape)
     except (PretrainedError, RunError) as error:
-        raise RunError(f"{flag}: {str(error).removeprefix('--teacher ')}") from error
+        told = str(error)
+        raise RunError(told if told.startswith(f"{flag}: ") else f"{flag}: {told}") from error
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"{flag}: cannot teach this run ({reason})") from error
+        raise RunError(f"{flag}: cannot teach this run ({cause(error)})") from error
     if shape != (1, facts.classes):
         raise RunError(f"{flag}: has {shape[-1]} outputs, and --dataset {args.dataset} {facts.classes} classes")
     if args.kd_features:
@@ -184,29 +189,37 @@ def _public_model(name: str, facts: DatasetFacts, pixels: int) -> nn.Module:
             f"its public weights have no classifier for {facts.classes} classes; fine-tune it by a run of "
             "--pruning_times 1 and give that run's folder"
         )
-    shown = model.pretrained_cfg
-    return Renormalised(model, facts, shown["mean"], shown["std"])
+    return _shown_its_way(model, facts, timm_wants(name.removeprefix(models.TIMM)))
 
 
 def _model_of_file(args: argparse.Namespace, facts: DatasetFacts, path: Path) -> nn.Module:
     """A checkpoint is of its own architecture, unknown flags being off; weights alone are of this run's."""
     content = {} if path.suffix == ".safetensors" else load_tensors(path, "--teacher")
-    weights = content.get("weights")
     flags = argparse.Namespace(**{**dict.fromkeys(vars(args)), **content["args"]}) if "args" in content else args
     model = model_from_flags(flags, facts, weights=False)
-    model.load_state_dict(load_state_file(path, "--teacher") if weights is None else weights)
-    return model
+    load_whole(model, path, "--teacher")
+    return _shown_its_way(model, facts, recorded(path))
+
+
+def _shown_its_way(model: nn.Module, facts: DatasetFacts, wanted: Mapping | None) -> nn.Module:
+    """A teacher that sees the student's images normalised as its own were."""
+    wants = wanted and facts.shown_by(wanted)
+    if not wants or all(_three(getattr(wants, name)).equal(_three(getattr(facts, name))) for name in ("mean", "std")):
+        return model
+    return Renormalised(model, facts, wants.mean, wants.std)
+
+
+def _three(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).expand(3)[:, None, None]
 
 
 class Renormalised(nn.Module):
-    """A network that wants its images normalised by another mean and deviation than the data set's."""
+    """A network that wants its images normalised by another mean and deviation than the run's."""
 
     def __init__(self, model: nn.Module, facts: DatasetFacts, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.model = model
-        own_mean, own_std, mean, std = (
-            torch.tensor(values).expand(3)[:, None, None] for values in (facts.mean, facts.std, mean, std)
-        )
+        own_mean, own_std, mean, std = map(_three, (facts.mean, facts.std, mean, std))
         self.register_buffer("scale", own_std / std)
         self.register_buffer("bias", (own_mean - mean) / std)
 

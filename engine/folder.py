@@ -27,10 +27,12 @@ try:
 except ImportError:  # Windows: runs go unlocked
     fcntl = None
 
+EXPORT_FAILED = "export_failed.txt"  # why a trained run has no model/: it would fail again
 RUN_FILES = (
     "args.yaml", "environment.json", "run.log", "metrics.jsonl", "metrics.csv", "states.csv",
-    "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html", "tracking.json",
-    "init.pt", "rewind.pt", "teacher.pt", "best.pt", "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt",
+    "units.csv", "penalty.csv", "latency.json", "sensitivity.json", "report.md", "report.html",
+    "init.pt", "rewind.pt", "teacher.pt", "best.pt", "best.new.pt",
+    "checkpoint.pt", "checkpoint.prev.pt", "checkpoint.new.pt", EXPORT_FAILED,
 )  # fmt: skip
 
 
@@ -38,7 +40,7 @@ class RunLock:
     """A folder that only one process at a time may write: taken here, given back by `release` or by the process's end.
 
     A record lock (POSIX fcntl): the system releases it however the process dies, and worker processes do not inherit
-    it. File systems without locks leave the folder unlocked.
+    it. Where file system or platform have no locks the folder stays unlocked, and `trouble` says why.
 
     Raises:
         RunError: another process has it; the message names its number and host.
@@ -46,6 +48,7 @@ class RunLock:
 
     def __init__(self, save_dir: Path, name: str = "run.lock"):
         self.file = (save_dir / name).open("a+", encoding="utf-8")
+        self.trouble = "" if fcntl else "this platform has no file locks"
         try:
             if fcntl:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,6 +60,7 @@ class RunLock:
                 raise RunError(
                     f"--save_dir {save_dir}: {owner} is running it; wait for its end, stop it or choose another"
                 ) from error
+            self.trouble = f"its file system gives no lock ({error.strerror})"
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()
@@ -66,15 +70,16 @@ class RunLock:
 
 
 def make_save_dir(args: argparse.Namespace) -> RunLock:
-    """Check the run's folder before any work, make it and lock it; fills in `save_dir`."""
-    if args.save_dir is None:
-        args.save_dir = str(free_dir(named_dir(args.exp_name or run_name(args))))
-    save_dir = Path(args.save_dir)
+    """Check the run's folder before any work, make it and lock it; fills in `save_dir`, notes that it is not locked."""
+    by_name = args.save_dir is None and args.exp_name
+    save_dir = target_dir(args)
+    args.save_dir = str(save_dir)
     goes_on = args.resume is True  # and not "auto", which has found nothing to go on from
     try:
-        holds_run = any((save_dir / name).exists() for name in RUN_FILES)
+        holds_run = has_run(save_dir)
         if holds_run and not args.resume and not args.overwrite:
-            raise RunError(f"--save_dir {save_dir}: holds another run; add --resume or --overwrite")
+            where = f"--exp_name {args.exp_name}: {save_dir}" if by_name else f"--save_dir {save_dir}:"
+            raise RunError(f"{where} holds another run; add --resume or --overwrite")
         save_dir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(save_dir)
         if holds_run and not goes_on:
@@ -85,10 +90,24 @@ def make_save_dir(args: argparse.Namespace) -> RunLock:
                 (save_dir / name).unlink(missing_ok=True)
             for name in ("plots", "model", "wandb"):
                 shutil.rmtree(save_dir / name, ignore_errors=True)
+        if lock.trouble:
+            args.notes.append(f"{save_dir} is not locked: {lock.trouble}; start no other run in it")
         (save_dir / "run.log").touch()
     except OSError as error:
         raise RunError(f"--save_dir {save_dir}: cannot be written ({error.strerror}); choose another") from error
     return lock
+
+
+def has_run(save_dir: Path) -> bool:
+    """Whether the folder holds a run, and not only the log of a start that failed."""
+    return any((save_dir / name).exists() for name in RUN_FILES if name != "run.log")
+
+
+def target_dir(args: argparse.Namespace) -> Path:
+    """Where the run that these flags start has its folder."""
+    if args.save_dir or args.exp_name:  # a name that is given is a folder that is given
+        return Path(args.save_dir or named_dir(args.exp_name))
+    return free_dir(named_dir(run_name(args)))
 
 
 def named_dir(name: str) -> Path:
@@ -117,14 +136,11 @@ def free_dir(path: Path) -> Path:
 
 
 def environment(device: torch.device, amp: str) -> dict:
-    """Versions, device, precision and commit, for environment.json."""
+    """Versions, device, precision and commit, for environment.json; what cannot be found out is None."""
     versions = {}
     for package in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "python": platform.python_version(),
@@ -134,8 +150,20 @@ def environment(device: torch.device, amp: str) -> dict:
         "device_name": name,
         "precision": precision_name(amp, device),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The program's commit; None without git, outside a repository, or where git cannot say it in a few seconds."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):  # not installed, not executable, or a file system that hangs
+        return None
+    return found.stdout.strip() or None
 
 
 def plain_args(args) -> dict:

@@ -76,7 +76,13 @@ def state_row(progress: RunState, cost: Mapping, units: Mapping[str, Units], tes
         "best_epoch": progress.best["epoch"],
         "best_accuracy": progress.best.get("accuracy", ""),
     }
-    return row | {f"test_{name}": share for name, share in test.items()} | {"seconds": progress.seconds}
+    row |= {f"test_{name}": share for name, share in test.items()} | {"seconds": progress.seconds}
+    return row | {"accuracy_at_start": accuracy_at_start(progress) if progress.cut else ""}
+
+
+def accuracy_at_start(progress: RunState) -> float:
+    """Validation accuracy that the state before ended with, before any weight faded or was cut."""
+    return next(row["val_accuracy"] for row in reversed(progress.history) if row["state"] < progress.state)
 
 
 def state_line(row: Mapping, title: str) -> str:

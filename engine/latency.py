@@ -29,7 +29,7 @@ from pruning.budget import Cost, Counts
 from pruning.removal import remove_units
 from pruning.scores import evaluating
 from pruning.units import Units
-from utils import RunError, write_text
+from utils import RunError, cause, write_text
 
 FILE = "latency.json"
 REPEATS, SECONDS = 15, 5.0
@@ -220,8 +220,11 @@ def read_table(folder: Path) -> dict | None:
         table = json.loads(path.read_text(encoding="utf-8"))
         table_cost(table)({})
         table["states"].keys()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RunError(f"{path}: damaged; delete it, and it is measured again", code=1) from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({cause(error)})", code=1) from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        reason = f"damaged ({cause(error)})"
+        raise RunError(f"{path}: {reason}; delete it, and it is measured again", code=1) from error
     return table
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from torch import nn
 
 from dataset import dataset_facts
-from engine.allocation import check_allocation
+from engine.allocation import Allocation, allocation_of
 from engine.depth import has_branches
 from engine.optimizer import milestones_of
+from engine.preprocessing import weights_want
 from engine.shape import model_from_flags
 from families import Family, family_of
-from models.vit import PretrainedError, import_timm
+from models.pretrained import load_whole
+from models.weight_files import PretrainedError, import_timm
 from pruning.depth import DEPTH, WHOLE
 from pruning.ranking import KINDS
 from pruning.rounding import ROUNDED, lowest_multiple
 from pruning.units import LayoutError, Units
-from utils import RunError, load_state_file
+from utils import RunError
 
 
 def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
@@ -48,22 +49,30 @@ def _check_blocks(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def first_model(args: argparse.Namespace) -> nn.Module:
-    """The model of a fresh run with its initial weights; sets `pretrained_note`: why they are not pretrained ones."""
+    """The model of a fresh run with its initial weights.
+
+    Sets `pretrained_note`, why they are not, or not all, pretrained ones, and `preprocessing_used`, how these weights
+    want their images shown.
+    """
     model = make_model(args)
-    args.pretrained_note = model.pretrained_report.failure if model.pretrained_report else ""
+    report = model.pretrained_report
+    args.pretrained_note = report.failure if report else ""
     if args.pretrained_note and args.prune_type == "pt":
         raise RunError(f"--prune_type pt: nothing pretrained to rewind to ({args.pretrained_note})")
     if args.init:
         try:
-            model.load_state_dict(load_state_file(Path(args.init), "--init"))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"--init {args.init}: does not fit this model ({reason})") from error
+            report = load_whole(model, args.init, "--init", args.allow_partial)
+        except (PretrainedError, ValueError) as error:
+            raise RunError(str(error)) from error
+    args.preprocessing_used = weights_want(args)
+    if report and report.gaps:
+        args.pretrained_note = f"--allow_partial: {report.gaps}"
     return model
 
 
-def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]:
-    """The units that this run removes: heads and neurons if structured, a CNN's filters; none element-wise.
+def units_of_run(args: argparse.Namespace, model: nn.Module) -> tuple[dict[str, Units], Allocation | None]:
+    """The units that this run removes, heads and neurons if structured, a CNN's filters, none element-wise; and how
+    many of them.
 
     A `--round_to` that none of them goes by is noted in `args.notes`.
 
@@ -76,8 +85,7 @@ def units_of_run(args: argparse.Namespace, model: nn.Module) -> dict[str, Units]
         raise RunError(f"--arch {args.arch}: {error}") from error
     units = _units_that_go(args, model, family)
     _check_counts(args, units)
-    check_allocation(args, model, units, family)
-    return units
+    return units, allocation_of(args, family, model, units)
 
 
 def _units_that_go(args: argparse.Namespace, model: nn.Module, family: Family) -> dict[str, Units]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.capture import GRAPHS
 from pruning.removal import scatter_tensors, slice_tensors
 from pruning.units import Kept, Units
+from settings.flags import GRAPHS
 from utils import RunError
 
 
@@ -110,13 +111,29 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module, rate: Tensor) -> 
     """
     groups = [{**group, "lr": rate.clone()} for group in parameter_groups(args, model)]
     if args.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=True, capturable=args.compile in GRAPHS)
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=args.momentum, fused=True)
-    if args.momentum:
-        # PyTorch makes them uninitialised in the first step and leaves them so when the scaler of fp16 skips that step
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, capturable=args.compile in GRAPHS)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=rate, momentum=args.momentum, fused=True)
+    # PyTorch makes moments in a parameter's first step: none for what never has a gradient, such as the norm before an
+    # emptied layer, and uninitialised ones of SGD where the scaler of fp16 skips that step
+    for parameter in model.parameters():
+        for name in moment_names(args):
+            optimizer.state[parameter][name] = _first_moment(name, parameter)
     return optimizer
+
+
+def moment_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """What the optimizer remembers of each parameter."""
+    if args.opt == "adamw":
+        return "step", "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if args.momentum else ()
+
+
+def _first_moment(name: str, parameter: Tensor) -> Tensor:
+    """Zero; the count of steps is a float32 scalar, whatever the parameter's type, as in PyTorch's fused AdamW."""
+    if name == "step":
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return torch.zeros_like(parameter)
 
 
 def moments_by_name(
@@ -157,25 +174,39 @@ def put_moments(
 def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, args: argparse.Namespace, moments: dict) -> None:
     """Take a checkpoint's moments, in place; the settings stay those of flags and device.
 
-    `load_state_dict` takes moments of any kind, number, shape and layout, so they are checked here.
+    Older checkpoints of AdamW hold none for parameters that never had a gradient: those keep their first ones.
 
     Raises:
         ValueError: moments that this optimizer does not have.
     """
     groups, settings = optimizer.param_groups, optimizer.state_dict()["param_groups"]
+    if args.opt == "adamw":
+        moments = optimizer.state_dict()["state"] | moments
+    check_moments(optimizer, args, moments)
     optimizer.load_state_dict({"state": moments, "param_groups": settings})
     optimizer.param_groups = groups
-    expected = {"step", "exp_avg", "exp_avg_sq"} if args.opt == "adamw" else {"momentum_buffer"}
-    if args.opt == "sgd" and not args.momentum:
-        expected = set()
-    for parameter in model.parameters():
-        found = optimizer.state[parameter]
+    for parameter, found in optimizer.state.items():
+        for name, value in found.items():
+            found[name] = laid_out_like(parameter, value)
+
+
+def check_moments(optimizer: torch.optim.Optimizer, args: argparse.Namespace, moments: Mapping[int, Mapping]) -> None:
+    """Whether an optimizer of these parameters can go on with `moments`, numbered as its `state_dict` numbers them.
+
+    `load_state_dict` takes moments of any kind, number, shape and layout, so they are checked before it, and before a
+    checkpoint with them takes the place of the one before.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    expected, numbers = set(moment_names(args)), itertools.count()
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        found = moments.get(next(numbers), {})
         if found.keys() != expected:
             raise ValueError(f"optimizer: moments {', '.join(map(str, found)) or 'missing'}")
         for name, value in found.items():
             if value.shape != (torch.Size() if name == "step" else parameter.shape):
                 raise ValueError(f"optimizer: {name} has the shape {tuple(value.shape)}")
-            found[name] = laid_out_like(parameter, value)
 
 
 def laid_out_like(parameter: Tensor, tensor: Tensor) -> Tensor:

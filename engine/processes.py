@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from images.orders import Share
 from pruning.scores import evaluating
-from utils import RunError, Stopped, pick_device
+from utils import RunError, Stopped, cause, pick_device
 
 Value = TypeVar("Value")
 
@@ -347,8 +347,7 @@ def joined() -> Iterator[Processes]:
         dist.init_process_group("gloo", store=dist.PrefixStore("groups", own), rank=rank, world_size=size)
         processes = Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), own)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"WORLD_SIZE {world_size()}: the other processes cannot be found ({reason})", 1) from error
+        raise RunError(f"WORLD_SIZE {world_size()}: the other processes cannot be found ({cause(error)})", 1) from error
     with contextlib.ExitStack() as stack:
         if not processes.first:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

@@ -21,15 +21,24 @@ from tqdm import tqdm
 
 from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
-from engine.allocation import measure_result, measure_run
-from engine.checkpoint import Background, RunState, Target, save_checkpoint
+from engine.allocation import Timed
+from engine.checkpoint import (
+    MASK_SETS,
+    Background,
+    RunState,
+    Target,
+    fitting,
+    is_selected,
+    promote_best,
+    save_checkpoint,
+)
 from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
 from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
 from engine.model import has_two_heads, run_length, units_of_run
-from engine.optimizer import Schedule
+from engine.optimizer import Schedule, check_moments
 from engine.processes import ALONE, Processes, running_statistics
 from engine.tracking import Tracker
 from families import family_of
@@ -78,7 +87,7 @@ class Run:
         layout = self.family.memory_format(False, self.precision)
         if layout is not None:
             self.dense.to(memory_format=layout)
-        self.units = units_of_run(args, dense)
+        self.units, self.allocation = units_of_run(args, dense)
         self.facts, facts, workers = splits.facts, splits.facts, args.workers
         mixes = bool(args.mixup or args.cutmix)
         self.share = replace(processes.share, paired=processes.several and mixes)  # of training batches
@@ -112,12 +121,14 @@ class Run:
         self.signals, self.bar = StopSignals(processes.several), tqdm(disable=True)
         self.late = False  # the time for a checkpoint has come, as several processes agreed
         self.writer = Background()
+        self.clock = self.last_checkpoint = time.perf_counter()  # up to which the state's seconds are counted
         self.tracker: Tracker | None = None
 
     def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
         args, batch = self.args, self.args.batch_size * self.args.accum_steps
         self.images_a_step = min(batch, len(split.labels))  # of all processes
-        return make_batches(split, self.facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
+        facts = replace(self.facts, flip=self.facts.flip and args.flip)
+        return make_batches(split, facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
 
     # -- start, go on, end
 
@@ -130,28 +141,82 @@ class Run:
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
         self.start_tracking()
         self._say_what_counts()
-        if self.times_itself:
-            self.write(measure_run, self)
+        if self.states > 1 and isinstance(self.allocation, Timed):
+            self.write(self.allocation.measure, self)
 
     def take_over(self, content: dict) -> None:
         """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
 
         Raises:
-            AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError: it is of another run, or damaged.
+            RunError: it is of another run, or damaged.
         """
-        self.progress = RunState.unpack(content["run"], self.device)
-        if self.finishing:
+        with fitting("progress"):
+            self.progress = RunState.unpack(content["run"], self.device)
+        finish_before = content["args"].get("finish_epochs")
+        if self.args.finish_epochs and finish_before and self.args.finish_epochs > finish_before:
+            self._lengthen_finish(finish_before)
+        elif self.finishing:
             self._enter_finish()
-        journal.check_rows(self.progress, self.steps_per_epoch, self.finish_state if self.args.finish_on_all else None)
+        with fitting("progress"):
+            unvalidated = self.finish_state if self.args.finish_on_all else None
+            journal.check_rows(self.progress, self.steps_per_epoch, unvalidated)
+            self._check_progress()
         path = self.save_dir / content["rewind_file"]
         self.rewind_weights = load_tensors(path, "--resume")
         self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
         if self.rewind_sha256 != content["rewind_sha256"]:
             raise RunError(f"--resume: {path} is not the file that this run started from")
-        self.dense.load_state_dict(content["weights"])
-        self._take_average(content.get("average", {}))
+        with fitting("weights"):
+            self.dense.load_state_dict(content["weights"])
+        if self.finishing and not finish_before:  # the run had ended, and its last weights are those of the last step
+            self._start_from_selected()
+        with fitting("average"):
+            self._take_average(content.get("average", {}))
         self.teacher_sha256 = content.get("teacher_sha256", "")
-        restore_random_states(content["random"])
+        with fitting("random"):
+            restore_random_states(content["random"])
+
+    def _check_progress(self) -> None:
+        """Raises: ValueError, when steps, masks or units are not those of this model and these flags."""
+        progress, shapes = self.progress, {name: weight.shape for name, weight in self.prunable().items()}
+        if progress.state > self.rounds or progress.step > self.total_steps:
+            raise ValueError(f"state {progress.state}, step {progress.step} lie behind the end")
+        for name in MASK_SETS:
+            if {layer: mask.shape for layer, mask in getattr(progress, name).items()} != shapes:
+                raise ValueError(f"{name}: other layers or shapes than this model's")
+        for name in ("kept", "target_kept"):
+            kept = getattr(progress, name)
+            if kept.keys() != self.units.keys() or any(
+                len({*ids}) < len(ids) or any(unit >= self.units[key].count for unit in ids)
+                for key, ids in kept.items()
+            ):
+                raise ValueError(f"{name}: other units than this model's")
+
+    def _lengthen_finish(self, epochs: int) -> None:
+        """Of a run that has begun its finish, or done it, in which it had fewer `epochs`: further ones follow."""
+        progress = self.progress
+        if progress.state >= self.finish_state:
+            done = progress.state > self.finish_state
+            progress.state = self.finish_state
+            self._enter_finish()
+            if done:
+                progress.step, progress.begun = epochs * self.steps_per_epoch, True
+                progress.states.pop()
+            if progress.begun:
+                self.args.notes.append(
+                    f"--finish_epochs {self.args.finish_epochs}: the epochs to come have the learning rates of so long "
+                    f"a finish, those that are done have those of {epochs} epochs"
+                )
+
+    def _start_from_selected(self) -> None:
+        best = load_tensors(self.save_dir / "best.pt", "best.pt")
+        row = self.progress.states[-1]
+        if best["state"] != row["state"] or best["epoch"] != row["best_epoch"]:
+            raise RunError(
+                f"--finish_epochs {self.args.finish_epochs}: {self.save_dir / 'best.pt'} is not the model that state "
+                f"{row['state']} selected; go on from the latest checkpoint"
+            )
+        self.dense.load_state_dict(best["weights"])
 
     def _take_average(self, average: dict[str, Tensor]) -> None:
         shapes = {name: value.shape for name, value in self.dense.state_dict().items()} if self.args.ema_decay else {}
@@ -161,6 +226,7 @@ class Run:
 
     def go_on(self) -> None:
         """What a resumed run writes first: files as they were at the checkpoint."""
+        self.write(self._find_best)
         self.write(write_flags, self.save_dir, self.args)  # more states, other devices
         self.write(journal.write, self.save_dir, self.progress)
         self.start_tracking()
@@ -212,7 +278,7 @@ class Run:
     # -- between states
 
     def begin_state(self) -> None:
-        progress = self.progress
+        progress, self.clock = self.progress, time.perf_counter()
         progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
         progress.cut, progress.best = {}, {}
         if self.finishing:
@@ -259,7 +325,7 @@ class Run:
             return
         stays = () if self.args.fc else (self.family.classifier,)
         start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
-        self.dense.load_state_dict(start, strict=False)
+        self.dense.load_state_dict({**self.dense.state_dict(), **start})
 
     def be_taught_by(self, model: nn.Module) -> None:
         """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
@@ -294,11 +360,6 @@ class Run:
         model.load_state_dict(load_tensors(path, "--teacher self"))
         if sha256(path) != self.teacher_sha256:
             raise RunError(f"--teacher self: {path} is not the file that state 0 of this run wrote", code=1)
-
-    @property
-    def times_itself(self) -> bool:
-        """Whether measured milliseconds say how many units go."""
-        return self.args.target_latency_ms is not None and bool(self.units) and self.states > 1
 
     @property
     def finishing(self) -> bool:
@@ -347,6 +408,7 @@ class Run:
         test = self.evaluate(self.dense, "test")
         if not finish_follows:
             self.dense.load_state_dict(last)
+        self._count_seconds()
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
         progress.states.append(row)
         if not self.finishing:  # which changes no unit
@@ -359,19 +421,44 @@ class Run:
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
         if finish_follows:
             self._enter_finish()
-        if progress.state == self.rounds and self.times_itself:
-            self.write(measure_result, self)
+        if progress.state == self.rounds and self.states > 1 and isinstance(self.allocation, Timed):
+            self.write(self.allocation.measure_result, self)
         self.checkpoint()
 
     def _load_selected(self, finish_follows: bool) -> None:
         self.writer.wait()
-        best = load_tensors(self.save_dir / "best.pt", "best.pt")
-        if best["state"] == self.progress.state:
-            self.dense.load_state_dict(best["weights"])
-        else:
-            log.warning("best.pt is of another state (resumed from an older checkpoint): testing the last weights")
+        progress, path = self.progress, self.save_dir / "best.pt"
+        if not progress.best:  # lost, and no epoch followed; see `_find_best`
+            log.warning("the weights of the last epoch are tested and kept as the best")
             if finish_follows:
                 log.warning("the finish goes on from them, too")
+            last = progress.history[-1]
+            progress.best = {"epoch": last["epoch"], "accuracy": last["val_accuracy"]}
+            if "val_accuracy" not in last:
+                del progress.best["accuracy"]
+            weights = cpu_copy(self.average) if self.args.ema_decay else weights_of(self.dense)
+            save_tensors(path, {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best})
+        self.dense.load_state_dict(load_tensors(path, "best.pt")["weights"])
+
+    def _find_best(self) -> None:
+        """After a resume: the file of the model that the checkpoint's state has selected so far, or none.
+
+        An older checkpoint may be left behind by the files of later epochs. Then the epochs to come select anew, so
+        that tables and weights tell of one epoch.
+        """
+        progress, fresh = self.progress, self.save_dir / "best.new.pt"
+        if fresh.is_file() and is_selected(load_tensors(fresh, "best.new.pt"), progress):
+            promote_best(self.save_dir)
+        fresh.unlink(missing_ok=True)  # of an epoch that is to be trained again
+        if not (progress.begun and progress.best):
+            return
+        path = self.save_dir / "best.pt"
+        if not (path.is_file() and is_selected(load_tensors(path, "best.pt"), progress)):
+            log.warning(
+                f"best.pt is of another epoch than epoch {progress.best['epoch'] + 1} of {self.title}, which the "
+                "checkpoint names (resumed from an older one): the epochs to come select anew"
+            )
+            progress.best = {}
 
     def _keep_teacher(self) -> None:
         save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
@@ -403,7 +490,8 @@ class Run:
     def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
         """Shares classified right of the images that validate ("val") or test ("test"); see `evaluation.accuracies`."""
         data = self.val_data if part == "val" else self.test_data
-        return accuracies(model, data, self.precision, self.processes)
+        # tested is what the run hands over, in its weights' own precision; validation goes by --amp
+        return accuracies(model, data, self.precision if part == "val" else None, self.processes)
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
@@ -435,16 +523,30 @@ class Run:
 
     def checkpoint(self) -> None:
         """Take a copy of everything that the run needs to go on; a thread writes it."""
+        self._count_seconds()
+        self.last_checkpoint = self.clock
+        self.write(self._copy_and_write)
+
+    def _count_seconds(self) -> None:
+        """Of the state so far: choosing, rewinding, training, validating and testing; what a killed run lost is not
+        counted."""
         now = time.perf_counter()
         self.progress.seconds += now - self.clock
-        self.clock = self.last_checkpoint = now
-        self.write(self._copy_and_write)
+        self.clock = now
 
     def _copy_and_write(self) -> None:
         self.writer.wait()  # no more than one copy at a time
+        moments = self.optimizer.state_dict()["state"]
+        try:
+            check_moments(self.optimizer, self.args, moments)
+            self.progress.check_types()
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"no run could go on from the checkpoint of now ({error}); the one before stays", 1
+            ) from error
         content = {
             "weights": weights_of(self.dense),
-            "moments": cpu_copy(self.optimizer.state_dict()["state"]),
+            "moments": cpu_copy(moments),
             "average": cpu_copy(self.average),
             "scaler": self.scaler.state_dict(),
             "rewind_file": self.rewind_file,
@@ -452,12 +554,14 @@ class Run:
             "teacher_sha256": self.teacher_sha256,
             "random": random_states(),
             "args": plain_args(self.args),
+            "data": self.splits.identity,
         }
         self.writer.submit(_write_checkpoint, self.save_dir, self.progress.snapshot(), content)
 
 
 def _write_checkpoint(save_dir: Path, progress: RunState, content: dict) -> None:
     save_checkpoint(save_dir, {"run": progress.pack(), **content})
+    promote_best(save_dir)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from pruning.budget import Levels, best_units, levels_of
-from pruning.curves import Curve, least_loss_counts, probed_counts
-from pruning.ranking import best_first, keep_count
+from pruning.budget import Levels
+from pruning.curves import Curve, probed_counts
+from pruning.ranking import best_first
 from pruning.scores import evaluating
 from pruning.units import Units, unit_masks
 from utils import RunError, write_text
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SENSITIVITY = "sensitivity"  # of --ratio_allocation
 FILE = "sensitivity.json"
 
 
@@ -66,21 +67,6 @@ def sensitivity_curves(run: Run, scores: Mapping[str, Tensor], levels: Levels) -
     return {row["layer"]: list(zip(row["left"], row["loss"], strict=True)) for row in found["layers"]}
 
 
-def choose_by_sensitivity(run: Run, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, list[int]]:
-    """Which units stay where each kind loses a ratio of all its units, from the layers that miss them least."""
-    levels = levels_of(run.units, scores, run.args.min_units, run.args.round_to)
-    curves, counts = sensitivity_curves(run, scores, levels), {}
-    for kind, ratio in ratios.items():
-        pool = {key: steps for key, steps in levels.items() if run.units[key].kind == kind}
-        limit = keep_count(sum(len(scores[key]) for key in pool), ratio, len(pool) * run.args.min_units)
-
-        def left(of: Mapping[str, int], pool: Levels = pool) -> int:
-            return sum(of.get(key, steps[0]) for key, steps in pool.items())
-
-        counts |= least_loss_counts(curves, pool, left, limit)
-    return best_units(scores, counts)
-
-
 def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> dict:
     """What sensitivity.json holds of a state: images, and by layer units left, loss and accuracy."""
     begun = time.perf_counter()
@@ -88,8 +74,8 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
     images = int(sums[0, 0])
     if not sums.isfinite().all():
         raise RunError(
-            f"state {run.progress.state}: the trained network is not finite where units go; lower --lr or add "
-            "--clip_grad 1",
+            f"state {run.progress.state}: the trained network is not finite where units go; start anew with a "
+            "lower --lr or with --clip_grad 1",
             code=1,
         )
     layers = {
@@ -110,11 +96,16 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
 def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> Tensor:
     """float64 [probes, 3]: images, summed loss and images classified right, of all processes."""
     sums = torch.zeros(len(probes), 3, dtype=torch.float64)
-    with evaluating(run.dense):
+    total = len(probes) * min(run.args.score_batches, run.train_data.steps_per_epoch)
+    begun, said = time.perf_counter(), False
+    quiet = not sys.stdout.isatty()
+    bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
+    with evaluating(run.dense), bar:
         for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()
             whole = None  # with nothing removed all layers' probes are the same
             for index, (key, count) in enumerate(probes):
+                bar.update()
                 nothing_goes = count == len(ranked[key])
                 if nothing_goes and whole is not None:
                     sums[index] += whole
@@ -125,6 +116,9 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
                 seen = torch.stack([torch.tensor(float(len(labels))), loss, right.double()]).double()
                 sums[index] += seen
                 whole = seen if nothing_goes else whole
+                if not said:
+                    seconds, said = total * (time.perf_counter() - begun), True
+                    log.info(f"sensitivity: {total} probes, one batch of images each, about {seconds:.0f} s")
     return run.processes.sum_(sums)
 
 

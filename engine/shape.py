@@ -20,7 +20,7 @@ from dataset import DatasetFacts
 from families import Family, family_of_config
 from pruning.removal import remove_units
 from pruning.units import LayoutError
-from utils import RunError
+from utils import RunError, cause
 
 
 def names_folder(arch: str) -> bool:
@@ -66,8 +66,8 @@ def model_from_flags(args: argparse.Namespace, facts: DatasetFacts, weights: boo
         TypeError,
         ValueError,
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"--arch {args.arch}: its config.json describes no network ({reason}); export again") from error
+        reason = f"its config.json describes no network ({cause(error)})"
+        raise RunError(f"--arch {args.arch}: {reason}; export again") from error
     if hasattr(model, "reset_parameters"):  # of other models no layer's initial values go by its size
         model.reset_parameters()
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)

@@ -20,7 +20,8 @@ from tqdm import tqdm
 import rsst
 from engine import journal
 from engine.averaging import Average
-from engine.capture import GRAPHS, CapturedStep
+from engine.capture import CapturedStep
+from engine.checkpoint import check_kinds, fitting, has_checkpoint
 from engine.depth import StochasticDepth
 from engine.distill import Answering, is_taught
 from engine.objective import Objective, count_right
@@ -37,6 +38,7 @@ from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.units import follower_masks
+from settings.flags import GRAPHS
 from utils import RunError, autocast, cpu_copy, save_tensors, weights_of
 
 log = logging.getLogger(__name__)
@@ -51,20 +53,20 @@ def resume(run: Run, content: dict) -> StateTraining | None:
     Raises:
         RunError: the checkpoint is of another run, or damaged.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
-            run.take_over(content)
-            if not run.progress.begun:
-                return None
-            training = StateTraining(run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what does not belong there is refused, not commented
+        with fitting("entries"):
+            check_kinds(content)
+        run.take_over(content)
+        if not run.progress.begun:
+            return None
+        training = StateTraining(run)
+        with fitting("optimizer"):
             load_moments(training.optimizer, training.model, run.args, content["moments"])
-            if content["scaler"]:  # empty unless the run trained in fp16 so far
+        if content["scaler"]:  # empty unless the run trained in fp16 so far
+            with fitting("scaler"):
                 run.scaler.load_state_dict(content["scaler"])
-            return training
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise RunError(f"--resume: the checkpoint does not fit this run ({reason})") from error
+        return training
 
 
 class StateTraining:
@@ -81,9 +83,10 @@ class StateTraining:
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all losses so far
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)  # steps of this epoch while that held
         self.bar: tqdm | None = None
+        self.captured: CapturedStep | None = None
         self.residuals = rsst.Trace()
         self.build()
-        run.clock = run.last_checkpoint = time.perf_counter()
+        run.last_checkpoint = time.perf_counter()
 
     # -- the network that trains and what acts on it
 
@@ -105,7 +108,7 @@ class StateTraining:
         self.frozen = {name: (mask == 0, whole[name].clone()) for name, mask in followers.items()}
         drops = self.args.drop_path
         self.depth = StochasticDepth(self.model, drops, self.args.seed, run.processes.share) if drops else None
-        self.wrapped = self.forward = None  # what went round the network before goes first
+        self.close()  # what went round the network before goes first
         self.wrapped = self._shared()
         self.forward = self._compiled()
         self.statistics = running_statistics(self.model) if run.processes.several else []
@@ -122,6 +125,11 @@ class StateTraining:
         self.penalty = rsst.Penalty(parameters, doomed, progress.start_norm)
         if self.penalty:
             self._plan_penalty()
+
+    def close(self) -> None:
+        """Let go of the captured step and of what is compiled. The step refers to this object: without this, its graph,
+        the graph's memory and the network would live on until Python's garbage collector finds the cycle."""
+        self.wrapped = self.forward = self.captured = None
 
     def _network(self) -> tuple[nn.Module, dict[str, list[int]]]:
         """The network that trains, and the units that it holds when it is smaller than the dense one."""
@@ -336,7 +344,7 @@ class StateTraining:
         progress.cut = {"before": before, "after": after, "residual": residual}
         log.info(
             f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
-            f"residual {residual:.2g}"
+            f"residual {residual:.2g}; the state before ended with {100 * journal.accuracy_at_start(progress):.2f}%"
         )
         if residual > 0.1:
             log.warning("residual above 0.1: the cut weights were not small; raise --reg_granularity_prune")
@@ -367,7 +375,7 @@ class StateTraining:
             progress.best = {"epoch": epoch, **{name: share for name, share in val.items() if name == "accuracy"}}
             weights = cpu_copy(run.average) if self.average else weights_of(run.dense)
             best = {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
-            run.write(run.writer.submit, save_tensors, run.save_dir / "best.pt", best)
+            run.write(run.writer.submit, save_tensors, run.save_dir / "best.new.pt", best)
         if self.args.prune_type == "rewind_lt" and progress.state == 0 and epoch + 1 == self.args.rewind_epoch:
             run.keep_for_rewind("rewind.pt")
         run.write(journal.write, run.save_dir, progress)
@@ -405,20 +413,29 @@ class StateTraining:
         finite, steps = self.run.processes.least_(torch.stack((self.finite.long(), self.finite_steps))).tolist()
         if not finite:
             step = self.first_step + steps
-            raise RunError(
-                f"the loss is not finite at step {step} of {self.run.title}; the last checkpoint is good: "
-                "lower --lr, add --clip_grad 1 or use --amp off",
-                code=1,
-            )
+            raise RunError(f"the loss is not finite at step {step} of {self.run.title}; {self._remedy(step)}", code=1)
 
     def check_weights(self) -> None:
         """The last step of a state may break weights without a loss that shows it."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.run.dense.parameters()):
+            step = self.progress.step
             raise RunError(
-                f"weights are not finite after step {self.progress.step} of {self.run.title}; the last "
-                "checkpoint is good: lower --lr, add --clip_grad 1 or use --amp off",
-                code=1,
+                f"weights are not finite after step {step} of {self.run.title}; {self._remedy(step)}", code=1
             )
+
+    def _remedy(self, step: int) -> str:
+        """What can help against numbers that overflowed after so many steps of this state.
+
+        Flags of training do not change on resume, which would meet the same numbers again.
+        """
+        args, trained = self.args, bool(step or self.progress.state)
+        ways = ["a lower --lr"] if trained else []
+        ways += ["--clip_grad 1"] if trained and not args.clip_grad else []
+        ways += ["--amp off"] if self.run.precision else []
+        if not ways:  # the first forward pass, in float32
+            return "nothing has trained yet: look at the initial weights"
+        last = "the last checkpoint is good; " if has_checkpoint(self.run.save_dir) else "there is no checkpoint yet; "
+        return f"{last}start anew with {' or '.join(ways)}"
 
     # -- what is written down
 

@@ -59,6 +59,9 @@ class Family(Protocol):
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         """Take blocks that have no unit left out of a removed model, in place, where that changes nothing it gives."""
 
+    def bypass_empty_(self, model: nn.Module) -> None:
+        """Take layers of width zero out of a removed model, in place, by what they add; for exporters, not for disk."""
+
     def fold_(self, model: nn.Module) -> list[str]:
         """Fold, in place, what inference can do without into the weights before it; the names of what is gone."""
 

@@ -2,6 +2,7 @@
 
     branches = branch_units(model, units, family.branches(model))   # {"blocks.0.attn": Units of kind "branch", ...}
     drop_empty_blocks_(model, known)                                # fewer blocks, the same function
+    bypass_empty_(model, known)                                     # no layer of width zero, the same function
 
 A model, its units and its branches come in. A branch without units adds the same to every token, whatever it sees: its
 output bias, times the factors of a LayerScale. What a block of such branches adds goes into what stands before it.
@@ -101,6 +102,36 @@ def layer_scale(model: nn.Module, key: str, module: nn.Module) -> tuple[nn.Modul
         if isinstance(factor, nn.Parameter):
             return block, name, factor
     return None
+
+
+# ------------------------------------------------------------------------------------------ branches without units
+
+
+class EmptyBranch(nn.Module):
+    """Attention without heads or an MLP without neurons: tokens [..., D] to the bias of its output layer."""
+
+    num_heads = 0  # merging of tokens asks
+
+    def __init__(self, bias: Tensor | None, head_dim: int):
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor, *_, **__) -> Tensor:
+        return torch.zeros_like(x) if self.bias is None else self.bias.expand(x.shape)
+
+
+def bypass_empty_(model: nn.Module, branches: Branches) -> None:
+    """Put an `EmptyBranch` in the place of each attention without heads and each MLP without neurons, in place.
+
+    Exporters and ONNX Runtime refuse some operations on tensors of width zero. The names of parameters change, and
+    with them the state dict. Branches that share their layers with another (`ParallelScalingBlock`) stay.
+    """
+    for key, module, branch in list(branches):
+        path, _, leaf = key.rpartition(".")
+        if branch.count(module) == 0 and getattr(model.get_submodule(path), leaf, None) is module:
+            bias = getattr(module, branch.output_name(module)).bias
+            setattr(model.get_submodule(path), leaf, EmptyBranch(bias, branch.width(module)))
 
 
 # ------------------------------------------------------------------------------------------ blocks that do nothing

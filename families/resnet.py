@@ -205,6 +205,9 @@ class CnnFamily:
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         pass  # a block keeps a filter of each convolution
 
+    def bypass_empty_(self, model: nn.Module) -> None:
+        pass  # nor is any convolution empty
+
     def image_size(self, model: nn.Module) -> int:
         return model.img_size
 

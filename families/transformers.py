@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families.depth import branch_units, layer_scale
+from families.depth import branch_units, bypass_empty_, layer_scale
 from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
 from utils import RunError
@@ -116,7 +116,9 @@ def timm_model(arguments: Mapping) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise RunError("this model was made from a timm model: pip install timm") from error
+        raise RunError(
+            f"this model was made from a timm model, which needs timm ({error}): pip install timm"
+        ) from error
     model = timm.create_model(**arguments)
     rest = {name: value for name, value in arguments.items() if name != "model_name"}
     model.arch_name, model.arch_args = f"timm/{arguments['model_name']}", rest  # so that it can be described again
@@ -146,6 +148,9 @@ class TransformerFamily:
 
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         pass
+
+    def bypass_empty_(self, model: nn.Module) -> None:
+        bypass_empty_(model, self.branches(model))
 
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         alive = find_working(self.branches(model))

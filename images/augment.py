@@ -166,13 +166,21 @@ def erase_(images: Tensor, drawn: Draws, span: Tensor) -> None:
 
 
 class Normalise:
-    """Pixels of 0..255, float32 [B, C, H, W], to the data set's mean 0 and standard deviation 1, in place."""
+    """Pixels of 0..255, float32 [B, C, H, W], by mean and standard deviation: what they are of 0..1 becomes 0 and 1.
+
+    `facts` are a data set's, or a `Preprocessing`. In place, but for grey pixels that become three channels because
+    mean and deviation have three values.
+    """
 
     def __init__(self, facts: DatasetFacts, device: str | torch.device) -> None:
         mean, std = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (facts.mean, facts.std))
+        if facts.channels == 1 and len(mean.unique()) == len(std.unique()) == 1:
+            mean, std = mean[:1], std[:1]
         self._scale, self._bias = (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[-3] < len(self._scale):
+            return (pixels * self._scale).add_(self._bias)
         # Two roundings rather than addcmul: a device that fuses them would give other bits, and on the CPU
         # this is the faster way (measured).
         return pixels.mul_(self._scale).add_(self._bias)

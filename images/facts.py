@@ -6,7 +6,8 @@ of images) are all that a new one needs.
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,11 @@ class DatasetFacts:
     """What is known of a data set without reading it. Mean and std are per stored channel, on the 0..1 scale,
     over the training set at its native size; `train_images` counts the training set before validation is
     taken from it; `vit_image_size` is what a ViT built for 32 pixels is shown when the user names no size.
-    For folders of images, whose files differ in size, `image_size` is what they are commonly cropped to, and
-    `dataset_facts` replaces the counts by those found.
+    For folders of images (`files`), whose files differ in size, `image_size` is what they are commonly cropped to,
+    and `dataset_facts` replaces the counts by those found.
+
+    How images are shown is the data set's own, or that of pretrained weights where `shown_by` replaced it: then mean
+    and std have three values. `preprocessing.py` makes steps of it.
     """
 
     classes: int
@@ -38,6 +42,17 @@ class DatasetFacts:
     flip: bool
     vit_image_size: int
     train_images: int
+    files: bool = False
+    interpolation: str = "bilinear"
+    crop_pct: float | None = None  # what the centre crop is of the resized side, as in timm's configurations
+    crop_mode: str = "center"  # or "squash": the aspect is not kept
+    shown_as: str = "the data set"
+
+    def shown_by(self, weights: Mapping | None) -> "DatasetFacts":
+        """With the mean, std, interpolation, crop and `shown_as` that weights want; None: with its own."""
+        if not weights:
+            return self
+        return dataclasses.replace(self, **{**weights, "mean": tuple(weights["mean"]), "std": tuple(weights["std"])})
 
 
 _IMAGENET_FACTS = DatasetFacts(
@@ -49,6 +64,7 @@ _IMAGENET_FACTS = DatasetFacts(
     flip=True,
     vit_image_size=224,
     train_images=1_281_167,
+    files=True,
 )
 
 DATASETS = {
@@ -102,6 +118,7 @@ DATASETS = {
         flip=True,
         vit_image_size=64,
         train_images=100_000,
+        files=True,
     ),
     "folder": dataclasses.replace(_IMAGENET_FACTS, classes=0, train_images=0),  # known once it is listed
 }
@@ -136,12 +153,13 @@ class FolderSplit:
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Train and validation are cut from the official training set, test is the official test set. Folders of
-    one's own images may bring a validation set."""
+    one's own images may bring a validation set. `identity` says which data were read; see identity.py."""
 
     train: Split | FolderSplit
     val: Split | FolderSplit
     test: Split | FolderSplit
     facts: DatasetFacts
+    identity: dict = field(default_factory=dict)
 
 
 def known_facts(name: str) -> DatasetFacts:

@@ -8,6 +8,7 @@ import errno
 import functools
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
@@ -21,8 +22,11 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from images.augment import ERASE_AREA, ERASE_CHANCE, ERASE_RATIO, Normalise, check_augmentation
 from images.facts import DataError, DatasetFacts, FolderSplit, one_line
+from images.files import read_rgb
 from images.orders import WHOLE, Share, count_steps, epoch_order, random_seed, step_positions
+from images.preprocessing import preprocessing_of
 from images.reading import import_torchvision
+from utils import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +38,10 @@ WORKER_PATIENCE = 600
 class FolderBatches:
     """Batches of image files, decoded and augmented by `workers` processes that work ahead (0: in this process).
 
-    `aug`: "none" shows images as evaluation does: shorter side resized to size / 0.875 (to the size itself
-    below 128 pixels), centre cropped; "basic" is a random resized crop of 8% to 100% of the area and a
-    horizontal flip; "strong" adds RandAugment (Cubuk et al. 2020, arXiv:1909.13719), "rand" RandAugment and random
-    erasing (for a quarter of the images, a rectangle of 2% to 33% of the area set to the mean). Transforms are
-    torchvision's, on Pillow images; bytes travel to `device`, which normalises.
+    `aug`: "none" shows images as evaluation does (see `preprocessing_of`); "basic" is a random resized crop of 8% to
+    100% of the area and a horizontal flip; "strong" adds RandAugment (Cubuk et al. 2020, arXiv:1909.13719), "rand"
+    RandAugment and random erasing (for a quarter of the images, a rectangle of 2% to 33% of the area set to the mean).
+    Transforms are torchvision's, on Pillow images; bytes travel to `device`, which normalises.
 
     What is random about the image at a position of an epoch comes from a generator of its own, seeded by
     (seed, state, epoch, position), so batches do not depend on the number of workers, and reading can start
@@ -164,7 +167,7 @@ class FolderBatches:
                 if time.monotonic() - started > WORKER_PATIENCE:
                     raise self._worker_error(f"no batch in {WORKER_PATIENCE} seconds") from error
         self.note(broken)
-        images, chosen = (tensor.to(self._device, non_blocking=True) for tensor in (images, chosen))
+        images, chosen = (to_device(tensor, self._device) for tensor in (images, chosen))
         return self._normalise_(images.float()), self.labels.index_select(0, chosen)
 
     def _worker_error(self, reason: str) -> DataError:
@@ -178,7 +181,11 @@ class FolderBatches:
         for index, reason in broken:
             if index not in self.broken:
                 self.broken[index] = reason
-                logger.warning("%s: cannot be read as an image (%s), skipped", self._split.path(index), reason)
+                path, labels = self._split.path(index), self._split.labels
+                logger.warning("%s: cannot be read as an image (%s), skipped", path, reason)
+                alike = (labels == labels[index]).nonzero().flatten().tolist()
+                if self.broken.keys() >= {*alike}:
+                    logger.warning("%s: no image of this class can be read", os.path.dirname(path))
         if len(self.broken) > self._allowed:
             first = ", ".join(f"{self._split.path(i)}: {self.broken[i]}" for i in list(self.broken)[:3])
             raise DataError(
@@ -202,11 +209,12 @@ class _FolderReader:
         size = split.image_size
         self._split, self._batch_size, self._seed, self._allowed = split, batch_size, seed, allowed
         self._share = share
-        shorter = round(size / 0.875) if size >= 128 else size
-        self._plain = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+        shown = preprocessing_of(facts, size)
+        self._plain = shown.transform(split.dataset)
         self._random = None
         if aug != "none":
-            steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True)]
+            mode = v2.InterpolationMode(shown.interpolation)
+            steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=mode, antialias=True)]
             steps += [v2.RandomHorizontalFlip()] * facts.flip + [v2.RandAugment()] * (aug in ("strong", "rand"))
             steps.append(v2.PILToTensor())
             if aug == "rand":
@@ -228,7 +236,7 @@ class _FolderReader:
             for index in candidates:
                 path = self._split.path(index)
                 try:
-                    image = _read_rgb(path)
+                    image = read_rgb(path)
                 except Exception as error:  # decoders of broken files raise whatever they like
                     if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILE:
                         raise
@@ -266,16 +274,6 @@ class _FolderReader:
             order, _ = epoch_order(self._seed, state, epoch, len(self._split.labels))
             self._cached_order = (state, epoch), order.numpy()
         return self._cached_order[1]
-
-
-def _read_rgb(path: str):
-    """The file as a Pillow image of three 8-bit channels."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        return image.convert("RGB")
 
 
 def _quiet_pillow() -> None:

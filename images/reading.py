@@ -49,7 +49,7 @@ def _checked_split(images: Tensor, labels: Tensor, facts: DatasetFacts, source: 
 
 
 def _read_digits(name: str, root: Path) -> tuple[Split, Split]:
-    """scikit-learn's 1,797 embedded digits: a fixed, class-balanced fifth is the test set."""
+    """scikit-learn's 1,797 embedded digits: a fixed, stratified fifth is the test set."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -6,19 +6,23 @@ their sizes and facts.
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from images.facts import DATASETS, DataError, DatasetFacts, FolderSplit, Split, Splits, known_facts
+from images.facts import DataError, DatasetFacts, FolderSplit, Split, Splits, known_facts
+from images.identity import identity_of_splits, identity_of_tree
 from images.orders import balanced_order
+from images.preprocessing import resized
 from images.reading import READERS
-from images.trees import TREES, Files, found_facts, read_tree, tree_if_there
+from images.trees import TREES, Files, Tree, found_facts, read_tree, tree_if_there
 
 logger = logging.getLogger(__name__)
+
+SMALL = 1_000  # images; an accuracy of so many has a standard error of up to 1.6 points
 
 
 def load_dataset(
@@ -27,36 +31,38 @@ def load_dataset(
     image_size: int | None = None,
     val_fraction: float = 0.1,
     train_limit: int | None = None,
+    shown: Mapping | None = None,
 ) -> Splits:
     """Reads a data set, downloading it into `data_dir` when it is missing, and splits it.
 
     Validation is the prefix of `balanced_order` of the official training set; the rest is train, in its own
     balanced order, of which `train_limit` keeps the first. `image_size` (pixels) other than the native one
-    resizes bilinearly with antialiasing, once. No argument depends on the seed of a run.
+    resizes with antialiasing, once. No argument depends on the seed of a run. `shown`: see
+    `DatasetFacts.shown_by`.
 
     Folders of images (imagenet, tiny-imagenet, folder) are never downloaded, and only listed here: their
-    splits are `FolderSplit`s. In `folder`, where only one of val/ and test/ is there, it is the test set;
-    where neither is, a fixed class-balanced fifth of train/ is, before validation is cut.
+    splits are `FolderSplit`s. In `folder`, where only one of val/ (or valid/, validation/) and test/ is there, it is
+    the test set; where neither is, a fixed, stratified fifth of train/ is, before validation is cut.
 
     Raises DataError, in one line, for a bad argument and for data that is missing (with no network), damaged
     or labelled outside the classes. A failed download leaves `data_dir` as it was.
     """
-    facts, root = known_facts(name), Path(data_dir).expanduser()
+    facts, root = known_facts(name).shown_by(shown), Path(data_dir).expanduser()
     if image_size is not None and image_size < 1:
         raise DataError(f"--img_size {image_size}: must be at least 1 pixel")
     _check_arguments(val_fraction, train_limit)
     if name in TREES:
-        return _load_folders(name, root, image_size or facts.image_size, val_fraction, train_limit)
+        return _load_folders(name, facts, root, image_size or facts.image_size, val_fraction, train_limit)
 
     _count_split(facts.train_images, val_fraction, train_limit)
     official_train, test = READERS[name](name, root)
     train_order, val_order = _cut(official_train.labels, val_fraction, train_limit)
 
     def finish(split: Split) -> Split:
-        return Split(_resize(split.images, image_size or facts.image_size), split.labels)
+        return Split(resized(split.images, image_size or facts.image_size, facts.interpolation), split.labels)
 
     train, val = (Split(official_train.images[o], official_train.labels[o]) for o in (train_order, val_order))
-    return Splits(finish(train), finish(val), finish(test), facts)
+    return Splits(finish(train), finish(val), finish(test), facts, identity_of_splits(official_train, test))
 
 
 def split_sizes(
@@ -74,12 +80,18 @@ def split_sizes(
     return _count_split(len(tree.train.labels) if tree else facts.train_images, val_fraction, train_limit)
 
 
-def dataset_facts(name: str, data_dir: str | Path | None = None) -> DatasetFacts:
+def folder_identity(name: str, data_dir: str | Path | None = None) -> dict | None:
+    """Which images a folder holds, as `load_dataset` would say it; None for other data sets, and without the data."""
+    tree = tree_if_there(name, data_dir)
+    return identity_of_tree(tree, Path(data_dir).expanduser()) if tree else None
+
+
+def dataset_facts(name: str, data_dir: str | Path | None = None, shown: Mapping | None = None) -> DatasetFacts:
     """What `DATASETS` says; for a folder of images that is there, with its own numbers of classes and images.
 
     Raises DataError for an unknown name, a tree that cannot be used, and for `folder` where there is none.
     """
-    facts, tree = known_facts(name), tree_if_there(name, data_dir)
+    facts, tree = known_facts(name).shown_by(shown), tree_if_there(name, data_dir)
     return found_facts(facts, tree) if tree else facts
 
 
@@ -117,31 +129,31 @@ def _cut(labels: Tensor, val_fraction: float, train_limit: int | None, cut_val: 
     return rest[balanced_order(labels[rest])][:train_images], val
 
 
-def _load_folders(name: str, root: Path, image_size: int, val_fraction: float, train_limit: int | None) -> Splits:
+def _load_folders(
+    name: str, known: DatasetFacts, root: Path, image_size: int, val_fraction: float, train_limit: int | None
+) -> Splits:
     tree = read_tree(name, root)
-    known, facts = DATASETS[name], found_facts(DATASETS[name], tree)
+    facts = found_facts(known, tree)
     if known.classes not in (0, facts.classes):
         logger.info("--dataset %s: %d classes found, the full set has %d", name, facts.classes, known.classes)
-    if tree.roles:
-        logger.info("--dataset %s: %s", name, tree.roles)
     train_order, val_order = _cut(tree.train.labels, val_fraction, train_limit, cut_val=tree.val is None)
+    logger.info("--dataset %s: %s", name, _roles(tree, len(val_order)))
+    for note in tree.notes:
+        logger.warning("--dataset %s: %s", name, note)
 
     def finish(files: Files) -> FolderSplit:
         return FolderSplit(files.paths, files.labels, root, image_size, name)
 
     val = tree.val or tree.train.take(val_order)
-    return Splits(finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts)
+    return Splits(
+        finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts, identity_of_tree(tree, root)
+    )
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, C, H, H] to uint8 [N, C, size, size], in chunks whose float copies stay around 64 MiB."""
-    count, channels, height, _ = images.shape
-    if size == height:
-        return images
-    resized = torch.empty(count, channels, size, size, dtype=torch.uint8)
-    chunk = max(1, 2**24 // (channels * max(size, height) ** 2))
-    for start in range(0, count, chunk):
-        part = images[start : start + chunk].float()
-        part = functional.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
-        resized[start : start + chunk] = part.round_().clamp_(0, 255).to(torch.uint8)
-    return resized
+def _roles(tree: Tree, cut: int) -> str:
+    """Which images validate and test; `cut` of those of train/ validate. Small sets measure coarsely, which is said."""
+    validates = f"; {cut:,} images cut from train/ validate" if tree.val is None else ""
+    sizes = [cut if tree.val is None else len(tree.val.labels), len(tree.test.labels)]
+    errors = [f"{50 / size**0.5:.1f} points on {size:,} images" for size in sizes if size < SMALL]
+    coarse = f"; the standard error of an accuracy is up to {', '.join(dict.fromkeys(errors))}" if errors else ""
+    return f"{tree.roles}{validates}{coarse}"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from models import resnet, vit
 from models.embedding import is_stage_of_stem
 from models.merging import merge_tokens_
+from models.pretrained import initialise
+from models.weight_files import MisfitError, PretrainedError, import_timm, reason
 
 # name -> builder(num_classes, img_size, **overrides) of a model with random weights
 BUILDERS = {**{name: partial(vit.build, name) for name in vit.CONFIGS}, **resnet.BUILDERS}
@@ -27,6 +29,7 @@ def build_model(
     pretrained_tag: str | None = None,
     patch_embed: str = "resample",
     pretrained_fallback: bool = False,
+    allow_partial: bool = False,
     **overrides,
 ) -> nn.Module:
     """Build the model that `--arch` names.
@@ -39,10 +42,11 @@ def build_model(
         pretrained_tag: which of timm's weights for the architecture, such as "augreg_in21k"; None for the default.
         patch_embed: "resample" pretrained patch embeddings, or "reinit" them.
         pretrained_fallback: random weights and a warning when the pretrained ones cannot be had.
+        allow_partial: weights that fit only in part are a warning, and no error.
         overrides: geometry that differs from the named model's, such as `patch_size=7`.
 
     Returns:
-        the model, whose `pretrained_report` is a `models.vit.TransferReport`, or None when no pretrained weights
+        the model, whose `pretrained_report` is a `models.pretrained.TransferReport`, or None when no pretrained weights
         were asked for. timm's models also have `arch_name` ("timm/NAME") and `arch_args`, with which
         `timm.create_model(NAME, **arch_args)` builds the same architecture.
 
@@ -53,7 +57,7 @@ def build_model(
     check_arch(arch)
     source = _source(arch, pretrained, pretrained_tag)
     model = _build(arch, num_classes, img_size, overrides)
-    vit.initialise(model, arch, pretrained, source, patch_embed, pretrained_fallback)
+    initialise(model, arch, pretrained, source, patch_embed, pretrained_fallback, allow_partial)
     return model
 
 
@@ -111,7 +115,7 @@ def pretrained_source(arch: str, tag: str | None = None) -> str | None:
         raise ValueError(f"{flag}: {arch} has no public pretrained weights; leave the tag out")
     if "." in name:
         raise ValueError(f"{flag}: --arch {arch} names a tag already; give one of them")
-    _check_tag(vit.import_timm(flag), flag, name, tag)
+    _check_tag(import_timm(flag), flag, name, tag)
     return f"{name}.{tag}"
 
 
@@ -122,6 +126,8 @@ def _source(arch: str, pretrained: bool | str | Path, tag: str | None) -> str | 
     if not pretrained:
         return None
     if arch in resnet.BUILDERS:
+        if pretrained is not True:
+            raise ValueError(f"--pretrained {pretrained}: {arch} takes weights of a file by --init {pretrained}")
         raise ValueError(f"--pretrained: {arch} has no public weights; leave it out or choose a ViT")
     if pretrained is not True:
         if tag:
@@ -135,8 +141,8 @@ def _source(arch: str, pretrained: bool | str | Path, tag: str | None) -> str | 
 
 def _import_timm(arch: str):
     try:
-        return vit.import_timm(f"--arch {arch}")
-    except vit.PretrainedError as error:
+        return import_timm(f"--arch {arch}")
+    except PretrainedError as error:
         raise ValueError(str(error)) from error
 
 
@@ -154,7 +160,7 @@ def _build_timm(arch: str, **arguments) -> nn.Module:
     try:
         model = timm.create_model(arch.removeprefix(TIMM), pretrained=False, **given)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"--arch {arch}: cannot be built with {said} ({vit.reason(error)})") from error
+        raise ValueError(f"--arch {arch}: cannot be built with {said} ({reason(error)})") from error
     embed = getattr(model, "patch_embed", None)
     size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
     # some of timm's own geometries do not divide either; the last pixels are then not seen
@@ -193,6 +199,7 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
             pretrained_tag=args.pretrained_tag,
             patch_embed=args.patch_embed,
             pretrained_fallback=args.pretrained_fallback,
+            allow_partial=getattr(args, "allow_partial", False),  # runs of older versions have no such flag
             **overrides,
         )
     else:
@@ -232,6 +239,6 @@ def load_weights(model: nn.Module, arch: str, weights: Mapping[str, Tensor]) -> 
         raise _misfit(arch, error) from error
 
 
-def _misfit(arch: str, error: Exception) -> vit.MisfitError:
+def _misfit(arch: str, error: Exception) -> MisfitError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-    return vit.MisfitError(f"--arch {arch}: the weights do not fit ({reason})")
+    return MisfitError(f"--arch {arch}: the weights do not fit ({reason})")

@@ -90,8 +90,9 @@ class NarrowParallelScalingBlock(ParallelScalingBlock):
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
         hidden, attended = self.in_proj(self.in_norm(x)).split([self.in_split[0], sum(self.in_split[1:])], dim=-1)
         hidden = hidden if self.mlp_bias is None else hidden + self.mlp_bias
-        q, k, v = _by_head(self, attended)
-        attended = _attend(self, self.q_norm(q), self.k_norm(k), v, None)
+        if self.num_heads:  # no heads attend to nothing, and exporters refuse to split a width of zero
+            q, k, v = _by_head(self, attended)
+            attended = _attend(self, self.q_norm(q), self.k_norm(k), v, None)
         hidden = self.mlp_drop(self.mlp_act(hidden))
         if self.out_proj is None:
             y = self.attn_out_proj(attended) + self.mlp_out_proj(hidden)

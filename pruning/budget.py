@@ -13,7 +13,7 @@ float64 [count] per units key, -inf for units that are gone; ties go by the rule
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -108,90 +108,54 @@ def counts_by_value(values: Mapping[str, Sequence[float]], levels: Levels, cost:
     """Layers step down in ascending order of `values`, what each step gives away over what it saves, until the limit
     is met.
 
-    How many steps that takes is found by bisection. A costly one that went last may leave room below the limit, which
-    the best of those that are gone and fit into it take back. Where values ascend along each layer, as those of convex
-    curves do, the counts on the way are the Lagrangian solution of bit allocation: none that cost as much give away
-    less (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 1988).
+    Where values ascend along each layer, as those of convex curves do, the counts on the way are the Lagrangian
+    solution of bit allocation: none that cost as much give away less (Shoham and Gersho, "Efficient bit allocation for
+    an arbitrary set of quantizers", IEEE Trans. ASSP 1988).
     """
     entries = [(value, key) for key, of_layer in values.items() for value in of_layer]
     # of equal values the first one stays, hence the later one goes first
     order = [key for _, (_, key) in sorted(enumerate(entries), key=lambda entry: (entry[1][0], -entry[0]))]
-
-    def fits(down: Counter) -> bool:
-        return cost(_after(levels, down)) <= limit * (1 + SLACK)
-
-    best, most = Counter(order), -math.inf  # nothing else may fit
-    while True:
-        gone = bisect_left(range(len(order) + 1), True, key=lambda count: fits(Counter(order[:count])))
-        if gone > len(order):
-            break
-        down = _fill(Counter(order[:gone]), order[:gone][::-1], fits)
-        left = cost(_after(levels, down))
-        if left > most:
-            best, most = down, left
-        if gone == 0 or left >= (1 - CLOSE) * limit:
-            break
-        coarse = order[gone - 1]
-        order = order[: gone - 1] + [key for key in order[gone:] if key != coarse]
-    return _after(levels, best)
+    return _first_steps(order, levels, cost, limit)
 
 
 def uniform_counts(scores: Mapping[str, Tensor], levels: Levels, cost: Cost, limit: float) -> Counts:
     """One share for all layers of all kinds, the largest that meets the limit; scores only decide who fills the rest.
 
-    The share is found by bisection; a layer keeps the level that is nearest to it, ties up. What is left below the
-    limit is filled in rounds, in each of which every layer takes back one step at most, the best score per cost first;
-    what is too coarse for that is traded, see `_traded`.
+    A layer keeps the level that is nearest to the share, ties up.
     """
-    values = step_values(scores, levels, cost)
-    borders = {  # of each layer: the shares below which it takes a step down, descending
-        key: [(high + low) / 2 / len(scores[key]) for high, low in pairwise(levels[key])] for key in values
-    }
-    shares = sorted(set().union(*borders.values()), reverse=True)
-
-    def below(passed: int) -> Counter:
-        """Steps down where the share has passed so many of the borders."""
-        lowest = shares[passed - 1] if passed else math.inf
-        return Counter({key: bisect_right(of, -lowest, key=lambda border: -border) for key, of in borders.items()})
-
-    def fits(down: Counter) -> bool:
-        return cost(_after(levels, down)) <= limit * (1 + SLACK)
-
-    passed = min(bisect_left(range(len(shares) + 1), True, key=lambda count: fits(below(count))), len(shares))
-    down = below(passed)
-    rounds = [
-        (turn, -values[key][down[key] - 1 - turn], index, key)
-        for index, key in enumerate(values)
-        for turn in range(down[key])
-    ]
-    down = _fill(down, [key for *_, key in sorted(rounds)], fits)
-    return _after(levels, _traded(down, values, levels, cost, limit))
+    steps = []
+    for index, (key, of_layer) in enumerate(step_values(scores, levels, cost).items()):
+        borders = [(high + low) / 2 / len(scores[key]) for high, low in pairwise(levels[key])]
+        steps += [(-border, value, -index, key) for border, value in zip(borders, of_layer, strict=True)]
+    return _first_steps([key for *_, key in sorted(steps)], levels, cost, limit)
 
 
-def _traded(down: Counter, values: Mapping[str, Sequence[float]], levels: Levels, cost: Cost, limit: float) -> Counter:
-    """Where more than `CLOSE` of the limit is free, as every step back is too costly: one such step is taken back, the
-    most valuable that works, and cheaper ones go for it, in rounds, in each of which every layer takes one at most."""
+def _first_steps(order: Sequence[str], levels: Levels, cost: Cost, limit: float) -> Counts:
+    """What layers keep after as few of these steps down, in this order, as the limit allows.
 
-    def left(steps: Counter) -> float:
-        return cost(_after(levels, steps))
+    How many is found by bisection. A coarse step that went last may leave room below the limit, which those before it
+    take back, the last one first; where more than `CLOSE` stays free, the coarse step is left out and finer ones go.
+    """
 
-    now = left(down)
-    if now >= (1 - CLOSE) * limit:
-        return down
-    next_step = {key: now - left(down + Counter([key])) for key in values if down[key] < len(values[key])}
-    fine = [key for key, saved in next_step.items() if 0 < saved <= CLOSE * limit]
-    turns = ((turn, key) for key in fine for turn in range(len(values[key]) - down[key]))
-    order = [key for _, _, key in sorted((turn, values[key][down[key] + turn], key) for turn, key in turns)]
-    coarse = [key for key in values if down[key] and key not in fine]
-    for key in sorted(coarse, key=lambda key: -values[key][down[key] - 1]):
-        back = down - Counter([key])
-        gone = bisect_left(
-            range(len(order)), True, key=lambda count: left(back + Counter(order[:count])) <= limit * (1 + SLACK)
-        )
-        traded = back + Counter(order[:gone])
-        if now < left(traded) <= limit * (1 + SLACK):
-            return traded
-    return down
+    def left(down: Mapping[str, int]) -> float:
+        return cost(_after(levels, down))
+
+    def fits(down: Mapping[str, int]) -> bool:
+        return left(down) <= limit * (1 + SLACK)
+
+    best, most, order = Counter(order), -math.inf, list(order)  # nothing else may fit
+    while True:
+        gone = bisect_left(range(len(order) + 1), True, key=lambda count: fits(Counter(order[:count])))
+        if gone > len(order):
+            break
+        down = _fill(Counter(order[:gone]), order[:gone][::-1], fits)
+        if left(down) > most:
+            best, most = down, left(down)
+        if gone == 0 or most >= (1 - CLOSE) * limit:
+            break
+        coarse = order[gone - 1]
+        order = order[: gone - 1] + [key for key in order[gone:] if key != coarse]
+    return _after(levels, best)
 
 
 def _after(levels: Levels, down: Mapping[str, int]) -> Counts:

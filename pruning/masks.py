@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from pruning.threshold import magnitude_step
 from pruning.units import Kept, Units, unit_masks
+from utils import plain_weights
 
 Masks = dict[str, Tensor]
 
@@ -112,18 +113,6 @@ def structured_masks(weights: Mapping[str, Tensor], units: Mapping[str, Units], 
 
 
 # ------------------------------------------------------------------- models under torch.nn.utils.prune
-
-
-def plain_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without `torch.nn.utils.prune`'s pairs: X_orig and X_mask become X = X_orig * X_mask."""
-    plain = {}
-    for name, value in state_dict.items():
-        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state_dict:
-            stem = name.removesuffix("_orig")
-            plain[stem] = value * state_dict[f"{stem}_mask"].to(value)
-        elif not (name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state_dict):
-            plain[name] = value
-    return plain
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

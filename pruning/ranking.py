@@ -7,7 +7,7 @@ Selection happens once, by a stable sort, and feeds masks, plan and surgery alik
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,18 +45,6 @@ def scheduled_ratio(schedule: str, ratio: float, state: int, states: int) -> flo
 def keep_count(count: int, ratio: float, minimum: int = 1) -> int:
     """How many of `count` units stay at `ratio`: max(minimum, floor(count (1 - ratio) + 1e-9))."""
     return max(minimum, math.floor(count * (1 - ratio) + 1e-9))
-
-
-def spread(counts: Sequence[int], keep: int, min_units: int = 1) -> list[int]:
-    """`keep` of all units divided among layers of `counts` units, each its share but at least `min_units`."""
-    total = max(1, sum(counts))
-    shares = [max(min_units, count * keep // total) for count in counts]
-    while over := keep - sum(shares):
-        step = 1 if over > 0 else -1
-        movable = [layer for layer, share in enumerate(shares) if min_units <= share + step <= counts[layer]]
-        # the one farthest from its share, of equal ones the first
-        shares[max(movable, key=lambda i: step * (counts[i] * keep - shares[i] * total))] += step
-    return shares
 
 
 def filter_count(filters: int, density: float, fillback_rate: float) -> int:

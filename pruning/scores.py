@@ -19,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pruning.masks import normalise_names, plain_weights
+from pruning.masks import normalise_names
 from pruning.units import Tap, Units
+from utils import plain_weights
 
 log = logging.getLogger(__name__)
 
 SCORE_BATCHES = 10
+
+
+class NotFiniteError(ValueError):
+    """A score is not a number: weights, activations or gradients have overflowed."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def score_units(
             dead = ~torch.stack(alive).any(0)
             scores[key] = scores[key].masked_fill(dead, -math.inf)
         if scores[key].isnan().any():
-            raise ValueError(f"criterion {criteria!r}: a score of {key} is not a number")
+            raise NotFiniteError(f"criterion {criteria!r}: a score of {key} is not a number")
     return scores
 
 

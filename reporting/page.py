@@ -13,7 +13,7 @@ from pathlib import Path
 
 import utils
 from reporting import need
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -37,9 +37,7 @@ def publish(folder: Path, files: Mapping[str, Callable[[Path], None]], stale: It
         for name in stale:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be written ({error.strerror or error}); free the disk or choose another", 1
-        ) from error
+        raise RunError(f"{folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if made:

@@ -60,19 +60,27 @@ def _finish(run: Run) -> str:
 
 def key_results(run: Run) -> list[str]:
     parts = [_dense_and_last(run) if len(run.states) > 1 else _dense_alone(run)]
-    cuts = []
+    cuts, from_start = [], False
     for row in run.states:
         before, after = row.get("accuracy_before_cut", math.nan), row.get("accuracy_after_cut", math.nan)
+        start = row.get("accuracy_at_start", math.nan)
+        fades = run.method == "rsst" and math.isfinite(start)
         if math.isfinite(before) and math.isfinite(after):
             residual = row.get("residual", math.nan)
+            at_start = f"{percent(start)} at the end of the state before, " if fades else ""
+            from_start |= fades
             left = f", residual {residual:.2g}" if math.isfinite(residual) else ""
             cuts.append(
-                (after - before, f"state {row['state']}: {percent(before)} before, {percent(after)} after{left}")
+                (
+                    after - (start if fades else before),
+                    f"state {row['state']}: {at_start}{percent(before)} before, {percent(after)} after{left}",
+                )
             )
     if cuts:
         worst = min(cuts)
         most = f"changed accuracy by {100 * worst[0]:+.2f} points at worst" if worst[0] < 0 else "lost no accuracy"
         cut = "The cut" if len(cuts) == 1 else f"The {len(cuts)} cuts"
+        cut += f", with the fading before {'it' if len(cuts) == 1 else 'them'}," if from_start else ""
         parts.append(f"{cut}{'' if run.method == 'rsst' else ', before any retraining,'} {most} ({worst[1]}).")
     if run.proof:
         parts.append(_proof(run))
@@ -135,10 +143,11 @@ def _proof(run: Run) -> str:
         return float(source) if isinstance(source, int | float) else math.nan
 
     proof = partial(value, run.proof)
+    allowed = proof("bound" if "bound" in run.proof else "bound_float32")  # runs of older versions
     text = (
         f"**Proof:** the small model in model/ computes what the masked one does: its logits differ by at most "
-        f"{proof('max_difference_float32'):.2g} in float32 (allowed: {proof('bound_float32'):.2g}) and "
-        f"{proof('max_difference_float64'):.2g} in float64, and it gives the same class for "
+        f"{proof('max_difference_float64'):.2g} in float64 (allowed: {allowed:.2g}) and "
+        f"{proof('max_difference_float32'):.2g} in float32, and it gives the same class for "
         f"{percent(proof('top1_agreement'))} of {thousands(proof('images'))} validation images."
     )
     sizes = [value(run.config, key, part) for key in ("parameters", "macs") for part in ("dense", "removed")]

@@ -45,7 +45,7 @@ def write_report(run: Run) -> None:
     plots: dict[str, bytes] = {}
     if run.history:
         plots["plots/accuracy.png"] = plot_accuracy(run)
-    if run.states:
+    if len(run.states) > 1:
         plots["plots/density.png"] = plot_density(run)
     if penalty_curves(run):
         plots["plots/penalty.png"] = plot_penalty(run)
@@ -137,9 +137,9 @@ def describe(run: Run) -> str:
     name, words = METHODS.get(run.method, (str(args["struct"]), ""))
     method = f"**{escaped(name)}**{f' ({words})' if words else ''}"
     shape = f"{plural(states, 'state')} of {plural(epochs, 'epoch')}{' each' if states > 1 else ''}"
-    start = "pretrained weights" if args.get("pretrained") else "weights of a file" if args.get("init") else "scratch"
+    data = args["dataset"] if args["dataset"] != "folder" else f"the image folder {args.get('data')}"
     sentences = [
-        f"{method} on {escaped(args['arch'])} and {escaped(args['dataset'])}: {shape}, from {start}, "
+        f"{method} on {escaped(args['arch'])} and {escaped(data)}: {shape}, from {escaped(first_weights(args))}, "
         f"seed {escaped(args['seed'])}."
     ]
     if run.method != "dense":
@@ -153,13 +153,27 @@ def describe(run: Run) -> str:
     return " ".join(sentences)
 
 
+def first_weights(args: Mapping) -> str:
+    """What state 0 starts from, by name."""
+    given = args.get("pretrained")
+    if args.get("init"):
+        return f"the weights of {args['init']}"
+    if not given or args.get("pretrained_note"):
+        return "scratch"
+    if given is not True:
+        return f"the pretrained weights of {given}"
+    tag = f", tag {args['pretrained_tag']}" if args.get("pretrained_tag") else ""
+    return f"timm's pretrained weights{tag}"
+
+
 def _training_words(run: Run) -> str:
     args, rate = run.args, run.args.get("lr")
     training = [str(args.get("opt", "")).upper().replace("ADAMW", "AdamW")]
     training += [f"learning rate {rate:g}"] if isinstance(rate, int | float) else []
     training += [f"{args['sched']} schedule"] if args.get("sched") else []
     training += [f"batches of {args['batch_size']} images"] if args.get("batch_size") else []
-    training += [f"augmentation {args['aug']}"] if args.get("aug") else []
+    flips = " without flips" if args.get("flip") is False else ""
+    training += [f"augmentation {args['aug']}{flips}"] if args.get("aug") else []
     training += [str(run.environment["precision"])] if run.environment.get("precision") else []
     training += [f"{args['train_limit']:,} training images"] if isinstance(args.get("train_limit"), int) else []
     return f"Training: {escaped(', '.join(filter(None, training)))}."

@@ -49,8 +49,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Key of METHODS, or whatever --struct was; a single state of any method is dense training."""
-        return "dense" if self.args["pruning_times"] == 1 else str(self.args["struct"])
+        return method_of(self.args)
 
     @property
     def length(self) -> tuple[int, int]:
@@ -88,6 +87,11 @@ class Run:
     def counts(self) -> list[str]:
         """Kinds of units that its tables count."""
         return [name for name in COUNTS if any(name in row for row in [*self.states, *self.history])]
+
+
+def method_of(args: Mapping) -> str:
+    """Key of METHODS, or whatever --struct was; a single state of any method is dense training."""
+    return "dense" if args["pruning_times"] == 1 else str(args["struct"])
 
 
 def load_run(folder: Path) -> Run:

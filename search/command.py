@@ -10,13 +10,13 @@ import torch
 
 from cli.errors import leave
 from cli.plan import plan
-from cli.resume import FREE_ON_RESUME
 from engine.folder import named_dir
 from engine.model import make_model, units_of_run
 from engine.processes import ALONE
 from search import front
 from search.space import Space, in_words
 from search.trials import Study, need_optuna
+from settings.flags import FLAGS
 from utils import RunError, Stopped, format_table
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,14 @@ def search(args: argparse.Namespace) -> int:
     need_optuna()
     with torch.device("meta"):
         model = make_model(args, weights=False)
-    has_units = bool(units_of_run(args, model))
+    has_units = bool(units_of_run(args, model)[0])
     _complete_objective(args, has_units)
     space, folder = Space(args, has_units), Path(args.save_dir or named_dir(args.exp_name))
     if args.dry_run:
         print(_planned(args, space, folder))
         return 0
     given = {name: value for name, value in args.given.items() if name not in OWN and not name.startswith("search")}
-    own = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    own = {name: value for name, value in given.items() if FLAGS[name].resumes}
     study = Study(args, folder, {name: value for name, value in given.items() if name not in own}, own, space)
     log.info(f"search in {folder}: {args.search} trials\n{_space_table(space)}")
     try:

@@ -105,7 +105,7 @@ def _report(study, rows: list[dict], front: list[dict], columns: dict) -> str:
     }
     searched = [{"flag": f"--{name}", "in": in_words(values)} for name, values in study.space.values.items()]
     columns_of_space = {name: lambda row, name=name: row[name] for name in ("flag", "in")}
-    given = shlex.join(typed_out(study.parser, {**study.own, **study.base}, "--search"))
+    given = shlex.join(typed_out({**study.own, **study.base}, "--search"))
     again = f"python main_imp_fillback.py --config {study.folder / 'pareto' / '001.yaml'}"
     return (
         f"# Search: validation accuracy and {args.search_objective} of {args.arch} on {args.dataset}\n\n"

@@ -7,78 +7,15 @@ given by hand is fixed, and one that has no effect beside the others of a trial 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
-import rsst
 from cli.config import typed_out
-from cli.flags import build_parser
-from cli.resume import FREE_ON_RESUME
-from engine.allocation import SORTING, target_of
-from engine.sensitivity import SENSITIVITY
-from pruning.depth import DEPTH
-from pruning.scores import CRITERIA
+from settings.effect import TARGETS
+from settings.flag import Flags, Values
+from settings.flags import FLAGS, build_parser, idle_flags
 from utils import RunError
-
-Values = list | dict
-Flags = Mapping[str, object]
-
-# of trials that are to be compared, and of where they run
-FIXED = FREE_ON_RESUME | {"dataset", "val_fraction", "train_limit", "seed", "exp_name", "export", "finish_on_all"}
-
-
-def _rate(flags: Flags) -> Values:
-    """Whole units: the share that is gone in the end. Otherwise what goes each time, so that 90% to 5% are left."""
-    if flags["vit_structured"]:
-        return {"low": 0.1, "high": 0.8}
-    times = max(1, flags["pruning_times"] - 1)
-    return {"low": round(1 - 0.9 ** (1 / times), 4), "high": round(1 - 0.05 ** (1 / times), 4)}
-
-
-def _rewinds(flags: Flags) -> Values:
-    return ["lt", "rewind_lt", "finetune", *(["pt"] if flags["pretrained"] else [])]
-
-
-def _always(flags: Flags) -> bool:
-    return True
-
-
-def _by_ratio(flags: Flags) -> bool:
-    return not (flags["nm"] or flags["unit_counts"] or target_of(argparse.Namespace(**flags)))
-
-
-def _neurons_by_ratio(flags: Flags) -> bool:
-    return _by_ratio(flags) and flags["vit_structured"] and flags["vit_prune_target"] in ("mlp", "both")
-
-
-def _by_layer(flags: Flags) -> bool:
-    over_all = flags["vit_structured"] and flags["vit_prune_target"] in ("all", *DEPTH)
-    goes_by_layer = flags["vit_structured"] or target_of(argparse.Namespace(**flags)) is not None
-    return not over_all and goes_by_layer and flags["unit_counts"] is None and "sorting_mode" not in flags["given"]
-
-
-def _scores(flags: Flags) -> bool:
-    return bool(flags["has_units"] or flags["fillback_rate"])
-
-
-def _penalty(flags: Flags) -> bool:
-    return flags["struct"] == "rsst"
-
-
-# in the order of drawing: flag, its values or a function of the flags that gives them, when it has an effect
-SEARCHED: tuple[tuple[str, Values | Callable[[Flags], Values], Callable[[Flags], bool]], ...] = (
-    ("struct", ["rsst", "refill"], _always),
-    ("rate", _rate, _by_ratio),
-    ("mlp_prune_ratio", {"low": 0.1, "high": 0.9}, _neurons_by_ratio),
-    ("criteria", [name for name in CRITERIA if name != "random"], _scores),
-    ("ratio_allocation", [*SORTING, SENSITIVITY], _by_layer),
-    ("prune_type", _rewinds, _always),
-    ("reg_granularity_prune", {"low": 0.2, "high": 2.0, "log": True}, _penalty),
-    ("RST_schedule", list(rsst.SHAPES), _penalty),
-    ("reg_finish", {"low": 0.1, "high": 0.75}, _penalty),
-)
 
 
 class Space:
@@ -94,8 +31,8 @@ class Space:
 
     def __init__(self, args: argparse.Namespace, has_units: bool):
         self.flags = {**vars(args), "has_units": has_units}
-        self.effect = {name: effect for name, _, effect in SEARCHED}
-        wanted = {name: values(self.flags) if callable(values) else values for name, values, _ in SEARCHED}
+        drawn = {name: flag.search for name, flag in FLAGS.items() if flag.search}
+        wanted = {name: values(self.flags) if callable(values) else values for name, values in drawn.items()}
         if args.search_space:
             own = read_space(Path(args.search_space))
             wanted = {name: own[name] for name in [*wanted, *own] if name in own}  # in the order of drawing
@@ -111,7 +48,9 @@ class Space:
             raise RunError(f"--search {args.search}: no flag with an effect is left to search; give fewer by hand")
 
     def _matters(self, name: str, drawn: Flags) -> bool:
-        return self.effect.get(name, _always)({**self.flags, **drawn})
+        if name == "ratio_allocation" and ("sorting_mode" in self.flags["given"] or self.flags["unit_counts"]):
+            return False  # said by another flag, or by a file
+        return name not in idle_flags({**self.flags, **drawn})
 
     def draw(self, trial) -> dict[str, object]:
         """The flags of one of Optuna's trials; floats have four digits, so that files show what was run."""
@@ -129,9 +68,17 @@ class Space:
         return drawn
 
     def largest(self) -> dict[str, object]:
-        """The drawn ratios of a trial that keeps as much as any."""
-        ratios = {name: self.values[name] for name in ("rate", "mlp_prune_ratio") if name in self.values}
-        return {name: min(values) if isinstance(values, list) else values["low"] for name, values in ratios.items()}
+        """The drawn ratios and targets of a trial that keeps as much as any."""
+        ratios = {name: _ends(self.values[name])[0] for name in ("rate", "mlp_prune_ratio") if name in self.values}
+        return ratios | {name: _ends(self.values[name])[1] for name in TARGETS if name in self.values}
+
+
+def _ends(values: Values) -> tuple:
+    """The smallest and the largest value."""
+    if isinstance(values, list):
+        numbers = [value for value in values if value is not None]
+        return min(numbers), max(numbers)
+    return values["low"], values["high"]
 
 
 def in_words(values: Values) -> str:
@@ -146,7 +93,7 @@ def read_space(path: Path) -> dict[str, Values]:
     Raises:
         RunError: no such file, no YAML, an unknown flag, or a value that is none of it.
     """
-    who, parser = f"--search_space {path}", build_parser()
+    who = f"--search_space {path}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -155,9 +102,8 @@ def read_space(path: Path) -> dict[str, Values]:
         raise RunError(f"{who}: not a YAML file ({error})") from error
     if not isinstance(content, dict) or not content:
         raise RunError(f"{who}: must hold flags and their values such as 'rate: {{low: 0.1, high: 0.6}}'")
-    known = {action.dest for action in parser._actions} - FIXED
     for name, values in content.items():
-        if name not in known or name.startswith("search"):
+        if name not in FLAGS or not FLAGS[name].searchable:
             raise RunError(f"{who}: {name}: no flag that trials can differ in; search another")
         if not (_is_choice(values) or _is_range(values)):
             raise RunError(
@@ -165,7 +111,7 @@ def read_space(path: Path) -> dict[str, Values]:
                 "below high, and above 0 where log is true"
             )
         for value in values if isinstance(values, list) else (values["low"], values["high"]):
-            parser.parse_args(typed_out(parser, {name: value}, who))  # leaves where it is no value of the flag
+            build_parser().parse_args(typed_out({name: value}, who))  # leaves where it is no value of the flag
     return content
 
 

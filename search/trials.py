@@ -24,15 +24,15 @@ import numpy as np
 
 from cli.checks import check_and_complete
 from cli.config import typed_out
-from cli.flags import build_parser
 from cli.plan import planned_states
+from dataset import difference, folder_identity
 from deployment.folder import load
 from deployment.speed import throughput
 from engine.folder import RunLock
 from engine.model import run_length
 from reporting.runs import load_run
 from search.space import Space
-from utils import RunError, StopSignals, pick_device
+from utils import RunError, StopSignals, cause, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, folder: Path, base: dict, own: dict, space: Space):
         self.args, self.folder, self.base, self.own, self.space = args, folder, base, own, space
-        self.parser, self.signals, self.optuna = build_parser(), StopSignals(), need_optuna()
+        self.signals, self.optuna = StopSignals(), need_optuna()
         self.running, self.weak, self.failed, self.complete = (
             self.optuna.trial.TrialState[name] for name in ("RUNNING", "PRUNED", "FAIL", "COMPLETE")
         )
@@ -169,8 +169,16 @@ class Study:
             if begun is None:
                 study.set_user_attr("command", command)
                 begun = command
+            data = folder_identity(self.args.dataset, self.args.data)
+            if data and "data" not in study.user_attrs:
+                study.set_user_attr("data", data)
         except (SQLAlchemyError, RuntimeError) as error:
-            raise RunError(f"{file}: no study of this Optuna ({str(error).splitlines()[0]}); move it away") from error
+            raise RunError(
+                f"{file}: Optuna cannot open it ({cause(error)}); move it away if it is no study of this Optuna"
+            ) from error
+        if data and (changed := difference(study.user_attrs["data"], data)):
+            where = f"--save_dir {self.folder}"
+            raise RunError(f"{where}: was searched on other data: {changed}; give their folder by --data")
         other = sorted(name for name in command | begun if command.get(name) != begun.get(name))
         if other:
             names = ", ".join(f"--{name}" for name in other)
@@ -225,6 +233,8 @@ class Study:
             flags = self.space.draw(trial)
             self.folder_of(trial).mkdir(exist_ok=True)
             lock = RunLock(self.folder_of(trial), "search.lock")
+            if lock.trouble:
+                log.warning("%s is not locked: %s; let one process search", self.folder, lock.trouble)
             trial.set_user_attr("plan", {"flags": flags, "cost": self._planned_cost(flags)})
             return trial, lock
 
@@ -250,9 +260,7 @@ class Study:
         folder, number = self.folder_of(trial), trial.number
         words = ", ".join(f"{name} {value}" for name, value in trial.user_attrs["plan"]["flags"].items())
         log.info(f"trial {number} ({len(self.trials())} of {self.args.search} begun): {words}")
-        outcome = run_trial(
-            typed_out(self.parser, self.flags_of(trial), str(folder)), folder, self._judge(trial), self.signals
-        )
+        outcome = run_trial(typed_out(self.flags_of(trial), str(folder)), folder, self._judge(trial), self.signals)
         if not outcome:
             accuracy, cost = self._values(folder)
             self.study.tell(number, [accuracy, cost])

@@ -10,11 +10,17 @@ import yaml
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: threads that wait do not spin
 
 import torch
+from hypothesis import settings
 from micro import MICRO, flags_of, furnish, record, vit_micro, wrap
 
 import export
 import main_imp_fillback
 from models.vit import VisionTransformer
+
+# the same examples in every run of the suite; HYPOTHESIS_PROFILE=explore searches freely
+settings.register_profile("suite", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 torch.set_num_threads(1)  # the machine is shared, and sums come out in one order
 os.environ["WANDB_MODE"] = "disabled"  # tests of tracking ask for it

@@ -21,18 +21,23 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from micro import vit_micro
+from safetensors.torch import save_file
 
 import main_imp_fillback as entry
 import models
 import utils
+from cli.errors import explain
 from dataset import DATASETS
+from engine.training import StateTraining
 from vit_structured_pruning import CRITERIA
 
 words = str.split
@@ -108,6 +113,37 @@ def test_bad_flags_are_one_line_that_names_them(flags, monkeypatch):
     argv = flags.split()
     named = ["dim 24", "5 heads"] if "vit_odd" in flags else [argv[-1].split("=")[0]]
     assert_refused(argv if "--resume" in argv else [*BASE, *argv], *named)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "never"),
+    [
+        ("--resume --save_dir {here}/none", "is no folder", "--overwrite"),
+        ("--resume --save_dir {here}", "has no checkpoint", "--overwrite"),
+        ("--img_size 32x16", "32x16 is a rectangle", "int value"),
+        ("--patch_size 4x2", "4x2 is a rectangle", "int value"),
+        ("--img_size 32y16", "invalid int value: '32y16'", "rectangle"),
+        ("--arch res20s --pretrained {here}", "--init FILE", "public"),
+        ("--vit_structured --target_macs 0.5 --pruning_times 1", "--pruning_times 1 has state 0 alone", "leave it"),
+        ("--pretrained none.pth --dry_run", "--pretrained none.pth: no such file", "architecture"),
+        ("--init none --dry_run", "--init none: no such file", "architecture"),
+    ],
+)
+def test_the_way_out_fits_the_cause(flags, named, never, tmp_path):
+    (tmp_path / "here").mkdir()
+    argv = flags.format(here=tmp_path / "here").split()
+    argv = argv if "--resume" in argv else [*BASE, *argv]
+    assert_refused(argv, named)
+    assert never not in call(argv)[2]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("flag", ["--init", "--pretrained", "--teacher"])
+def test_weights_that_are_not_finite_are_refused_by_name(flag, suffix, tmp_path):
+    weights, path = vit_micro(num_classes=10).state_dict(), tmp_path / f"broken.{suffix}"
+    weights["blocks.1.mlp.fc1.weight"][3, 4] = float("nan")
+    torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
+    assert_refused([*BASE, flag, path], f"{flag} {path}", "blocks.1.mlp.fc1.weight holds NaN", folder=tmp_path)
 
 
 def write_fashion(folder, labels, truncate=None):
@@ -280,7 +316,7 @@ def test_no_config_file_ends_in_a_traceback(content, tmp_path_factory):
 def flags_in_help():
     """(spellings, choices, whether it takes a value) of each flag, from --help."""
     found = []
-    for given_as in re.findall(r"^  (--.*?)(?:\s{2,}|$)", call(["--help"])[1], re.MULTILINE):
+    for given_as in re.findall(r"^  (--.*?)(?:\s{2,}|$)", call(["--help", "all"])[1], re.MULTILINE):
         choices = re.search(r"\{(.*?)\}", given_as)
         options = re.findall(r"--[\w-]+", given_as)
         found.append((options, choices[1].split(",") if choices else [], " " in given_as.replace(", ", "")))
@@ -310,7 +346,7 @@ def one_flag(flag):
 
 @st.composite
 def any_flags(draw):
-    flags = flags_in_help()
+    flags = [flag for flag in flags_in_help() if "--list_archs" not in flag[0]]  # which lists and does not plan
     common = [flag for flag in flags if flag[0][0] in ("--arch", "--struct", "--vit_structured", "--dataset")]
     few = st.lists(st.sampled_from(common).flatmap(one_flag), max_size=3)
     return draw(few) + draw(st.lists(st.sampled_from(flags).flatmap(one_flag), max_size=6))
@@ -429,6 +465,68 @@ def test_wrong_entries_in_a_sound_file_are_one_line(value, sealed, broken):
         assert_refused(["--resume", "--save_dir", broken], folder=broken)
 
 
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has none."), "(CUDA out of memory.)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: no"), "can't allocate memory"),
+        (AttributeError("'NoneType' object has no attribute 'size'"), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+    ids=str,
+)
+def test_what_fails_while_a_run_resumes_is_not_taken_for_a_foreign_checkpoint(error, named, broken, monkeypatch):
+    """Building the state's training reads nothing of the checkpoint: its errors are those of the machine, or bugs."""
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(StateTraining, "build", fail)
+    if named is None:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            call(["--resume", "--save_dir", broken])
+        return
+    code, _, err = call(["--resume", "--save_dir", broken])
+    assert code == 1
+    assert_one_line(err)
+    assert all(part in err for part in ("out of memory with --batch_size 20", named, f"--resume --save_dir {broken}"))
+
+
+PEER = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:5"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nCuda failure 2 'out of memory'"
+REDUCTION = "Expected to have finished reduction in the prior iteration. DistributedDataParallel needs all parameters."
+SIZES = "[enforce fail at third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError(PEER), ["another process cannot be reached (", "Connection closed by peer"]),
+        (dist.DistNetworkError("the store is gone"), ["another process cannot be reached (the store is gone)"]),
+        (dist.DistBackendError(NCCL), ["out of memory with"]),
+        (RuntimeError(REDUCTION), None),
+        (RuntimeError(SIZES), None),
+        (ValueError(PEER), None),
+        (OSError(28, "No space left on device"), ["cannot write", "free the disk"]),
+        (OSError(5, "Input/output error"), ["cannot write", "Input/output error"]),
+    ],
+    ids=str,
+)
+def test_another_process_is_lost_only_where_a_message_to_it_failed(error, named, tmp_path):
+    group = SimpleNamespace(several=True, lost=lambda: "another process cannot be reached")
+    args = entry.parse_args([*BASE, "--save_dir", str(tmp_path)])
+    found = explain(error, args, group)
+    if named is None:
+        assert found is None
+        return
+    assert all(part in found for part in named)
+    if "cannot write" not in found:
+        assert "no checkpoint yet" in found
+        (tmp_path / "checkpoint.pt").touch()
+        assert f"go on from the last checkpoint with --resume --save_dir {tmp_path}" in explain(error, args, group)
+    assert ("free the disk" in found) == (getattr(error, "errno", 0) == 28)
+
+
 # ------------------------------------------------------------------------------------------------------ flags on resume
 
 FREE = words(
@@ -442,7 +540,9 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
     for options, choices, valued in flags_in_help():
         name = options[0].removeprefix("--no-").removeprefix("--")
         name = "prune_patch_embed" if name == "conv1" else name
-        if name in FREE or (not valued and len(options) == 1 and stored.get(name) != options[0].startswith("--no-")):
+        if name in [*FREE, "finish_epochs"] or (
+            not valued and len(options) == 1 and stored.get(name) != options[0].startswith("--no-")
+        ):
             continue  # free, or a switch that the run was started with
         flags = [option for option in options if not valued][-1:] or [options[0]]
         if valued:

@@ -231,7 +231,7 @@ def test_a_run_ends_within_its_budget_and_exports_without_loss(flags, name, shar
     small = export.load(done.dir / "model")
     assert family_of(small).cost(small, {})[name] == left[2] * whole
     proof = json.loads((done.dir / "model" / "parity.json").read_text())
-    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    assert proof["max_difference_float64"] <= proof["bound"]
     without = flags.partition(" --target")[0]
     again = run(*words(without), "--ratio_allocation", done.dir / "units.csv", "--seed", 7, name="again")
     assert by_layer(again.dir) == by_layer(done.dir)
@@ -370,7 +370,7 @@ def test_the_scale_of_the_table_is_corrected_until_the_real_network_is_near_enou
 
 
 def test_a_resumed_run_takes_what_was_measured_before(house, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.run.measure_run", lambda _: None)  # here it takes what the table says
+    monkeypatch.setattr("engine.allocation.Timed.measure", lambda *_: None)  # here it takes what the table says
     run = make_run(tmp_path / "run", *BOTH, *words("--target_latency_ms 9 --struct refill"))
     layers = {
         key: {"counts": [1, group.count], "ms": [1.0, 1.0 + (2.0 if group.kind == "head" else 3.0)]}
@@ -389,7 +389,7 @@ def test_a_resumed_run_takes_what_was_measured_before(house, tmp_path, monkeypat
     counts = {key: len(ids) for key, ids in first[1].items()}
     assert 0.95 * record["limit_ms"] < latency.table_cost(table)(counts) <= record["limit_ms"]
     (run.save_dir / latency.FILE).write_text("{")
-    with pytest.raises(RunError, match="damaged; delete it"):
+    with pytest.raises(RunError, match="damaged .*; delete it"):
         choose_target(run)
     run.close()
 

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from micro import call
 
+from reporting.words import plural
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 words = str.split
 RUN = words("--dataset digits --arch vit_micro --device cpu --amp off --train_limit 20 --batch_size 20 --epochs 1")
@@ -83,6 +85,9 @@ def flags(monkeypatch, capsys):
 
     def plan(*argv):
         seen.clear()
+        for name in ("a.pth", "b.pth", "some where/a.pth"):  # a plan asks whether weights are there
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).touch()
         assert call([*argv, "--dry_run"]) == 0, capsys.readouterr().err
         return max((vars(namespace) for namespace in seen), key=len)
 
@@ -131,7 +136,7 @@ def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
     assert {flag: found[flag] for flag in expected} == expected
     told = [] if expected["pruning_times"] > 1 else ["nothing is pruned in this run: it trains dense"]
     assert (found.get("notes") or []) == told  # no flag without effect
-    assert f"{expected['pruning_times']} states x {found['epochs']} epochs" in plan
+    assert f"{plural(expected['pruning_times'], 'state')} x {plural(found['epochs'], 'epoch')}" in plan
     if name in LEFT:
         weights, heads, neurons = LEFT[name]
         states = expected["pruning_times"]
@@ -170,6 +175,23 @@ def test_the_check_runs_and_ends_with_its_table(capsys):
 
 
 # -------------------------------------------------------------------------------------------------- what a file means
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "expected"),
+    [
+        ("save_dir: results/dense", "--exp_name new", {"save_dir": None, "exp_name": "new"}),
+        ("save_dir: results/dense", "--epochs 4", {"save_dir": "results/dense"}),
+        (
+            "pretrained: true\npretrained_tag: dino",
+            "--pretrained a.pth",
+            {"pretrained": "a.pth", "pretrained_tag": None},
+        ),
+    ],
+)
+def test_flags_by_hand_win_over_what_would_contradict_them(parse, text, argv, expected):
+    found = parse(f"{text}\narch: vit_small", *words(argv))
+    assert {flag: found[flag] for flag in expected} == expected
 
 
 @pytest.mark.parametrize(

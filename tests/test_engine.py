@@ -4,9 +4,11 @@ compact against masked training, the learning rate, and what is chosen.
 Runs of the micro model that are made once (RUNS in micro.py), and functions of the engine by themselves.
 """
 
+import gc
 import itertools
 import math
 import re
+import weakref
 from types import SimpleNamespace
 
 import micro
@@ -623,3 +625,37 @@ def test_weight_decay_acts_on_the_weights_of_layers_alone(opt, micro_vit):
     for name, value in micro_vit.named_parameters():
         matrix = name.endswith(".weight") and value.ndim > 1  # not norms, biases, class token and positions
         torch.testing.assert_close(value, before[name] * (0.95 if matrix else 1), rtol=1e-6, atol=0)
+
+
+def test_a_state_frees_its_network_and_its_captured_step(run, monkeypatch):
+    """By reference counts alone: a CUDA graph's memory does not wait for the garbage collector."""
+    alive, build = [], StateTraining.build
+
+    class Captured:  # as `capture.CapturedStep` refers to its function, without a GPU
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, *tensors):
+            self.function(*tensors)
+
+    def note(training):
+        build(training)
+        alive.append((training.progress.state, weakref.ref(training.model), weakref.ref(training.captured)))
+
+    def look(run):
+        of_state = [(model(), step()) for state, model, step in alive if state == run.progress.state]
+        assert of_state
+        assert all(step is None and (model is None or model is run.dense) for model, step in of_state)
+        return end(run)
+
+    end = entry.Run.end_state
+    monkeypatch.setattr("engine.training.CapturedStep", Captured)
+    monkeypatch.setattr("engine.training.StateTraining.build", note)
+    monkeypatch.setattr(entry.Run, "end_state", look)
+    monkeypatch.setattr(entry, "check_compile", lambda *_: None)
+    gc.disable()
+    try:
+        run("--struct", "rsst", *BOTH, "--pruning_times", 3, "--compile", "graph", "--no-export")
+    finally:
+        gc.enable()
+    assert [state for state, *_ in alive] == [0, 1, 1, 2, 2]  # RSST builds a network again at its cut

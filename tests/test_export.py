@@ -1,5 +1,6 @@
 """Laws of the small model that a run ends with: nothing changes by removal, on disk, in timm, in ONNX Runtime."""
 
+import argparse
 import ast
 import copy
 import json
@@ -20,6 +21,7 @@ from torch.nn.utils import prune
 import export
 import models
 from dataset import DATASETS, load_dataset
+from families import family_of
 from utils import RunError
 from vit_structured_pruning import count_vit_parameters
 
@@ -186,6 +188,19 @@ def test_folder_holds_the_model(tmp_path, kept):
         "kept_neurons": [kept["blocks.0.mlp"], kept["blocks.1.mlp"]],
         "mean": [0.4914, 0.4822, 0.4465],
         "std": [0.2470, 0.2435, 0.2616],
+        "preprocessing": {
+            "size": 16,
+            "resize": 16,
+            "resize_mode": "square",
+            "crop": 16,
+            "interpolation": "bilinear",
+            "mean": [0.4914, 0.4822, 0.4465],
+            "std": [0.2470, 0.2435, 0.2616],
+            "channels": 3,
+            "orientation": "exif",
+            "source": "the data set",
+            "crop_mode": "center",
+        },
         "parameters": {"dense": count_vit_parameters(masked), "removed": count_vit_parameters(small)},
         "macs": dict(zip(("dense", "removed"), macs, strict=True)),
         "provenance": provenance,
@@ -214,7 +229,7 @@ def test_folder_holds_the_model(tmp_path, kept):
 
 @torch.no_grad()
 def test_parity_measures_what_differs():
-    """Of two models that differ: in float32 over all images, of which neither the first nor the last is the worst."""
+    """Of two models that differ: over all images, of which neither the first nor the last is the worst."""
     masked, other = micro(), micro()
     other.patch_embed.proj.weight[:, 0, 0, 0] += torch.linspace(0, 1, DIM)
     images = pictures(119)
@@ -222,7 +237,7 @@ def test_parity_measures_what_differs():
     images = images[others(119, worst)[:40] + sorted(worst) + others(119, worst)[40:]]
     batches = [(part, torch.zeros(len(part))) for part in images.split([40, 70, 9])]
     expected, found = masked(images), other(images)
-    exact = [copy.deepcopy(model).double()(images[:40].double()) for model in (masked, other)]
+    exact = [copy.deepcopy(model).double()(images.double()) for model in (masked, other)]
     difference, largest = (expected - found).abs().max(), float(expected.abs().max())
     agreed = float((expected.argmax(1) == found.argmax(1)).float().mean())
     assert 0 < agreed < 1
@@ -233,12 +248,66 @@ def test_parity_measures_what_differs():
     assert [module.training for module in masked.modules()] == modes
     assert proof == {
         "images": 119,
+        "images_float64": 119,
         "max_difference_float32": pytest.approx(float(difference), rel=1e-4),
         "max_difference_float64": pytest.approx(float((exact[0] - exact[1]).abs().max()), rel=1e-12),
         "largest_logit": pytest.approx(largest, rel=1e-5),
-        "bound_float32": pytest.approx(1e-5 * max(1, largest), rel=1e-5),
+        "bound": pytest.approx(1e-5 * max(1, largest), rel=1e-5),
         "top1_agreement": pytest.approx(agreed),
     }
+
+
+class Tf32(torch.nn.Conv2d):
+    """A convolution that rounds as TF32 does: the numbers that meet have 10 bits behind the leading one. Their sums
+    depend on how many channels there are, as those of a GPU's kernels do."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            return super().forward(x)
+        x, weight = (((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in (x, self.weight.data))
+        half = x.shape[1] // 2
+        first = self._conv_forward(x[:, :half], weight[:, :half], self.bias)
+        return first + self._conv_forward(x[:, half:], weight[:, half:], None)
+
+
+@torch.no_grad()
+def test_what_a_gpus_convolutions_round_fails_no_proof(tmp_path):
+    """Float64 says whether models are the same; float32 is reported."""
+    torch.manual_seed(0)
+    masked = models.build_model("res20s", 10)
+    for module in masked.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.__class__ = Tf32
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1)
+            module.bias.normal_()
+    kept = {f"layer{i}.{j}.conv1": list(range(5)) for i in (1, 2, 3) for j in range(3)}
+    for name, ids in kept.items():
+        block = masked.get_submodule(name.rpartition(".")[0])
+        gone = others(block.conv1.out_channels, ids)
+        block.conv1.weight[gone], block.bn1.weight[gone], block.bn1.bias[gone] = 0, 0, 0
+    batches = batches_of(40, size=32)
+    export.write(tmp_path, masked.eval(), kept, batches, None, {}, {})
+    proof = json.loads((tmp_path / "parity.json").read_text())
+    assert proof["max_difference_float64"] < 1e-12
+    assert proof["max_difference_float32"] > proof["bound"]
+
+
+@torch.no_grad()
+def test_of_a_program_only_what_the_device_rounds_is_allowed(tmp_path, monkeypatch):
+    """The model rounds to TF32, its program does not; more than that is a fault."""
+    model = micro()
+    program = copy.deepcopy(model)
+    model.patch_embed.proj.__class__ = Tf32
+    assert (model(pictures()) - program(pictures())).abs().max() > 1e-4
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    monkeypatch.setattr(torch.export, "save", lambda _, path: path.write_bytes(b""))
+    monkeypatch.setattr(torch.export, "load", lambda _: program)
+    monkeypatch.setattr(program, "module", lambda: program, raising=False)
+    assert export.torch_export(model, tmp_path / "model.pt2") > 1e-4
+    program.head.bias[0] += 0.05
+    with pytest.raises(RunError, match="--torch_export"):
+        export.torch_export(model, tmp_path / "model.pt2")
 
 
 WRONG_BIASES = {
@@ -274,6 +343,55 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(RunError, match="cannot write .*file/model: Not a directory") as caught:
         write_micro(tmp_path / "file" / "model")
     assert caught.value.code == 1
+
+
+def test_config_has_a_line_a_layer_and_the_run_s_folder_is_one_to_load(tmp_path):
+    masked, _ = write_micro(tmp_path / "model", provenance={"note": "[\\n 1, 2 ] {"})
+    text = (tmp_path / "model" / "config.json").read_text()
+    for line in ("    [1, 5, 7, 23],", "    [0, 2, 40]", '  "heads": [2, 1],', '    "note": "[\\\\n 1, 2 ] {"'):
+        assert line in text.splitlines()
+    assert json.loads(text) == export.read_config(tmp_path / "model")
+    assert_same_function(masked, export.load(tmp_path), pictures())
+    with pytest.raises(RunError, match="is .*nothing an exported model"):
+        export.load(tmp_path / "nothing")
+
+
+def flags_of_run(**changes):
+    flags = {"arch": "vit_mini", "dataset": "digits", "struct": "refill", "criteria": "l1", "prune_type": "lt"}
+    flags |= {"rate": 0.2, "pruning_times": 2, "epochs": 1, "seed": 3, "vit_structured": True, "mlp_prune_ratio": None}
+    return argparse.Namespace(**{**flags, "vit_prune_target": "both", "nm": None, **changes})
+
+
+PROVENANCE = {
+    # what the card of such a run says besides arch, dataset, struct, number of states and epochs, and seed
+    "ratios": ({}, {"criteria", "prune_type", "rate", "vit_prune_target"}),
+    "two ratios": ({"mlp_prune_ratio": 0.5}, {"criteria", "prune_type", "rate", "vit_prune_target", "mlp_prune_ratio"}),
+    "a budget": ({"target_macs": 0.5}, {"criteria", "prune_type", "vit_prune_target", "target_macs"}),
+    "milliseconds": (
+        {"target_latency_ms": 2.0, "latency_batch": 1},
+        {"criteria", "prune_type", "vit_prune_target", "target_latency_ms", "latency_batch"},
+    ),
+    "N:M": ({"nm": "2:4", "vit_structured": False, "struct": "imp"}, {"prune_type", "nm"}),
+    "dense": ({"struct": "dense"}, set()),
+    "a single state": ({"pruning_times": 1, "target_macs": 0.5}, set()),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), PROVENANCE.values(), ids=PROVENANCE)
+def test_the_card_lists_the_flags_that_ruled(changes, said):
+    found = export.run_provenance(flags_of_run(**changes))
+    assert found.keys() == {"arch", "dataset", "struct", "pruning_times", "epochs", "seed"} | said
+    dense = changes.get("struct") == "dense" or "pruning_times" in changes
+    assert found["struct"] == ("dense" if dense else changes.get("struct", "refill"))
+
+
+def test_the_card_of_a_dense_run_says_nothing_of_pruning(tmp_path):
+    provenance = export.run_provenance(flags_of_run(struct="dense"))
+    write_micro(tmp_path, kept={}, provenance=provenance)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("# vit_mini\n")
+    assert not re.search("prun(ed|e_)|removed|masked", card.partition("## Loading")[0])
+    assert f"| {count_vit_parameters(micro()):,} |" in card
 
 
 # ------------------------------------------------------------------------------------------------ plain timm
@@ -326,7 +444,7 @@ def changes_of(value):
         for index, inner in enumerate(value):
             yield from ([*value[:index], changed, *value[index + 1 :]] for changed in changes_of(inner))
     else:
-        yield value + ("x" if isinstance(value, str) else 1)
+        yield 1 if value is None else value + ("x" if isinstance(value, str) else 1)
 
 
 def test_one_changed_byte_or_config_value_is_refused(tmp_path):
@@ -450,19 +568,21 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert table.strip() in out
     rows = read_table(table.splitlines()[1:])
     assert [row["batch"] for row in rows] == ["1", "8", "64"]
-    assert all(float(row["dense ms"]) > 0 and float(row["removed ms"]) > 0 for row in rows)
+    assert all(float(row["dense ms"]) > 0 and float(row["pruned ms"]) > 0 for row in rows)
 
 
-def test_command_finds_dead_units_and_clears_what_belongs_to_an_older_model(run_copy, command, tmp_path):
+def test_command_finds_dead_units_and_clears_what_belongs_to_another_model(run_copy, command, tmp_path):
     """The same weights without the list of kept units: the zeros alone tell which heads and neurons are gone."""
     masked, kept = masked_of(run_copy)
     edit_args(run_copy, vit_structured=False)
     edit_best(run_copy, kept={})
     out = tmp_path / "elsewhere"
-    out.mkdir()
+    write_micro(out)
     for name in ("model.onnx", "latency.txt"):
         (out / name).write_text("of another model")
-    assert command(run_copy, "--out", out)[0] == 0
+    code, said, _ = command(run_copy, "--out", out)
+    assert code == 0
+    assert f"{out}: model.onnx, latency.txt belonged to another model and is gone" in said
     assert sorted(path.name for path in out.iterdir()) == MODEL_FILES
     assert not (run_copy / "model").exists()
     config, tested = export.read_config(out), float(rows_of(run_copy / "states.csv")[-1]["test_accuracy"])
@@ -632,6 +752,37 @@ def onnx_file(finished_run, tmp_path_factory):
     return folder / "model" / "model.onnx", masked
 
 
+WIDTHS = {"num_classes": CLASSES, "depth": 2, "embed_dim": 64, "num_heads": 2}
+STAGES = {"num_classes": CLASSES, "depths": (1, 1), "embed_dim": 16, "num_heads": (1, 2)}
+WITH_EMPTY = {
+    "vit_tiny_patch16_224": (32, WIDTHS),
+    "eva02_tiny_patch14_224": (28, WIDTHS),
+    "beit_base_patch16_224": (32, WIDTHS),
+    "vit_base_patch16_xp_224": (32, WIDTHS),  # attention and MLP in the same layers
+    "vit_small_patch16_18x2_224": (32, WIDTHS),
+    "swin_tiny_patch4_window7_224": (28, {**STAGES, "window_size": 7}),
+    "swinv2_tiny_window8_256": (32, {**STAGES, "window_size": 8}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITH_EMPTY)
+def test_exporters_write_what_has_an_empty_attention_and_an_empty_mlp(tmp_path, capfd, name):
+    """In one block each, so that no block goes whole. What is written is checked against the model as it is."""
+    for package in ("timm", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    size, options = WITH_EMPTY[name]
+    model = noisy(models.build_model(f"timm/{name}", img_size=size, **options), scale=0.1)
+    keys = list(family_of(model).units(model))
+    attentions, mlps = ([key for key in keys if key.endswith(kind)] for kind in ("attn", "mlp"))
+    small, _ = export.compact(model, {attentions[0]: [], mlps[-1]: []})
+    before = copy.deepcopy(small.state_dict())
+    assert export.to_onnx(small, tmp_path / "model.onnx") <= 1e-4
+    assert export.torch_export(small, tmp_path / "model.pt2") <= 1e-5
+    assert_same_tensors(small.state_dict(), before)
+    assert len(capfd.readouterr().err.splitlines()) <= 2
+
+
 @torch.no_grad()
 def test_onnx_runtime_computes_the_same(onnx_file):
     import onnxruntime
@@ -720,8 +871,48 @@ def test_torch_exports_program_computes_the_same_at_any_batch(run_copy, command)
     program = torch.export.load(folder / "model.pt2").module()
     for batch in (1, 2, 5):
         assert (program(pictures(batch)) - masked(pictures(batch))).abs().max() <= 1e-5
+
+
+def test_other_forms_of_the_same_weights_stay(run_copy, command):
+    """So do the table behind the card and what was measured; not so for other weights."""
+    assert command(run_copy, "--evaluate")[0] == 0
+    folder = run_copy / "model"
+    for name in ("model.onnx", "model_int8.onnx", "onnx.csv", "model.pt2", "latency.txt"):
+        (folder / name).write_text("of these weights")
+    (folder / "folded").mkdir()
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\n## ONNX\n\na table\n")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    last = rows_of(run_copy / "states.csv")[-1]["test_accuracy"]
+    replace(run_copy / "states.csv", (run_copy / "states.csv").read_text().replace(last, "0.5"))
     assert command(run_copy)[0] == 0
-    assert not (folder / "model.pt2").exists()  # it belonged to the model that was there
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert (folder / "folded").exists()
+    masked, _ = masked_of(run_copy)
+    masked.head.bias.data[0] += 1
+    edit_best(run_copy, weights=masked.state_dict())
+    assert command(run_copy)[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == MODEL_FILES
+    assert "a table" not in (folder / "README.md").read_text()
+    assert export.read_config(folder)["metrics"]["test_accuracy"] == 0.5
+
+
+FOREIGN = {
+    "README.md": "of a project",
+    "config.json": '{"provenance": "another program"}',
+    "model.onnx": "of a project",
+    "parity.json": "[]",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("place", ["out", "run"])
+def test_files_of_others_are_not_replaced(run_copy, command, tmp_path, name, place):
+    folder = run_copy / "model" if place == "run" else tmp_path / "out"
+    folder.mkdir()
+    (folder / name).write_text(FOREIGN[name])
+    result = command(run_copy, *(["--out", folder] if place == "out" else []))
+    assert_one_line(result, str(folder), f"holds {name}, which this program did not write")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, FOREIGN[name])]
 
 
 @pytest.mark.parametrize("kind", ["a little", "not a number in one class"])
@@ -820,15 +1011,18 @@ def test_tables_of_the_reference(clock, tmp_path):
     assert [tuple(row.values()) for row in rows] == [
         ("dense", "2,697,610", *dense, "100"),
         ("masked", f"{removed:,}", *dense, "80"),
-        ("removed", f"{removed:,}", *cut, "160"),
+        ("pruned", f"{removed:,}", *cut, "160"),
     ]
+    dense_only = noisy(models.build_model("vit_tiny", 10), scale=0.1)
+    clock.moved_by(dense_only, "dense", lambda module, images: images / 100)
+    assert [row["model"] for row in read_table(export.size_table(dense_only, dense_only).splitlines())] == ["dense"]
     assert list(rows[0]) == ["model", "parameters", "MACs", "file", "images/s"]
 
     head, *table = export.latency_table(masked, small, batch_sizes=(1, 6)).splitlines()
     same = {"faster": "2.00x", "MACs limit": f"{full / macs:.2f}x", "of limit": f"{200 * macs / full:.0f}%"}
     assert read_table(table) == [
-        {"batch": "1", "dense ms": "12.50", "removed ms": "6.25", **same},
-        {"batch": "6", "dense ms": "75.00", "removed ms": "37.50", **same},
+        {"batch": "1", "dense ms": "12.50", "pruned ms": "6.25", **same},
+        {"batch": "6", "dense ms": "75.00", "pruned ms": "37.50", **same},
     ]
     assert all(part in head for part in ("cpu", f"{torch.get_num_threads()} threads", torch.__version__))
 

@@ -262,7 +262,8 @@ def test_a_kill_between_what_it_selects_and_its_checkpoint_changes_no_bit(on_all
     with pytest.MonkeyPatch.context() as patch:
         wrap(patch, "checkpoint", before=kill)
         assert call([*MICRO, *flags, "--save_dir", tmp_path / "broken"]) == 130
-    assert load(tmp_path / "broken" / "best.pt")["state"] == 2
+    assert load(tmp_path / "broken" / "best.new.pt")["state"] == 2
+    assert load(tmp_path / "broken" / "best.pt")["state"] == 1  # the checkpoint's
     assert load(tmp_path / "broken" / "checkpoint.pt")["run"]["begun"] is False
     assert call(["--resume", "--save_dir", tmp_path / "broken"]) == 0
     assert_left_alike(tmp_path / "broken", whole)
@@ -290,6 +291,46 @@ def test_states_may_come_before_it_but_not_behind_it(seen, house, tmp_path, monk
     assert call([*resumed, "--pruning_times", "4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--pruning_times 4: this run is in its finish" in line
+
+
+@pytest.mark.parametrize("flags", ["--struct imp --opt adamw", f"--struct refill {' '.join(BOTH)} --ema_decay 0.9"])
+def test_a_run_that_is_done_goes_on_with_a_finish_as_if_asked_for_at_once(flags, house, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(entry.report, "write", lambda _: None)
+    runs = [tmp_path / name for name in ("whole", "later")]
+    finish = ("--finish_epochs", "3", "--finish_lr", "0.02")
+    for folder, more in zip(runs, (finish, ()), strict=True):
+        assert call([*MICRO, *flags.split(), *TWO, *more, "--save_dir", folder]) == 0
+    resumed = ["--resume", "--save_dir", runs[1]]
+    assert call([*resumed, *finish]) == 0
+    assert_left_alike(*runs)
+    capsys.readouterr()
+    for wrong in (("--finish_epochs", "2"), ("--finish_lr", "0.5"), ("--finish_on_all",)):
+        assert call([*resumed, *wrong]) == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("more", [(), ("--finish_on_all",)])
+def test_a_finish_goes_on_for_more_epochs(done, more, house, tmp_path, monkeypatch, capsys):
+    """At a constant rate nothing tells the longer finish from one that was as long from the start."""
+    monkeypatch.setattr(entry.report, "write", lambda _: None)
+    constant = "--struct rsst --reg_finish 0.5 --opt adamw --lr 0.01 --warmup 0 --decreasing_lr 9"
+    flags = [*MICRO, *constant.split(), *TWO, *more]
+    runs = [tmp_path / name for name in ("whole", "longer")]
+    assert call([*flags, "--finish_epochs", "4", "--save_dir", runs[0]]) == 0
+
+    def stop(training):
+        if training.run.finishing and training.progress.step == training.run.steps_per_epoch + 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if not done:
+            wrap(patch, "step", after=stop)
+        assert call([*flags, "--finish_epochs", "2", "--save_dir", runs[1]]) == (0 if done else 130)
+    capsys.readouterr()
+    assert call(["--resume", "--save_dir", runs[1], "--finish_epochs", "4"]) == 0
+    assert "the epochs to come have the learning rates of so long a finish" in capsys.readouterr().out
+    assert_left_alike(*runs)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from dataset import (
     make_batches,
     split_sizes,
 )
+from images.files import EXTENSIONS
 
 IMAGENET = DATASETS["imagenet"]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -108,15 +109,25 @@ def no_worker_outlives_its_test():
 # Listing
 
 
-def test_images_are_listed_by_sorted_class_and_name_and_other_files_ignored(tmp_path):
+def test_images_are_listed_by_sorted_class_and_name_and_other_files_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     odd = os.fsdecode(b"\xff\xe9 \xc3\xa9.jpg")  # no text in any encoding
     train = ["train/ant/B.jpg", "train/ant/x.jpg", f"train/ant/{odd}", *(f"train/zebra/{kind}" for kind in KINDS)]
-    touch(tmp_path, *train, "train/ant/folder.jpg/inside.jpg", "val/zebra/1.jpg", "val/ant/2.jpg", "test/ant/3.jpg")
-    touch(tmp_path, "train/ant/notes.txt", "train/ant/x.gif", "train/ant/._x.jpg", "train/.hidden/x.jpg", "train/x.jpg")
+    train += ["train/ant/folder.jpg/inside.jpg", "train/ant/x.gif"]
+    touch(tmp_path, *train, "val/zebra/1.jpg", "val/ant/2.jpg", "test/ant/3.jpg")
+    touch(tmp_path, "train/ant/notes.txt", "train/ant/._x.jpg", "train/.hidden/x.jpg", "train/x.jpg", "train/a.txt")
+    touch(tmp_path, *(f"val/ant/in/{i}.HEIC" for i in range(4)), "extra/x.jpg", ".git/x.jpg", "LICENSE", "x.jpg")
     splits = load_dataset("folder", str(tmp_path))
+    assert caplog.messages[1:] == [
+        "--dataset folder: 6 files are left out: 1 outside the class folders (train/x.jpg); 1 .txt "
+        "(train/ant/notes.txt); 4 .heic (val/ant/in/0.HEIC, val/ant/in/1.HEIC, val/ant/in/2.HEIC, ...); read are "
+        f"{' '.join(EXTENSIONS)}",
+        "--dataset folder: not read beside train/: extra/",
+        "--dataset folder: test/ has no images of 1 of 2 classes: zebra",
+    ]
     assert sorted(names(splits.train)) == sorted(train)
     assert [name.startswith("train/zebra") for name in names(splits.train)] == splits.train.labels.tolist()
-    assert all(os.path.isfile(splits.train.path(i)) for i in range(13))
+    assert all(os.path.isfile(splits.train.path(i)) for i in range(15))
     assert (names(splits.val), splits.val.labels.tolist()) == (["val/ant/2.jpg", "val/zebra/1.jpg"], [0, 1])
     assert splits.test.path(0) == str(tmp_path / "test/ant/3.jpg")
     assert splits.test.labels.dtype == torch.int64
@@ -124,7 +135,7 @@ def test_images_are_listed_by_sorted_class_and_name_and_other_files_ignored(tmp_
 
 
 @pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet"])
-def test_val_of_imagenet_is_the_test_set_and_validation_is_cut_balanced_from_train(tmp_path, name):
+def test_val_of_imagenet_is_the_test_set_and_validation_is_cut_stratified_from_train(tmp_path, name):
     touch_classes(touch_classes(tmp_path, "train", 30, 30, 30), "val", 2, 0, 1)
     splits = load_dataset(name, tmp_path, val_fraction=0.2)
     assert names(splits.test) == ["val/c0/000.jpg", "val/c0/001.jpg", "val/c2/000.jpg"]
@@ -141,32 +152,42 @@ def test_val_of_imagenet_is_the_test_set_and_validation_is_cut_balanced_from_tra
 @pytest.mark.parametrize(
     ("parts", "sizes", "line"),
     [
-        (("val", "test"), (40, 6, 8), "val/ validates and test/ tests"),
-        (("val",), (36, 4, 6), "val/ is the test set, validation is cut from train/"),
-        (("test",), (36, 4, 8), "test/ is the test set, validation is cut from train/"),
-        ((), (29, 3, 8), "fifth of train/ (8 images) is the test set, validation is cut from the rest"),
+        (("val", "test"), (40, 6, 8), "val/ validates (6 images), test/ tests (8 images)"),
+        (("val",), (36, 4, 6), "val/ is the test set (6 images), as there is no test/; 4 images {cut}"),
+        (("valid",), (36, 4, 6), "valid/ is the test set (6 images), as there is no test/; 4 images {cut}"),
+        (("validation", "test"), (40, 6, 8), "validation/ validates (6 images), test/ tests (8 images)"),
+        (("test",), (36, 4, 8), "test/ is the test set (8 images), as there is no val/; 4 images {cut}"),
+        ((), (29, 3, 8), "a fixed fifth of train/, stratified by class, is the test set (8 images); 3 images {cut}"),
     ],
 )
 def test_roles_of_the_parts_of_a_folder(tmp_path, caplog, parts, sizes, line):
     caplog.set_level(logging.INFO)
     touch_classes(tmp_path, "train", 20, 20)
     for part in parts:
-        touch_classes(tmp_path, part, *{"val": (3, 3), "test": (4, 4)}[part])
+        touch_classes(tmp_path, part, *((4, 4) if part == "test" else (3, 3)))
     assert split_sizes("folder", 0.1, None, tmp_path) == sizes[:2]
     assert split_sizes("folder", 0.1, 7, tmp_path) == (7, sizes[1])
     facts = dataset_facts("folder", tmp_path)
     assert not caplog.records
     splits = load_dataset("folder", tmp_path)
-    assert len(caplog.records) == 1
-    assert line in caplog.text
+    errors = {3: "28.9", 4: "25.0", 6: "20.4", 8: "17.7"}  # 50 / sqrt(n)
+    coarse = ", ".join(f"{errors[size]} points on {size} images" for size in sizes[1:])
+    told = f"{line.format(cut='cut from train/ validate')}; the standard error of an accuracy is up to {coarse}"
+    assert caplog.messages == [f"--dataset folder: {told}"]
     assert tuple(len(split.labels) for split in (splits.train, splits.val, splits.test)) == sizes
     assert splits.facts == facts
     assert facts.train_images == {6: 40, 4: 40, 3: 32}[sizes[1]]
     everything = names(splits.train) + names(splits.val) + names(splits.test)
-    assert len(set(everything)) == len(everything) == 40 + 6 * ("val" in parts) + 8 * ("test" in parts)
+    assert len(set(everything)) == len(everything) == 40 + sum(8 if part == "test" else 6 for part in parts)
     assert torch.bincount(splits.test.labels).tolist() == [sizes[2] // 2] * 2
     assert names(splits.test) == sorted(names(splits.test))
     assert names(load_dataset("folder", tmp_path).test) == names(splits.test)
+
+
+def test_a_model_of_no_device_can_ask_for_the_classes(tmp_path):
+    touch_classes(tmp_path, "train", 5, 5)
+    with torch.device("meta"):  # as --dry_run builds it
+        assert dataset_facts("folder", tmp_path).classes == 2
 
 
 @pytest.mark.parametrize("annotations", [None, "v2.JPEG\tn2\t0\t9\nv0.JPEG\tn2\t1\t2\t3\t4\nv1.JPEG\tn1\t0\n"])
@@ -202,7 +223,9 @@ def test_facts_are_official_without_data_and_counted_with_it(tmp_path, caplog):
     assert split_sizes("imagenet", 0.1, None, tmp_path) == (27, 3)
     with caplog.at_level(logging.INFO):
         assert load_dataset("imagenet", tmp_path).facts == facts
-    assert caplog.messages == ["--dataset imagenet: 3 classes found, the full set has 1000"]
+    assert caplog.messages[0] == "--dataset imagenet: 3 classes found, the full set has 1000"
+    assert "val/ is the test set (3 images); 3 images cut from train/ validate; " in caplog.messages[1]
+    assert len(caplog.messages) == 2
     assert DATASETS["folder"].classes == DATASETS["folder"].train_images == 0
 
 
@@ -226,8 +249,10 @@ def test_folder_without_a_tree_says_how_it_should_look(tmp_path, call):
         ("folder", "train", "no folder train/"),
         ("folder", "train/1.jpg", "train' holds no class folders"),
         ("folder", "train/a/1.txt", "train/a' holds no images"),
-        ("folder", "train/a/1.jpg train/b/deeper/1.jpg", "train/b' holds no images"),
-        ("folder", "train/a/1.jpg train/a/2.jpg", "2 images, too few"),
+        ("folder", "train/a/1.jpg train/b/deeper/1.heic", "train/b' holds no images"),
+        ("folder", "train/a/1.jpg train/b/2.jpg", "2 images, too few"),
+        ("folder", "train/a/1.jpg train/a/2.jpg", "holds one class only (a)"),
+        ("folder", "train/a/1.jpg train/b/1.jpg val/a/1.jpg valid/a/1.jpg", "holds val/ and valid/; keep one"),
         ("imagenet", "train/a/1.jpg val/a/1.txt", "val' holds no class folders with images"),
         ("imagenet", "train/a/1.jpg val/a/1.jpg val/b/1.jpg", "val/b' is not among those of train/"),
         ("folder", "train/a/1.jpg test/b/1.jpg", "test/b' is not among those of train/"),
@@ -262,8 +287,9 @@ def test_a_folder_that_may_not_be_listed_is_one_line(tmp_path, monkeypatch):
 def test_bad_arguments_come_before_the_listing_and_what_leaves_nothing_after_it(tmp_path):
     for flag in ("val_fraction", "train_limit"):
         assert refused(load_dataset, "folder", tmp_path / "none", **{flag: 0}).startswith(f"--{flag} 0: ")
-    touch(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
-    assert "--val_fraction 0.1: leaves nothing to train on of 1 images" in refused(load_dataset, "imagenet", tmp_path)
+    touch(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg")
+    message = refused(load_dataset, "imagenet", tmp_path, val_fraction=0.9)
+    assert "--val_fraction 0.9: leaves nothing to train on of 2 images" in message
 
 
 # Evaluation
@@ -421,7 +447,7 @@ def test_loading_opens_no_image_and_a_batch_only_its_own(tmp_path, monkeypatch):
     opened, really_open = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: (opened.append(os.path.basename(path)), really_open(path))[1])
     split = write_images(tmp_path, 13)
-    load_dataset("folder", touch_classes(tmp_path / "tree", "train", 20))
+    load_dataset("folder", touch_classes(tmp_path / "tree", "train", 10, 10))
     batches = FolderBatches(split, IMAGENET, 3, aug="basic")
     assert opened == []
     order = [names(split)[i] for i in FolderBatches(split, IMAGENET, 13).batch(0, 1, 0)[1]]
@@ -483,7 +509,7 @@ def test_a_broken_image_is_left_out_of_evaluation_and_logged_once(tmp_path, capl
         parts = list(batches.sequential())
         assert [labels.tolist() for _, labels in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
         assert (len(batches), batches.unreadable) == (8, 1)
-    assert len(caplog.records) == 1
+    assert len([message for message in caplog.messages if "skipped" in message]) == 1
     reason = {"junk": "cannot identify image file)", "vanished": "No such file or directory)"}.get(how, "")
     assert f"{tmp_path / '008.jpg'}: cannot be read as an image ({reason}" in caplog.text
     assert caplog.text.count("008.jpg") == 1
@@ -506,7 +532,7 @@ def test_in_training_the_next_readable_image_of_the_order_stands_in(tmp_path, ca
         assert len(batches) == 200 - len(stand_ins)
         for position, content in healthy.items():
             files[order[position]].write_bytes(content)
-    assert len(caplog.records) == 3
+    assert len([message for message in caplog.messages if "skipped" in message]) == 3
 
 
 @pytest.mark.parametrize(("count", "bearable"), [(1, 0), (2, 1), (5, 1), (200, 2)])
@@ -522,6 +548,18 @@ def test_more_than_a_hundredth_of_broken_images_stops_but_never_one_nor_all(tmp_
         message = refused(run, FolderBatches(split, IMAGENET, 20))
         assert f"--dataset folder: {bearable + 1} of {count} images cannot be read (first: {tmp_path}/" in message
         assert message.count(f"{tmp_path}/") == min(3, bearable + 1)
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path, caplog):
+    for number in range(4):
+        name = tmp_path / ("rare" if number == 3 else "often") / f"{number}.png"
+        name.parent.mkdir(exist_ok=True)
+        noise(number).save(name)
+    spoil(name)
+    paths = np.array([os.fsencode(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.png"))])
+    split = FolderSplit(paths, torch.tensor([0, 0, 0, 1]), tmp_path, 8, "folder")
+    list(FolderBatches(split, IMAGENET, 4).sequential())
+    assert caplog.messages[1:] == [f"{tmp_path / 'rare'}: no image of this class can be read"]
 
 
 # Workers that fail

@@ -169,4 +169,4 @@ def test_the_imagenet_builders_run_at_224_pixels(arch, imagenet, tmp_path):
     flags = ["--dataset", "imagenet", "--data", imagenet, "--arch", arch, *SHORT, *BOTH, "--batch_size", 2]
     assert call([*flags, "--train_limit", 4, "--score_batches", 1, "--rate", 0.67, "--save_dir", tmp_path / "run"]) == 0
     proof = json.loads((tmp_path / "run" / "model" / "parity.json").read_text())
-    assert proof["max_difference_float32"] <= proof["bound_float32"]
+    assert proof["max_difference_float64"] <= proof["bound"]

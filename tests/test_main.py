@@ -4,6 +4,8 @@ Runs are real ones through `main([...])`: scikit-learn's digits and a Vision Tra
 made once (RUNS) and looked at by many tests.
 """
 
+import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -28,8 +30,10 @@ from micro import BOTH, DEPTH, LAYERS, MICRO, PRUNABLE, RUNS, SHARES, STEPS, TIM
 # isort: split
 from micro import assert_same_tensors, largest_difference, load, metrics, record, rows_of, surviving
 
+import deployment.folder
 import main_imp_fillback as entry
-from engine.folder import make_save_dir
+from engine.folder import environment, make_save_dir
+from engine.run import Run
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -81,6 +85,28 @@ def test_the_older_command_line_prints_its_plan_and_does_nothing(capsys):
         assert float(line[5]) == pytest.approx(0.1877, abs=1e-3)
     # two checkpoints of weights and momentum with three mask sets each, initial and best weights
     assert f"About {(4 * 2_714_980 * 6 + 2 * 3 * 2_654_208 / 8) / 1e6:,.0f} MB of disk" in out
+
+
+def test_a_plan_says_where_it_reads_and_writes_how_long_it_is_and_what_has_no_effect(capsys, tmp_path):
+    flags = words("--dataset cifar10 --train_limit 250 --epochs 2 --warmup 2 --finish_epochs 3 --dry_run")
+    (tmp_path / "args.yaml").touch()
+    assert call([*flags, "--pruning_times", 1, "--data", tmp_path / "none", "--save_dir", tmp_path]) == 0
+    out = capsys.readouterr().out
+    assert "1 state x 2 epochs x 1 step of 128 images (250 train, " in out
+    for line in (
+        f"Files in {tmp_path}, which holds a run: add --resume or --overwrite.",
+        f"Data in {tmp_path / 'none'}, which is not there yet.",
+        "5 epochs in all",
+        "note: --warmup 2: all epochs of a state; lr rises to its last step and never falls",
+        "note: nothing is pruned in this run: it trains dense",
+        "note: an epoch is one step of 128 of the 250 training images",
+    ):
+        assert line in out, line
+    assert call([*flags, "--data", tmp_path, "--warmup", 1, "--batch_size", 125, "--exp_name", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert "Files in results/mine.\n" in out
+    assert f"Data in {tmp_path}.\n" in out
+    assert "note: " not in out
 
 
 @pytest.mark.parametrize("schedule", SHARES)
@@ -148,8 +174,15 @@ def test_what_is_left_to_itself_scales_with_the_epochs(epochs, warmup, milestone
     assert (by_hand.warmup, by_hand.decreasing_lr, by_hand.rewind_epoch) == (0, "5,70", 0)
 
 
-def test_help_has_its_groups_and_every_flag(capsys):
+def test_help_shows_the_common_flags_and_how_to_see_the_rest(capsys):
     assert call(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--help all" in text
+    assert 20 <= len(re.findall(r"^  --", text, re.MULTILINE)) <= 25
+
+
+def test_help_has_its_groups_and_every_flag(capsys):
+    assert call(["--help", "all"]) == 0
     text = capsys.readouterr().out
     for group in ("run", "data", "model", "training", "pruning", "rsst", "tracking"):
         assert re.search(rf"^{group}\b.*:$", text, re.MULTILINE), group
@@ -208,7 +241,7 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     present = set(os.listdir(folder))
     optional = {"rewind.pt": args["prune_type"] == "rewind_lt" and args["rewind_epoch"] > 0}
     optional["penalty.csv"] = args["struct"] == "rsst" and states > 1
-    assert present - {"run.lock", "tracking.json"} == FILES | {file for file, there in optional.items() if there}
+    assert present - {"run.lock"} == FILES | {file for file, there in optional.items() if there}
     rows = metrics(folder)
     assert [(row["state"], row["epoch"]) for row in rows] == list(itertools.product(range(states), range(epochs)))
     for line, row in zip(rows_of(folder / "metrics.csv"), rows, strict=True):
@@ -330,7 +363,11 @@ def broken(run, around):
         done = run(*flags, name="broken", code=130)
         assert not where
         assert done.err.count("\n") == 1
-        assert f"--resume --save_dir {done.dir}" in done.err
+        saved = (done.dir / "checkpoint.pt").exists()
+        way_on = (
+            f"the last checkpoint with --resume --save_dir {done.dir}" if saved else "no checkpoint yet: give the same"
+        )
+        assert way_on in done.err
         return done
 
     return start
@@ -484,6 +521,18 @@ def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
 # ------------------------------------------------------------------------------------------------------ names of runs
 
 
+def test_a_run_starts_where_only_the_log_of_a_failed_start_is_and_without_git(monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.log").write_text("failed\n")
+    args = entry.parse_args([*MICRO, "--save_dir", str(tmp_path / "run")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "sandbox")))
+    make_save_dir(args).release()
+    found = environment(torch.device("cpu"), "off")
+    assert found["commit"] is None
+    assert found["device_name"]
+
+
 def test_the_default_folder_is_named_after_the_run():
     def made(*flags):
         args = entry.parse_args([*MICRO, *flags])
@@ -495,7 +544,63 @@ def test_the_default_folder_is_named_after_the_run():
     assert re.fullmatch(name.format("_pretrained"), made("--criteria", "magnitude", "--pretrained"))
     refill = made(*words("--struct refill --arch timm/vit_tiny_patch16_224"))
     assert re.fullmatch(r"results/refill_timm-vit_tiny_patch16_224_digits_crit_l1_rate_0.3_\d{4}_\d{4}", refill)
-    assert [made("--exp_name", "mine") for _ in range(3)] == ["results/mine", "results/mine_2", "results/mine_3"]
+    assert made("--exp_name", "mine") == "results/mine"
+    with pytest.raises(RunError, match=r"^--exp_name mine: results/mine holds another run; add --resume or --overwrit"):
+        made("--exp_name", "mine")
+    assert made("--exp_name", "mine", "--overwrite") == "results/mine"
+
+
+def test_a_name_given_by_hand_counts_beside_the_folder_of_a_config():
+    Path("args.yaml").write_text("save_dir: results/dense\nexp_name: dense\nlr: 0.3\n")
+    for flags, folder in (
+        ("", "results/dense"), ("--exp_name t2", None), ("--save_dir x", "x"), ("--exp_name t2 --save_dir x", "x"),
+    ):  # fmt: skip
+        args = entry.parse_args([*MICRO, "--config", "args.yaml", *words(flags)])
+        assert (args.save_dir, args.lr) == (folder, 0.05)
+    args = entry.parse_args([*MICRO, *words("--config args.yaml --exp_name t2")])
+    make_save_dir(args).release()
+    assert args.save_dir == "results/t2"
+
+
+def test_a_folder_that_cannot_be_locked_is_said(monkeypatch, tmp_path):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    args = entry.parse_args([*MICRO, "--save_dir", str(tmp_path / "run")])
+    make_save_dir(args).release()
+    assert [note for note in args.notes if "is not locked" in note and "No locks available" in note]
+
+
+def test_an_export_that_proves_wrong_costs_no_report_and_is_not_tried_for_ever(run, monkeypatch):
+    base = [flag for flag in MICRO if flag != "--no-export"]
+    flags = words("--struct imp --pruning_times 2 --resume auto")
+    monkeypatch.setattr(entry.report, "write", lambda folder: (folder / "report.html").write_text(""))
+    wrong = {"max_difference_float32": 1.0, "bound_float32": 1e-5}
+    with monkeypatch.context() as patch:
+        patch.setattr(deployment.folder, "parity", lambda *_: wrong)
+        failed = run(*flags, base=base, code=1)
+    assert "error: the removed model differs from the masked one by 1" in failed.err
+    assert (failed.dir / "report.html").exists()
+    again = run(*flags, base=base)
+    assert "nothing to do\nit has no model/: the removed model differs" in again.out
+    run("--resume", base=())  # asked for, it is tried again
+    assert (failed.dir / "model" / "config.json").exists()
+    assert "has no model" not in run(*flags, base=base).out
+
+
+def test_the_seconds_of_a_state_hold_its_choice_and_its_test(run, monkeypatch):
+    def slow(original, seconds):
+        return lambda *arguments: (time.sleep(seconds), original(*arguments))[1]
+
+    monkeypatch.setattr(entry, "choose_target", slow(entry.choose_target, 0.4))
+    monkeypatch.setattr(Run, "end_state", slow(Run.end_state, 0.2))
+    started = time.perf_counter()
+    found = run(*words("--struct imp --pruning_times 2 --epochs 1"))
+    seconds = [float(row["seconds"]) for row in rows_of(found.dir / "states.csv")]
+    assert seconds[0] > 0.2
+    assert seconds[1] > 0.6
+    assert sum(seconds) < time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -606,6 +711,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run):
     done = run("--lr", "1e30", *BOTH, code=1)
     assert done.err.count("\n") == 1, done.err
     assert "not finite at step 1 of state 0" in done.err  # the first step's loss is still fine
+    assert "there is no checkpoint yet; start anew with a lower --lr or --clip_grad 1\n" in done.err
     assert not (done.dir / "checkpoint.pt").exists()
     assert not (done.dir / "metrics.jsonl").exists()
 
@@ -618,11 +724,18 @@ def test_the_last_good_checkpoint_stays(run, around):
 
     around("step", before=explode)
     done = run(code=1)
-    assert "step 4 of state 1" in done.err
+    assert "step 4 of state 1; the last checkpoint is good; start anew with a lower --lr or --clip_grad 1" in done.err
     checkpoint = load(done.dir / "checkpoint.pt")
     assert (checkpoint["run"]["state"], checkpoint["run"]["step"]) == (1, 3)
     assert all(tensor.isfinite().all() for tensor in checkpoint["weights"].values())
     assert len(metrics(done.dir)) == 3
+
+
+def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(run, around):
+    around("build", after=lambda training: training.model.head.bias.data.fill_(math.nan))
+    done = run(code=1)
+    assert "not finite at step 0 of state 0; nothing has trained yet: look at the initial weights\n" in done.err
+    assert "--lr" not in done.err
 
 
 @pytest.mark.parametrize("method", ["imp", "rsst --vit_structured --vit_prune_target both"])

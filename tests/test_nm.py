@@ -185,7 +185,7 @@ def test_what_makes_no_sense_is_one_line(flags, named, capsys, tmp_path):
 def test_the_plan_is_what_happens(seen, noisy, capsys, tmp_path):
     """Density of each state, for a ViT and for a ResNet's single weights; a rate is noted as without effect."""
     args = entry.parse_args([*MICRO, *NM, "--ratio_schedule", "linear"])
-    assert args.notes == ["--rate: --nm 2:4 says how many weights stay; no effect here"]
+    assert args.notes == ["--rate: has no effect with --nm 2:4, which says how many weights stay"]
     run = seen("--struct", "imp", "--init", noisy, *NM)
     parameters = [int(row["parameters"]) for row in rows_of(run.dir / "states.csv")]
     assert call([*MICRO, *NM, "--dry_run"]) == 0

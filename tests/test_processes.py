@@ -186,7 +186,7 @@ CASES = {
 # an image whose two largest logits are next to equal may be right in one run and wrong in the other
 ACCURACIES = words(
     "train_accuracy val_accuracy accuracy_before_cut accuracy_after_cut accuracy_trained best_epoch best_accuracy "
-    "test_accuracy"
+    "test_accuracy accuracy_at_start"
 )
 
 

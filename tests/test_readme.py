@@ -22,8 +22,8 @@ import main_imp_fillback as entry
 import report
 from benchmarks import study
 from benchmarks.grid import check, read_study
-from cli.flags import build_parser as build_main_parser
 from deployment.command import build_parser
+from settings.flags import build_parser as build_main_parser
 from vit_structured_pruning import CRITERIA
 
 ROOT = Path(__file__).resolve().parent.parent

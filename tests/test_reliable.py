@@ -5,6 +5,7 @@ command once, some are the command started anew. Inside such a process `at` lets
 the second step of state 1, the fifth `os.replace` of state 2, half a `write`.
 """
 
+import contextlib
 import copy
 import errno
 import functools
@@ -32,8 +33,10 @@ import yaml
 from micro import BOTH, TIMES, load, metrics, rows_of, vit_micro, wrap
 from safetensors.torch import load_file
 
+import export
 import main_imp_fillback as entry
 import models
+import report
 import utils
 from engine.checkpoint import load_checkpoint
 from engine.folder import RunLock
@@ -60,6 +63,10 @@ MODES = {
     "imp": words("--struct imp"),
     "oneshot": ("--struct", "oneshot", *BOTH),
     "dense": words("--struct dense"),
+    "emptied": words(
+        "--struct refill --vit_structured --vit_prune_target branch --rate 0.8 --prune_type finetune --opt adamw "
+        "--lr 0.005"
+    ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
 }
 MODE = "rsst structured"
@@ -407,7 +414,8 @@ DENSE = "step 0 5, os.replace 0 5, write 0 30, os.fsync 0 5, end_epoch 0 3"
 
 
 @pytest.mark.parametrize(("mode", "kills"), [
-    (MODE, FIVE), slow(MODE, KILLS), slow("dense", DENSE), *(slow(mode, REST) for mode in OTHERS),
+    (MODE, FIVE), ("emptied", "step 1 4"), slow(MODE, KILLS), slow("dense", DENSE),
+    *(slow(mode, REST) for mode in OTHERS),
 ])  # fmt: skip
 def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(mode, kills, folder, resume, whole):
     for moment in kills.split(","):
@@ -416,6 +424,15 @@ def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(mode, kills, folder,
         assert (killed.code, killed.err) == (-signal.SIGKILL, ""), moment
         assert_good(folder)
     assert_finishes_alike(resume(mode), folder, whole(mode))
+
+
+def test_an_older_checkpoint_without_moments_of_what_never_had_a_gradient_goes_on(folder, resume, whole):
+    assert resume("emptied", (at, "step", 1, 4, kill_when_written)).code == -signal.SIGKILL
+    content = load(folder / "checkpoint.pt")
+    kept = {number: entry for number, entry in content["moments"].items() if entry["step"] > 0}
+    assert 0 < len(kept) < len(content["moments"])
+    utils.save_tensors(folder / "checkpoint.pt", {**content, "moments": kept})
+    assert_finishes_alike(resume("emptied"), folder, whole("emptied"))
 
 
 # ------------------------------------------------------------------------------------------------- writes that fail
@@ -568,11 +585,27 @@ def test_an_older_checkpoint_file_goes_on_to_the_same_end(folder, resume, launch
     assert (done.code, done.err) == (0, "")
     assert "resumed at state 1, step 9" in done.out
     # the best model of that state is gone: its last one is tested, and the log says so
-    assert "best.pt is of another state" in done.out
+    assert "best.pt is of another epoch" in done.out
     found, expected = ending(folder), copy.deepcopy(whole(MODE))
+    assert found["states.csv"][1]["best_epoch"] == repr(str(EPOCHS - 1))
     for tables in (found, expected):
-        del tables["states.csv"][1]["test_accuracy"], tables["checkpoint"]["run"]["states"][1]["test_accuracy"]
+        for row in (tables["states.csv"][1], tables["checkpoint"]["run"]["states"][1]):
+            del row["test_accuracy"], row["best_epoch"], row["best_accuracy"]
     assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize(("point", "count"), [("step", 5), ("end_state", 1)])
+def test_weights_and_tables_tell_of_one_epoch_where_the_best_model_was_lost(point, count, folder, resume):
+    """As where a kill and a device that rounds otherwise left a best.pt of an epoch that no table has."""
+    assert resume("imp", (at, point, 2, count, kill_when_written)).code == -signal.SIGKILL
+    best = load(folder / "best.pt")
+    foreign = {name: torch.zeros_like(tensor) for name, tensor in best["weights"].items()}
+    utils.save_tensors(folder / "best.pt", {**best, "weights": foreign, "epoch": 1, "accuracy": 0.999})
+    assert resume("imp").code == 0
+    best, row = load(folder / "best.pt"), rows_of(folder / "states.csv")[2]
+    assert (str(best["epoch"]), str(best["accuracy"])) == (row["best_epoch"], row["best_accuracy"])
+    assert best["accuracy"] == metrics(folder)[2 * EPOCHS + best["epoch"]]["val_accuracy"]
+    assert any(tensor.any() for tensor in best["weights"].values())
 
 
 @pytest.mark.parametrize("struct", ["imp", slow("refill --vit_structured --ratio_schedule constant")])
@@ -614,3 +647,49 @@ def test_two_processes_do_not_start_one_run(folder, launch, whole):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
     lock.release()
     assert_finishes_alike(launch(auto), folder, whole("imp"))
+
+
+# ---------------------------------------------------------------------------------------------- nobody reads its output
+
+
+def test_a_run_goes_on_in_its_log_when_nobody_reads_its_output(tmp_path, folder):
+    """As with `| head -1`, in a terminal that knows only ASCII, without git: the log file has it all."""
+    folder = tmp_path / "\u00e4\u2713"
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PATH": str(tmp_path)}
+    flags = words("--dataset digits --arch vit_mini --img_size 8 --device cpu --amp off --train_limit 40 --epochs 1")
+    flags += words("--pruning_times 1 --warmup 0 --no-export")
+    command = [sys.executable, SCRIPT, *flags, "--save_dir", folder]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+        assert (process.wait(timeout=120), err) == (0, b"")
+    assert first.startswith(b"rsst on vit_mini")
+    log = (folder / "run.log").read_text(encoding="utf-8")
+    assert log.count("standard output is gone; the program goes on") == 1
+    assert f"files in {folder}" in log
+    assert "state 0 done" in log
+    assert json.loads((folder / "environment.json").read_text())["commit"] is None
+
+
+@pytest.mark.parametrize("argv", ["--help", "--dataset digits --dry_run", "--lr 0"])
+@pytest.mark.parametrize("commands", [entry.main, export.main, report.main], ids=["run", "export", "report"])
+def test_commands_keep_their_exit_code_without_a_reader(commands, argv):
+    codes = []
+    for reader in (True, False):
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in ("stdout", "stderr"):
+                read, write = map(stack.enter_context, map(open, os.pipe(), ("rb", "w")))
+                for place in (name, f"__{name}__"):
+                    patch.setattr(sys, place, write)
+                if not reader:
+                    read.close()
+            try:
+                codes.append(commands(words(argv)))
+            except SystemExit as leaving:
+                codes.append(leaving.code or 0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+    expected = 0 if argv == "--help" or (commands is entry.main and "dry" in argv) else 2
+    assert codes == [expected, expected]

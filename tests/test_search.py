@@ -130,6 +130,14 @@ def test_single_weights_end_between_5_and_90_percent():
 
 
 @pytest.mark.usefixtures("house")
+@pytest.mark.parametrize("values", ["{low: 0.6, high: 0.95}", "[0.95, null, 0.6]"])
+def test_the_largest_trial_has_the_largest_target(values, tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(f"target_macs: {values}\n")
+    assert space_of(*BOTH, "--search_space", str(file)).largest() == {"target_macs": 0.95}
+
+
+@pytest.mark.usefixtures("house")
 def test_a_file_says_what_is_searched(tmp_path):
     file = tmp_path / "space.yaml"
     file.write_text("lr: {low: 0.001, high: 0.1, log: true}\nfc: [true, false]\nmin_units: {low: 1, high: 3}\n")
@@ -201,7 +209,7 @@ def test_what_else_a_search_needs(tmp_path, monkeypatch, capsys):
     assert_one_line(refused(*folder), "holds a run")
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "study.db").write_text("no database, but long enough to be looked at as one" * 20)
-    assert_one_line(refused("--save_dir", tmp_path / "t"), "study.db: no study of this Optuna")
+    assert_one_line(refused("--save_dir", tmp_path / "t"), "study.db: Optuna cannot open it (", "not a database")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert_one_line(refused(*folder), "pip install optuna")
 
@@ -295,6 +303,24 @@ def test_a_study_ends_with_runs_a_front_and_files_that_run_them_again(stand_in, 
     capsys.readouterr()
     code = call([*command, "--search", 5, "--lr", 0.3])
     assert_one_line((code, *capsys.readouterr()), "was searched with another --lr")
+
+
+def test_a_study_goes_on_with_its_own_data_only(stand_in, tmp_path, capsys):
+    for name in ("a/0", "a/1", "a/2", "b/0", "b/1"):
+        path = tmp_path / "data" / "train" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    folder = tmp_path / "study"
+    command = [*words("--dataset folder --img_size 16 --arch vit_micro --epochs 2 --pruning_times 2"), *BOTH]
+    command += ["--no-export", "--save_dir", folder]
+    assert call([*command, "--search", 1, "--data", tmp_path / "data"]) == 0
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    assert call([*command, "--search", 2, "--data", moved]) == 0
+    capsys.readouterr()
+    (moved / "train" / "a" / "3.jpg").touch()
+    code = call([*command, "--search", 3, "--data", moved])
+    assert_one_line((code, *capsys.readouterr()), "was searched on other data: there were 4 images in train and now 5")
+    assert states_of(folder) == ["COMPLETE"] * 2
 
 
 def test_test_accuracy_chooses_nothing(stand_in, tmp_path):

@@ -22,7 +22,7 @@ from dataset import DATASETS, load_dataset, make_batches
 from deployment import demo, onnx_file
 from deployment.hub import write_hub
 from deployment.quantise import better_form, to_int8
-from images.splits import _resize
+from images.preprocessing import resized
 from models.resnet import ResNet
 from utils import RunError
 
@@ -371,16 +371,24 @@ def test_the_page_prepares_images_as_the_data_sets_do(tmp_path):
         facts = DATASETS[name]
         image = pixels(facts.channels, facts.image_size, facts.image_size, seed)
         cases.append((image, demo.image_spec(name, facts, size)))
-        split = SimpleNamespace(images=_resize(image[None], size), labels=torch.zeros(1, dtype=torch.long))
+        split = SimpleNamespace(images=resized(image[None], size), labels=torch.zeros(1, dtype=torch.long))
         (batch, _), *_ = make_batches(split, facts, 1, "cpu").sequential()
         real = interpolate(image[None].double(), (size, size), mode="bilinear", antialias=True)[0]
         clear = (real - real.floor() - 0.5).abs() > 1e-3  # in float32 an exact half goes either way
         expected.append((split.images[0], batch[0], clear))
-    for seed, (height, width, size) in enumerate([(61, 90, 32), (300, 200, 128)]):
+    weights = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.8}
+    squash = {**weights, "crop_mode": "squash"}
+    files = [
+        (61, 90, 32, None, 32),
+        (300, 200, 128, None, 146),
+        (90, 61, 32, weights, 40),
+        (61, 90, 32, squash, (40, 40)),
+    ]
+    for seed, (height, width, size, shown, to) in enumerate(files):
         image = pixels(3, height, width, seed)
-        cases.append((image, demo.image_spec("folder", DATASETS["folder"], size)))
-        shorter = round(size / 0.875) if size >= 128 else size
-        plain = v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+        cases.append((image, demo.image_spec("folder", DATASETS["folder"].shown_by(shown), size)))
+        mode = v2.InterpolationMode.BICUBIC if shown else v2.InterpolationMode.BILINEAR
+        plain = v2.Compose([v2.Resize(to, mode, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
         expected.append((plain(Image.fromarray(image.permute(1, 2, 0).numpy())), None, None))
     found = in_node(tmp_path, cases)
     for (_, spec), (planes, batch, clear), result in zip(cases, expected, found["results"], strict=True):
@@ -476,7 +484,7 @@ def test_a_model_without_its_data_set_goes_to_the_hub_and_loads(tmp_path, monkey
     images = torch.randn(4, 3, 8, 8)
     kept = {"layer1.0.conv1": [0, 1, 2, 3]}
     export.write(tmp_path / "model", model, kept, [(images, torch.zeros(4))], None, {"arch": "res20s"}, {})
-    write_hub(tmp_path / "model", tmp_path / "hub", None, 8, ())
+    write_hub(tmp_path / "model", tmp_path / "hub", None, 8)
     text = (tmp_path / "hub" / "README.md").read_text()
     head = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
     assert (head["library_name"], head["license"]) == ("pytorch", "mit")
@@ -578,7 +586,7 @@ def test_a_digit_drawn_in_a_browser_is_answered(tmp_path, served):
         test = load_dataset("digits", "data", 8).test
         with torch.no_grad():
             small, facts = export.load(run / "model"), DATASETS["digits"]
-            sized = _resize(test.images[:1], 16).double()
+            sized = resized(test.images[:1], 16).double()
             shares = small(((sized / 255 - facts.mean[0]) / facts.std[0]).float().expand(-1, 3, -1, -1)).softmax(1)[0]
         Image.fromarray(test.images[0, 0].numpy()).save(tmp_path / "digit.png")
         page.find_element(By.ID, "file").send_keys(str(tmp_path / "digit.png"))

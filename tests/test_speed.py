@@ -30,11 +30,12 @@ from benchmarks import gpu
 from benchmarks.train_step import training_state
 from engine import capture
 from engine import run as run_module
-from engine.capture import GRAPHS, CapturedStep, check_compile
+from engine.capture import CapturedStep, check_compile
 from engine.checkpoint import Background, RunState
 from engine.choose import choose_target
 from engine.training import StateTraining
 from models.vit import Attention
+from settings.flags import GRAPHS
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -114,6 +115,7 @@ def test_bf16_chooses_the_same_masks_for_equal_weights(criterion, tmp_path, add_
     ("amx", "avx512", "expected"), [(1, 1, torch.bfloat16), (0, 1, torch.bfloat16), (0, 0, None), (None, None, None)]
 )
 def test_auto_is_bf16_on_cpus_with_instructions_for_it(amx, avx512, expected, monkeypatch):
+    monkeypatch.delenv(utils.AMP_AUTO, raising=False)
     for name, has in (("_is_amx_tile_supported", amx), ("_is_avx512_bf16_supported", avx512)):
         if has is None:  # a PyTorch that does not say
             monkeypatch.delattr(torch.cpu, name, raising=False)
@@ -122,6 +124,16 @@ def test_auto_is_bf16_on_cpus_with_instructions_for_it(amx, avx512, expected, mo
     assert utils.pick_precision("auto", torch.device("cpu")) == expected
     assert utils.pick_precision("auto", torch.device("mps")) is None
     assert utils.pick_precision("off", torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [("bf16", torch.bfloat16), ("off", None)])
+def test_a_variable_stands_for_auto_on_every_processor(value, expected, monkeypatch):
+    monkeypatch.setenv(utils.AMP_AUTO, value)
+    assert utils.pick_precision("auto", torch.device("cpu")) == expected
+    assert utils.pick_precision("off", torch.device("cpu")) is None
+    monkeypatch.setenv(utils.AMP_AUTO, "fp8")
+    with pytest.raises(utils.RunError, match="must be bf16 or off"):
+        utils.pick_precision("auto", torch.device("cpu"))
 
 
 def test_bf16_losses_are_those_of_float32_within_its_digits(run):

@@ -16,7 +16,8 @@ from engine.distill import named_teacher
 from engine.optimizer import parameter_groups
 from families.vit import vit_macs
 from models import build_model, from_weights
-from models.vit import VisionTransformer, load_pretrained_weights
+from models.pretrained import load_pretrained_weights
+from models.vit import VisionTransformer
 
 GEOMETRY = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3}
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5"
@@ -295,4 +296,4 @@ def test_what_cannot_be_is_refused(flags, words, capsys):
 @pytest.mark.usefixtures("house")
 def test_what_has_no_effect_is_said(capsys):
     notes = entry.parse_args([*MICRO, "--stem", "conv", "--patch_embed", "resample"]).notes
-    assert [note for note in notes if "--patch_embed resample" in note]
+    assert [note for note in notes if "--patch_embed: has no effect on a conv stem" in note]

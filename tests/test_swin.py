@@ -20,14 +20,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import export
+from cli.parse import parse_args
+from engine.allocation import allocation_of
 from families import family_of
 from families.swin import SWIN, loading_lines
 from models import build_model
-from pruning.ranking import rank_units, spread
+from pruning.ranking import rank_units
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import score_units
 from pruning.units import LayoutError, count_parameters
-from vit_structured_pruning import plan_structured
 
 CLASSES = 5
 SMALL = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "mlp_ratio": 2, "drop_path_rate": 0.0}
@@ -306,29 +307,13 @@ def test_a_foreign_module_is_refused_by_its_place():
 # ------------------------------------------------------------------------------------- layers that differ
 
 
-@pytest.mark.parametrize(
-    ("counts", "keep", "min_units", "shares"),
-    [
-        ([3, 3, 6, 24], 18, 1, [2, 1, 3, 12]),
-        ([3, 3, 6, 24], 6, 1, [1, 1, 1, 3]),
-        ([3, 3, 6, 24], 5, 0, [1, 0, 1, 3]),
-        ([3, 3, 6, 24], 36, 1, [3, 3, 6, 24]),
-        ([6, 6, 6], 11, 1, [4, 4, 3]),
-        ([6, 6], 0, 0, [0, 0]),
-    ],
-)
-def test_units_are_spread_by_the_size_of_layers(counts, keep, min_units, shares):
-    assert spread(counts, keep, min_units) == shares
-
-
 def test_a_global_plan_starts_whole_and_ends_at_the_ratio():
     model = build(SwinTransformer)
-    plan = plan_structured(model, {"head": 0.5, "neuron": 0.5}, 2, sorting_mode="global")
-    whole = SWIN.cost(model, {})
-    assert {key: plan[0][key] for key in whole} == whole
-    assert plan[0]["density"] == 1
+    flags = "--vit_structured --vit_prune_target both --rate 0.5 --pruning_times 2 --sorting_mode global"
+    args = parse_args(flags.split())
+    plan = [SWIN.cost(model, kept) for kept in allocation_of(args, SWIN, model, SWIN.units(model)).plan()]
+    assert plan[0] == SWIN.cost(model, {})
     assert (plan[1]["heads"], plan[1]["neurons"]) == (6, 48)
-    assert plan[1]["density"] == pytest.approx(0.5)
 
 
 def test_score_per_mac_takes_the_macs_of_the_ratio(add_noise):

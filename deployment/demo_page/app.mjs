@@ -1,7 +1,7 @@
 // The page: an image or a drawn digit in, the answers and times of all networks of demo.json out.
 
 import * as ort from "./ort/ort.wasm.bundle.min.mjs";
-import { inputOf, median, pictureOf, seen, softmax } from "./image.mjs";
+import { inputOf, makeOpaque, median, pictureOf, seen, softmax } from "./image.mjs";
 
 const LINES = 5; // classes shown of each network
 const ROUNDS = 25; // of the timing, fewer where they take longer than
@@ -156,10 +156,10 @@ async function lookAt(file) {
     const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * ratio)));
     const canvas = new OffscreenCanvas(width, height);
     const context = canvas.getContext("2d");
-    context.fillStyle = "#fff"; // under transparent images
-    context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0, width, height);
-    const { data } = context.getImageData(0, 0, width, height);
+    const pixels = context.getImageData(0, 0, width, height);
+    makeOpaque(pixels.data);
+    context.putImageData(pixels, 0, 0);
     if (demo.draw) {
       const pad = find("pad").getContext("2d");
       pad.fillRect(0, 0, 280, 280);
@@ -173,7 +173,7 @@ async function lookAt(file) {
       find("hint").textContent = "Drop another image here";
     }
     say("");
-    await classify(pictureOf(data, width, height, demo.image.grey));
+    await classify(pictureOf(pixels.data, width, height, demo.image.grey));
   } catch (error) {
     say(`${file.name} cannot be read as an image (${error.message}).`, true);
   }

@@ -6,7 +6,18 @@ const halfToEven = (value) => {
   const rest = value - low;
   return rest > 0.5 || (rest === 0.5 && low % 2 === 1) ? low + 1 : low;
 };
+const whole = (value) => Math.min(255, Math.max(0, Math.floor(value + 0.5)));
 const pixel = (value) => Math.min(255, Math.max(0, halfToEven(value)));
+
+/** RGBA bytes without transparency, in place, as training shows images: on white, or on black where all would be nearly
+ *  white on white; alpha that is the same everywhere is dropped. */
+export function makeOpaque(rgba) {
+  const alphas = rgba.filter((_, i) => i % 4 === 3);
+  const varies = alphas.some((alpha) => alpha !== alphas[0]);
+  const on = (ground, i) => Math.round((rgba[i] * alphas[i >> 2] + ground * (255 - alphas[i >> 2])) / 255);
+  const ground = rgba.some((_, i) => i % 4 < 3 && on(255, i) < 240) ? 255 : 0;
+  for (let i = 0; i < rgba.length; i++) rgba[i] = i % 4 === 3 ? 255 : varies ? on(ground, i) : rgba[i];
+}
 
 /** RGBA bytes to one grey plane (ITU-R 601 luma in Pillow's integers) or to three planes. */
 export function pictureOf(rgba, width, height, grey) {
@@ -19,46 +30,60 @@ export function pictureOf(rgba, width, height, grey) {
   return { width, height, planes };
 }
 
-/** For each place of the output: where its inputs start, and their weights. A triangle as wide as the step between
- *  outputs, so that nothing is skipped when an image shrinks (bilinear with antialiasing, as in PyTorch and Pillow). */
-function weightsFor(from, to) {
+/** By distance: a triangle of reach 1, and Keys' cubic with a = -1/2 of reach 2. */
+const KERNELS = {
+  bilinear: { reach: 1, at: (x) => Math.max(0, 1 - Math.abs(x)) },
+  bicubic: {
+    reach: 2,
+    at: (x) => {
+      const d = Math.abs(x);
+      if (d < 1) return (1.5 * d - 2.5) * d * d + 1;
+      return d < 2 ? ((-0.5 * d + 2.5) * d - 4) * d + 2 : 0;
+    },
+  },
+};
+
+/** For each place of the output: where its inputs start, and their weights. The kernel is as wide as the step between
+ *  outputs, so that nothing is skipped when an image shrinks (antialiasing, as in PyTorch and Pillow). */
+function weightsFor(from, to, kernel) {
   const step = from / to;
-  const reach = Math.max(1, step);
+  const wide = Math.max(1, step);
+  const reach = kernel.reach * wide;
   return Array.from({ length: to }, (_, place) => {
     const centre = step * (place + 0.5);
     const start = Math.max(0, Math.trunc(centre - reach + 0.5));
     const end = Math.min(from, Math.trunc(centre + reach + 0.5));
-    const raw = Array.from({ length: end - start }, (_, i) => Math.max(0, 1 - Math.abs(i + start - centre + 0.5) / reach));
+    const raw = Array.from({ length: end - start }, (_, i) => kernel.at((i + start - centre + 0.5) / wide));
     const sum = raw.reduce((total, weight) => total + weight, 0);
     return { start, weights: raw.map((weight) => weight / sum) };
   });
 }
 
-function resizePlane(plane, width, height, toWidth, toHeight, wholeBetween) {
+function resizePlane(plane, width, height, toWidth, toHeight, kernel, wholeBetween) {
   const narrow = new Float64Array(toWidth * height);
-  weightsFor(width, toWidth).forEach(({ start, weights }, x) => {
+  weightsFor(width, toWidth, kernel).forEach(({ start, weights }, x) => {
     for (let y = 0; y < height; y++) {
       let sum = 0;
       weights.forEach((weight, i) => (sum += weight * plane[y * width + start + i]));
-      narrow[y * toWidth + x] = wholeBetween ? Math.floor(sum + 0.5) : sum;
+      narrow[y * toWidth + x] = wholeBetween ? whole(sum) : sum;
     }
   });
   const resized = new Float64Array(toWidth * toHeight);
-  weightsFor(height, toHeight).forEach(({ start, weights }, y) => {
+  weightsFor(height, toHeight, kernel).forEach(({ start, weights }, y) => {
     for (let x = 0; x < toWidth; x++) {
       let sum = 0;
       weights.forEach((weight, i) => (sum += weight * narrow[(start + i) * toWidth + x]));
-      resized[y * toWidth + x] = wholeBetween ? Math.floor(sum + 0.5) : pixel(sum);
+      resized[y * toWidth + x] = wholeBetween ? whole(sum) : pixel(sum);
     }
   });
   return resized;
 }
 
 /** Whole values 0..255. `wholeBetween` rounds after each direction, as Pillow does; without it, once, as PyTorch. */
-export function resize(picture, width, height, wholeBetween = false) {
+export function resize(picture, width, height, kernel = "bilinear", wholeBetween = false) {
   if (picture.width === width && picture.height === height) return picture;
   const planes = picture.planes.map((plane) =>
-    resizePlane(plane, picture.width, picture.height, width, height, wholeBetween),
+    resizePlane(plane, picture.width, picture.height, width, height, KERNELS[kernel], wholeBetween),
   );
   return { width, height, planes };
 }
@@ -115,12 +140,13 @@ function digitOf(picture) {
 
 /** What the networks see of a picture: `spec.size` pixels a side, whole values 0..255; null where there is nothing. */
 export function seen(picture, spec) {
-  const { size, native, fit } = spec;
-  if (fit === "shorter") {
+  const { size, native, fit, kernel } = spec;
+  if (fit === "file") {
     const least = Math.min(picture.width, picture.height);
-    const [width, height] = [picture.width, picture.height].map((side) => Math.trunc((spec.shorter * side) / least));
+    const sideOf = (side) => (spec.keepsAspect ? Math.trunc((spec.resize * side) / least) : spec.resize);
+    const [width, height] = [sideOf(picture.width), sideOf(picture.height)];
     const corner = (side) => halfToEven((side - size) / 2);
-    return crop(resize(picture, width, height, true), corner(width), corner(height), size, size);
+    return crop(resize(picture, width, height, kernel, true), corner(width), corner(height), size, size);
   }
   if (picture.width !== native || picture.height !== native) {
     if (fit === "ink") picture = digitOf(onBlack(picture));
@@ -129,7 +155,7 @@ export function seen(picture, spec) {
     if (!picture) return null;
     picture = resize(picture, native, native);
   }
-  return resize(picture, size, size);
+  return resize(picture, size, size, kernel);
 }
 
 /** float32 [1, 3, size, size], normalised; grey becomes three equal channels. */
