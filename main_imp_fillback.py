@@ -238,6 +238,8 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     if report := getattr(model, "pretrained_report", None):  # a resumed run loads none
         log.info(f"weights from {args.pretrained}: {report.failure or report.summary()}", extra=utils.FILE_ONLY)
     log.info(f"images: {preprocessing_of(splits.facts, pixels).words()}")
+    for line in splits.lines:  # which stand on the screen already; run.log was not open yet
+        log.info(line, extra=utils.FILE_ONLY)
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
     which = f"states 0 to {states - 1} of" if states > 1 else "one state of"

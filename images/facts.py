@@ -153,13 +153,15 @@ class FolderSplit:
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Train and validation are cut from the official training set, test is the official test set. Folders of
-    one's own images may bring a validation set. `identity` says which data were read; see identity.py."""
+    one's own images may bring a validation set. `identity` says which data were read (see identity.py), `lines` what
+    was said of them in the log: which part is which, and what is left out."""
 
     train: Split | FolderSplit
     val: Split | FolderSplit
     test: Split | FolderSplit
     facts: DatasetFacts
     identity: dict = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
 
 
 def known_facts(name: str) -> DatasetFacts:

@@ -134,20 +134,19 @@ def _load_folders(
 ) -> Splits:
     tree = read_tree(name, root)
     facts = found_facts(known, tree)
-    if known.classes not in (0, facts.classes):
-        logger.info("--dataset %s: %d classes found, the full set has %d", name, facts.classes, known.classes)
     train_order, val_order = _cut(tree.train.labels, val_fraction, train_limit, cut_val=tree.val is None)
-    logger.info("--dataset %s: %s", name, _roles(tree, len(val_order)))
-    for note in tree.notes:
-        logger.warning("--dataset %s: %s", name, note)
+    found, full = facts.classes, known.classes
+    lines = [f"{found:,} classes found, the full set has {full:,}"] if full not in (0, found) else []
+    lines = [f"--dataset {name}: {line}" for line in (*lines, _roles(tree, len(val_order)), *tree.notes)]
+    for number, line in enumerate(lines):
+        logger.log(logging.WARNING if number >= len(lines) - len(tree.notes) else logging.INFO, line)
 
     def finish(files: Files) -> FolderSplit:
         return FolderSplit(files.paths, files.labels, root, image_size, name)
 
-    val = tree.val or tree.train.take(val_order)
-    return Splits(
-        finish(tree.train.take(train_order)), finish(val), finish(tree.test), facts, identity_of_tree(tree, root)
-    )
+    train, val = tree.train.take(train_order), tree.val or tree.train.take(val_order)
+    identity = identity_of_tree(tree, root)
+    return Splits(finish(train), finish(val), finish(tree.test), facts, identity, tuple(lines))
 
 
 def _roles(tree: Tree, cut: int) -> str:

@@ -123,7 +123,7 @@ def test_bad_flags_are_one_line_that_names_them(flags, monkeypatch):
         ("--img_size 32x16", "32x16 is a rectangle", "int value"),
         ("--patch_size 4x2", "4x2 is a rectangle", "int value"),
         ("--img_size 32y16", "invalid int value: '32y16'", "rectangle"),
-        ("--arch res20s --pretrained {here}", "--init FILE", "public"),
+        ("--arch res20s --pretrained {here}", "takes weights of a file by --init", "public"),
         ("--vit_structured --target_macs 0.5 --pruning_times 1", "--pruning_times 1 has state 0 alone", "leave it"),
         ("--pretrained none.pth --dry_run", "--pretrained none.pth: no such file", "architecture"),
         ("--init none --dry_run", "--init none: no such file", "architecture"),

@@ -223,7 +223,7 @@ def test_facts_are_official_without_data_and_counted_with_it(tmp_path, caplog):
     assert split_sizes("imagenet", 0.1, None, tmp_path) == (27, 3)
     with caplog.at_level(logging.INFO):
         assert load_dataset("imagenet", tmp_path).facts == facts
-    assert caplog.messages[0] == "--dataset imagenet: 3 classes found, the full set has 1000"
+    assert caplog.messages[0] == "--dataset imagenet: 3 classes found, the full set has 1,000"
     assert "val/ is the test set (3 images); 3 images cut from train/ validate; " in caplog.messages[1]
     assert len(caplog.messages) == 2
     assert DATASETS["folder"].classes == DATASETS["folder"].train_images == 0

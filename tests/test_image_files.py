@@ -333,6 +333,7 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, house, capsys):
     run = runner(tmp_path, capsys, base)
     whole = run("--pruning_times", 3, name="whole")
     run("--pruning_times", 2, name="run")
+    assert "a fixed fifth of train/, stratified by class, is the test set" in (tmp_path / "run" / "run.log").read_text()
     kept = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     swap(folder / "train")
     more = ["--save_dir", tmp_path / "run", "--resume", "--pruning_times", 3]

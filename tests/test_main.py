@@ -545,6 +545,7 @@ def test_the_default_folder_is_named_after_the_run():
     refill = made(*words("--struct refill --arch timm/vit_tiny_patch16_224"))
     assert re.fullmatch(r"results/refill_timm-vit_tiny_patch16_224_digits_crit_l1_rate_0.3_\d{4}_\d{4}", refill)
     assert made("--exp_name", "mine") == "results/mine"
+    Path("results/mine/args.yaml").touch()
     with pytest.raises(RunError, match=r"^--exp_name mine: results/mine holds another run; add --resume or --overwrit"):
         made("--exp_name", "mine")
     assert made("--exp_name", "mine", "--overwrite") == "results/mine"
@@ -576,7 +577,7 @@ def test_an_export_that_proves_wrong_costs_no_report_and_is_not_tried_for_ever(r
     base = [flag for flag in MICRO if flag != "--no-export"]
     flags = words("--struct imp --pruning_times 2 --resume auto")
     monkeypatch.setattr(entry.report, "write", lambda folder: (folder / "report.html").write_text(""))
-    wrong = {"max_difference_float32": 1.0, "bound_float32": 1e-5}
+    wrong = {"max_difference_float32": 1.0, "max_difference_float64": 1.0, "bound": 1e-5}
     with monkeypatch.context() as patch:
         patch.setattr(deployment.folder, "parity", lambda *_: wrong)
         failed = run(*flags, base=base, code=1)

@@ -56,7 +56,9 @@ def test_images_get_the_probabilities_of_the_network(exported, pictures, command
     with open("answers.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [str(file) for file in files]
-    for row, shares, line in zip(rows, expected, out.splitlines(), strict=True):
+    left_out, *lines = out.splitlines()
+    assert left_out == f"{pictures}: left out: notes.txt (.txt)"
+    for row, shares, line in zip(rows, expected, lines, strict=True):
         best = int(shares.argmax())
         assert (row["class"], float(row["probability"])) == (str(best), pytest.approx(float(shares[best]), abs=1e-5))
         assert [float(row[f"p_{digit}"]) for digit in range(10)] == pytest.approx(shares.tolist(), abs=1e-5)
