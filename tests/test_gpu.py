@@ -8,11 +8,12 @@ import json
 
 import pytest
 import torch
-from micro import BOTH, STEPS, largest_difference, load
+from micro import BOTH, STEPS
 from test_dataset import numbered
 from test_folders import in_order, same, write_images
 from test_nm import pruned_vit
 from test_speed import (  # noqa: F401  `only_traced`, `run` and `tapes` are fixtures
+    Tape,
     assert_goes_on_to_the_same_bits,
     assert_same_masks,
     assert_same_run,
@@ -58,7 +59,7 @@ def test_a_captured_step_is_the_eager_step(optimizer, train):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "graph", "compiled-graph"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "compiled-graph"])
 def test_every_mode_of_compilation_trains_as_eager_does(mode, optimizer, train):
     flags = (*RAMP, "--opt", optimizer)
     eager, compiled = train(*flags, name="eager"), train(*flags, "--compile", mode, name="compiled")
@@ -87,11 +88,12 @@ def test_fp16_loses_no_more_than_its_digits(compilation, train, device, monkeypa
 def test_a_captured_run_goes_on_to_the_same_bits(run, device, around):  # noqa: F811
     flags = (*RAMP, *words("--opt adamw --compile graph --deterministic --device"), device)
     assert_goes_on_to_the_same_bits(flags, 1, run, around)
+    assert device == "cuda" or sum(tape.replays for tape in Tape.made) > STEPS
 
 
 def test_a_cnn_is_proven_and_exported_where_convolutions_may_round(train, device, capsys):
     """TF32 convolutions differ by more than the bound, which float64 on the CPU has to meet."""
-    flags = words("--arch res20s --struct rsst --rate 0.4 --epochs 1 --pruning_times 2 --amp auto --export")
+    flags = words("--arch res20s --struct rsst --rate 0.4 --epochs 1 --pruning_times 2 --amp auto")
     done = train(*flags)
     capsys.readouterr()
     assert export.main([str(done.dir), "--device", device, "--fold", "--evaluate"]) == 0
@@ -99,11 +101,11 @@ def test_a_cnn_is_proven_and_exported_where_convolutions_may_round(train, device
         proof = json.loads((folder / "parity.json").read_text())
         assert proof["max_difference_float64"] <= proof["bound"]
         assert proof["top1_agreement"] >= 0.95
-    small, best = export.load(done.dir / "model"), load(done.dir / "best.pt")
-    assert sum(map(len, best["kept"].values())) < 672  # all filters but the 16 of the first convolution
-    assert largest_difference(small.state_dict(), {n: t.cpu() for n, t in small.state_dict().items()}) == 0
-    metrics = export.read_config(done.dir / "model")["metrics"]
-    assert metrics["test_accuracy"] == pytest.approx(float(done.run.progress.states[-1]["test_accuracy"]), abs=2 / 359)
+    config = export.read_config(done.dir / "model")
+    assert config["parameters"]["removed"] < config["parameters"]["dense"]
+    assert config["metrics"]["test_accuracy"] == pytest.approx(
+        float(done.run.progress.states[-1]["test_accuracy"]), abs=2 / 359
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
