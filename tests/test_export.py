@@ -533,6 +533,18 @@ def read_table(lines):
 
 
 @torch.no_grad()
+def test_validation_accuracy_is_measured_on_the_exported_model(tmp_path):
+    """What a run gives was measured in the precision of training, and what stands there may be of an older version."""
+    images, batches = pictures(40), []
+    for _ in range(2):
+        masked, _ = write_micro(tmp_path, batches=batches or [(images, torch.zeros(40))], metrics={"val_accuracy": 2.0})
+        found = masked(images).argmax(1)
+        expected = int((found == 0).sum()) / 40 if not batches else 1.0
+        assert export.read_config(tmp_path)["metrics"] == {"val_accuracy": expected}
+        batches = [(images, found)]
+
+
+@torch.no_grad()
 def accuracy_on_digits(model, part="test"):
     """From raw pixels."""
     test, facts = getattr(load_dataset("digits", "data", SIZE), part), DATASETS["digits"]
