@@ -69,7 +69,8 @@ def write(
         masked: the dense-shaped model with pruned weights at zero.
         kept: as in `compact`.
         batches: validation images for the proof.
-        provenance, metrics: plain values for config.json and the card.
+        provenance, metrics: plain values for config.json and the card. A `val_accuracy` gives way to that of the small
+            model on `batches`: the one that selected it was measured in the precision of training.
         classes: their names, in the order of the logits; empty where they are not known.
         measured: metrics too, measured just now; `metrics` give way to what an earlier call measured on these weights.
 
@@ -130,9 +131,12 @@ def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tu
     return proof
 
 
-def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping, measured: Mapping | None = None) -> None:
+def _write_files(folder: Path, model: nn.Module, config: dict, proof: dict, measured: Mapping | None = None) -> None:
     """The files of a model. What was made from the model that is there, such as model.onnx, stays where weights and
     config are still the same, and so does what was measured on it; else it goes, and a line says so."""
+    accuracy = proof.pop("accuracy")
+    if "val_accuracy" in config["metrics"]:
+        measured = {"val_accuracy": accuracy, **(measured or {})}
     before = _config_of_same(folder, model.state_dict(), config)
     if before is not None:
         config["metrics"] = {**config["metrics"], **before["metrics"]}

@@ -489,10 +489,3 @@ def test_bad_batch_arguments_raise():
     for batch_size, aug, words in ((2, "weak", "aug 'weak'"), (0, "none", "batch_size 0")):
         with pytest.raises(ValueError, match=words):
             Batches(numbered(4), CIFAR10, batch_size, aug=aug)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_makes_the_same_bits():
-    here, there = (Batches(numbered(50), CIFAR10, 20, device=device, seed=2, aug="basic") for device in ("cpu", "cuda"))
-    for got, expected in zip(there.batch(1, 2, 1), here.batch(1, 2, 1), strict=True):
-        assert torch.equal(got.cpu(), expected)

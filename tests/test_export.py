@@ -235,7 +235,7 @@ def test_parity_measures_what_differs():
     images = pictures(119)
     worst = {int((masked(images) - other(images)).abs().amax(1).argmax()), int(masked(images).abs().amax(1).argmax())}
     images = images[others(119, worst)[:40] + sorted(worst) + others(119, worst)[40:]]
-    batches = [(part, torch.zeros(len(part))) for part in images.split([40, 70, 9])]
+    batches = [(part, torch.full((len(part),), 3)) for part in images.split([40, 70, 9])]
     expected, found = masked(images), other(images)
     exact = [copy.deepcopy(model).double()(images.double()) for model in (masked, other)]
     difference, largest = (expected - found).abs().max(), float(expected.abs().max())
@@ -254,6 +254,7 @@ def test_parity_measures_what_differs():
         "largest_logit": pytest.approx(largest, rel=1e-5),
         "bound": pytest.approx(1e-5 * max(1, largest), rel=1e-5),
         "top1_agreement": pytest.approx(agreed),
+        "accuracy": int((found.argmax(1) == 3).sum()) / 119,
     }
 
 
@@ -532,9 +533,21 @@ def read_table(lines):
 
 
 @torch.no_grad()
-def accuracy_on_digits(model):
+def test_validation_accuracy_is_measured_on_the_exported_model(tmp_path):
+    """What a run gives was measured in the precision of training, and what stands there may be of an older version."""
+    images, batches = pictures(40), []
+    for _ in range(2):
+        masked, _ = write_micro(tmp_path, batches=batches or [(images, torch.zeros(40))], metrics={"val_accuracy": 2.0})
+        found = masked(images).argmax(1)
+        expected = int((found == 0).sum()) / 40 if not batches else 1.0
+        assert export.read_config(tmp_path)["metrics"] == {"val_accuracy": expected}
+        batches = [(images, found)]
+
+
+@torch.no_grad()
+def accuracy_on_digits(model, part="test"):
     """From raw pixels."""
-    test, facts = load_dataset("digits", "data", SIZE).test, DATASETS["digits"]
+    test, facts = getattr(load_dataset("digits", "data", SIZE), part), DATASETS["digits"]
     images = ((test.images.double() / 255 - facts.mean[0]) / facts.std[0]).float().expand(-1, 3, -1, -1)
     return int((model(images).argmax(1) == test.labels).sum()) / len(test.labels)
 
@@ -554,7 +567,7 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert_same_tensors(at_the_end, small.state_dict())
 
     accuracy = accuracy_on_digits(masked)
-    val_accuracy = torch.load(run_copy / "best.pt", weights_only=True)["accuracy"]
+    val_accuracy = accuracy_on_digits(masked, "val")
     assert config["metrics"] == {"val_accuracy": val_accuracy, "test_accuracy": accuracy}
     assert f"test accuracy {100 * accuracy:.2f}% of 359 images" in out
     made_by = {"arch": "vit_micro", "dataset": "digits", "struct": "rsst", "criteria": "l1", "prune_type": "lt"}

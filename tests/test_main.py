@@ -255,6 +255,7 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
     assert "commit" in environment
+    assert environment["images"] == {"train": 60, "val": 144, "test": 359}
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     assert "model name" not in cpuinfo or f": {environment['device_name']}\n" in cpuinfo
     precision = {"off": "float32", "bf16": "bf16"}[args["amp"]]
