@@ -340,8 +340,6 @@ def test_the_command_prunes_single_weights_and_the_units_that_die_of_it(name, ho
 
 
 # ------------------------------------------------------------------------------------------ scores and dead units
-
-
 def seen_by_hand(model, units, images):
     """What l1 looks at, [images, tokens, streams, count, width]: rows times the module's input, and their biases."""
     found, handles = {}, []
@@ -431,8 +429,6 @@ def test_units_that_a_norm_counts_die_only_as_zeros(add_noise):
 
 
 # ------------------------------------------------------------------------------------------ --list_archs
-
-
 @pytest.fixture
 def listed(monkeypatch, tmp_path, capsys):
     """listed("PATTERN", ...) -> (exit code, out, err, names that were built), with a cache folder of its own."""

@@ -118,8 +118,6 @@ def parameters_of(model):
 
 
 # ------------------------------------------------------------------------------------------------------ the networks
-
-
 @pytest.mark.parametrize(("arch", "parameters", "convolutions", "filters"), [
     ("res20s", 269_722, 19, 16 + 6 * (16 + 32 + 64)), ("res32s", 464_154, 31, 16 + 10 * (16 + 32 + 64)),
     ("res56s", 853_018, 55, 16 + 18 * (16 + 32 + 64)), ("res18", 11_173_962, 20, 64 + 4 * 64 + 5 * (128 + 256 + 512)),
@@ -171,8 +169,6 @@ def test_convolutions_start_with_hes_deviation():
 
 
 # ------------------------------------------------------------------------------------ public functions and filters kept
-
-
 @pytest.mark.parametrize("conv1", [False, True])
 def test_public_functions_see_all_convolutions_and_the_first_when_asked(make_micro, conv1, capsys):
     model = make_micro(projected=True)
@@ -236,8 +232,6 @@ def test_kept_filters_are_the_references(data):
 
 
 # -------------------------------------------------------------------------------------------- scores, refill of a model
-
-
 def filter_places(model):
     return {name: (name, [[i] for i in range(group.count)]) for name, group in cnn.filter_units(model, True).items()}
 
@@ -303,8 +297,6 @@ def test_fillback_with_and_without_the_first_convolution(make_micro):
 
 
 # ---------------------------------------------------------------------------------------- what a filter is, and removal
-
-
 def test_a_filter_is_its_kernel_with_gain_and_bias():
     model = res_micro_projected()
     units = cnn.filter_units(model, conv1=True)
@@ -398,8 +390,6 @@ def test_slice_and_scatter_are_inverse(make_micro):
 
 
 # ------------------------------------------------------------------------------------------------------- on disk, ONNX
-
-
 def test_export_and_back_and_in_onnx_runtime(make_micro, tmp_path):
     model, path = make_micro(projected=True, size=9), tmp_path / "model"
     kept = some_kept(model, 1)
@@ -555,18 +545,6 @@ def test_the_documented_commands_on_digits(resnets, tmp_path, capsys):
         assert_same_function(masked, small, images_of(4)[0])
     metrics_of = json.loads((tmp_path / "out" / "config.json").read_text())["metrics"]
     assert metrics_of["test_accuracy"] == pytest.approx(float(pruned["test_accuracy"]))
-
-
-@pytest.mark.parametrize(
-    "flags", ["--vit_structured", "--struct oneshot", "--vit_structured --struct oneshot --dry_run"]
-)
-def test_what_a_cnn_has_not_is_refused_in_one_line(flags, resnets, tmp_path, capsys):
-    assert call(words(f"--arch res20s --dataset digits --device cpu {flags} --save_dir {tmp_path / 'run'}")) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert all(part in err for part in (flags.removesuffix(" --dry_run").partition(" ")[0], "filters"))
-    assert "add --vit_structured" not in err
-    assert not (tmp_path / "run").exists()
 
 
 def plan_rows(capsys, flags):
@@ -747,8 +725,6 @@ def test_a_broken_run_resumes_to_the_same_bits(run, seen, around):
 
 
 # ------------------------------------------------------------------------------------------------- Fashion-MNIST, slow
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is missing")
 @pytest.mark.parametrize("sparsity", [0.36, 0.64])

@@ -7,7 +7,7 @@ import math
 import pytest
 import timm
 import torch
-from micro import BOTH, DEPTH, MICRO, PRUNABLE, assert_same_tensors, call, load, rows_of, runner, vit_micro, wrap
+from micro import BOTH, DEPTH, MICRO, PRUNABLE, assert_same_tensors, load, rows_of, runner, vit_micro, wrap
 from torch import nn
 
 import export
@@ -85,13 +85,10 @@ def test_without_its_empty_blocks_a_model_computes_the_same(name, gone):
     assert (model(images) - expected).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize(
-    ("make", "stay"),
-    [
-        (lambda: vision(pre_norm=True), [0, 2]),  # a norm in front of all blocks: the second block goes into the first
-        (lambda: vision(timm.models.vision_transformer.ResPostBlock, init_values=0.1), None),  # a norm behind branches
-    ],
-)
+@pytest.mark.parametrize(("make", "stay"), [
+    (lambda: vision(pre_norm=True), [0, 2]),  # a norm in front of all blocks: the second block goes into the first
+    (lambda: vision(timm.models.vision_transformer.ResPostBlock, init_values=0.1), None),  # a norm behind branches
+])  # fmt: skip
 def test_blocks_stay_where_nothing_can_take_what_they_add(make, stay):
     model = noisy(make())
     kept = emptied(model, ("blocks.0.", "blocks.1.", "blocks.3."))
@@ -126,8 +123,6 @@ def test_one_block_stays_of_a_model_that_has_nothing_else():
 
 
 # ------------------------------------------------------------------------------------------ scores
-
-
 @pytest.mark.parametrize("init_values", [None, 0.1])
 def test_a_branch_is_scored_by_what_it_adds(init_values):
     model = noisy(vit_micro(init_values=init_values))
@@ -181,8 +176,6 @@ def test_what_has_no_branches_of_its_own_is_refused_by_name():
 
 
 # ------------------------------------------------------------------------------------------ ranking
-
-
 def brute_force(values, count, target):
     """The best subset of that many, by its sum; with branches one of each kind at least."""
     best = max(
@@ -243,8 +236,6 @@ def test_a_branch_goes_whole_where_it_is_worth_little_together(worth):
 
 
 # ------------------------------------------------------------------------------------------ runs
-
-
 @pytest.fixture
 def run(house, tmp_path, capsys):
     return runner(tmp_path, capsys, [word for word in MICRO if word != "--no-export"])
@@ -313,4 +304,3 @@ def test_a_plan_counts_blocks(run):
     assert [line.split()[2] for line in out.splitlines() if "%" in line] == ["2", "1", "1"]
     branches = run("--struct", "refill", *BOTH[:2], "branch", "--rate", 0.5, "--dry_run").out
     assert "of attentions and MLPs the same share. One costs" in branches
-    assert call([*MICRO, "--struct", "refill", *BLOCK, "--target_macs", "0.5", "--dry_run"]) == 2

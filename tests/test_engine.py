@@ -58,8 +58,6 @@ def column(folder, name):
 
 
 # ------------------------------------------------------------------------------------------------- what is left
-
-
 @pytest.mark.parametrize("target", ["head", "mlp", "both"])
 @pytest.mark.parametrize("neurons", [None, 0.0, 0.7])
 def test_neurons_go_by_their_own_ratio_or_else_by_that_of_heads(target, neurons):
@@ -151,8 +149,6 @@ def test_the_learning_rate_starts_anew_in_every_state(done):
 
 
 # ----------------------------------------------------------------------------------------------------------- penalty
-
-
 def batch_lines(log, state):
     """{step of the state, from 1: the note of its line in run.log}, where every batch has a line."""
     found = re.findall(rf" state {state} epoch (\d+)/\d+ batch (\d+)/{STEPS} (.*)", log)
@@ -266,8 +262,6 @@ def test_the_dose_of_adamw_is_unknown(run):
 
 
 # --------------------------------------------------------------------------------------------------- where states start
-
-
 @pytest.mark.parametrize(("name", "rewind", "classifier"), [
     ("rsst", "start", "kept"), ("rsst units", "start", "rewound"), ("rsst rewound", "epoch 1", "rewound"),
     ("rsst pretrained", "start", "rewound"), ("refill", "start", "kept"), ("refill rewound", "epoch 1", "kept"),
@@ -341,8 +335,6 @@ def test_no_refill_keeps_the_elementwise_mask_inside_survivors(done):
 
 
 # -------------------------------------------------------------------------------------------- dead weights stay dead
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_masked_weights_are_zero_after_every_step(name, done):
     seen, dead = done(name), {}
@@ -393,8 +385,6 @@ def test_doomed_units_live_until_the_cut_and_their_biases_die_with_them(done):
 
 
 # --------------------------------------------------------------------------------------------------- RSST and Refill
-
-
 def test_with_lt_and_a_constant_ratio_rsst_equals_refill_from_state_2_on(seen):
     def pair(*flags):
         return [seen("--struct", struct, *BOTH, "--rate", "0.6", *flags) for struct in ("rsst", "refill")]
@@ -417,8 +407,6 @@ def test_with_lt_and_a_constant_ratio_rsst_equals_refill_from_state_2_on(seen):
 
 
 # --------------------------------------------------------------------------------------------------- compact training
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("method", "optimizer"), [("rsst", "adamw --lr 0.002"), ("refill", "sgd")])
 def test_compact_and_masked_training_agree_in_float64(method, optimizer, seen):
@@ -480,8 +468,6 @@ def test_oneshot_removes_the_units_whatever_compact_training_says(done):
 
 
 # --------------------------------------------------------------------------- functions of the engine by themselves
-
-
 @pytest.fixture
 def make(house, tmp_path):
     """make("--struct", "imp") -> a run before its first state."""

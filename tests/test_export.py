@@ -32,8 +32,6 @@ MODEL_FILES = ["README.md", "config.json", "model.safetensors", "parity.json"]
 
 
 # ------------------------------------------------------------------------------------- models, made independently
-
-
 @torch.no_grad()
 def noisy(model, scale=0.3):
     """Noise on every weight, bias and norm, so that no initial zero or one hides a mistake."""
@@ -95,8 +93,6 @@ def write_micro(folder, kept=SOME, **changes):
 
 
 # ------------------------------------------------------------------------------------------------ what still works
-
-
 @torch.no_grad()
 def test_removal_leaves_the_masked_model_as_it_was_and_names_all_that_stays():
     kept = {"blocks.0.attn": [1, 2, 3], "blocks.1.mlp": []}
@@ -165,8 +161,6 @@ def test_without_an_output_bias_a_constant_keeps_its_unit():
 
 
 # ------------------------------------------------------------------------------------------------ the folder
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [SOME, NO_BLOCK], ids=["some of each", "no block"])
 def test_folder_holds_the_model(tmp_path, kept):
@@ -395,8 +389,6 @@ def test_the_card_of_a_dense_run_says_nothing_of_pruning(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ plain timm
-
-
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("kept", [{}, NO_BLOCK], ids=["whole", "no block"])
@@ -425,8 +417,6 @@ def test_timm_alone_loads_the_folder(tmp_path, monkeypatch, kept):
 
 
 # ------------------------------------------------------------------------------------------------ damaged folders
-
-
 def assert_refused(folder):
     with pytest.raises(RunError) as caught:
         export.load(folder)
@@ -488,8 +478,6 @@ def test_damaged_folder_is_refused_in_one_line(tmp_path, damage):
 
 
 # ------------------------------------------------------------------------------------------------ a finished run
-
-
 @pytest.fixture
 def run_copy(finished_run, tmp_path):
     return linked(finished_run, tmp_path / "copy")
@@ -665,8 +653,6 @@ def test_contradicting_flags_are_refused_in_one_line(run_copy, command, tmp_path
 
 
 # ------------------------------------------------------------------------------------------------ a foreign checkpoint
-
-
 def torch_pruned(rows_only):
     """The micro model under torch.nn.utils.prune; the masks zero whole units, their biases stay."""
     model = micro()
@@ -733,8 +719,6 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path, command, name):
 
 
 # ------------------------------------------------------------------------------------------------ ONNX
-
-
 @pytest.fixture(scope="module")
 def onnx_file(finished_run, tmp_path_factory):
     """The ONNX file of the run's model, of which a head's and an MLP's branch were emptied, and that model."""
@@ -834,8 +818,6 @@ def test_missing_onnx_is_one_line_before_any_work_and_costs_nothing_else(run_cop
 
 
 # ------------------------------------------------------------------------------------------------ folded and compiled
-
-
 @torch.no_grad()
 def test_layer_scale_goes_into_a_variant(tmp_path, monkeypatch):
     masked = masked_like(micro(init_values=0.5), SOME)
@@ -956,8 +938,6 @@ def test_compiled_forms_compute_the_same_and_are_timed(run_copy, command):
 
 
 # ------------------------------------------------------------------------------------------------ sizes and speeds
-
-
 class Clock:
     """A clock that only the models given to it move, by what a forward pass is said to take."""
 
