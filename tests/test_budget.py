@@ -6,20 +6,10 @@ import json
 import pytest
 import torch
 import yaml
-from micro import (
-    BOTH,
-    HEADS,
-    HIDDEN,
-    MICRO,
-    WHOLE,
-    assert_same_tensors,
-    clones,
-    log_of,
-    make_run,
-    rows_of,
-    runner,
-    vit_micro,
-)
+from micro import BOTH, HEADS, HIDDEN, MICRO, WHOLE, assert_same_tensors, clones, log_of, make_run, rows_of, runner
+
+# isort: split
+from micro import vit_micro
 from test_cnn import res_micro
 
 import export
@@ -290,12 +280,8 @@ def test_a_budget_is_a_share_of_the_dense_network_that_merges_no_tokens(run):
 
 # ------------------------------------------------------------------------------------------------------- milliseconds
 
-TABLE = {
-    "dense_ms": 14.0,
-    "base_ms": 2.0,
-    "layers": {"a": {"counts": [0, 2, 4], "ms": [0, 2, 8]}, "b": {"counts": [1, 5], "ms": [1, 4]}},
-    "states": {},
-}
+MEASURED = {"a": {"counts": [0, 2, 4], "ms": [0, 2, 8]}, "b": {"counts": [1, 5], "ms": [1, 4]}}
+TABLE = {"dense_ms": 14.0, "base_ms": 2.0, "layers": MEASURED, "states": {}}
 
 
 def test_between_measured_counts_the_cost_is_linear():

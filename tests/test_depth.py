@@ -7,7 +7,7 @@ import math
 import pytest
 import timm
 import torch
-from micro import BOTH, DEPTH, MICRO, PRUNABLE, assert_same_tensors, load, rows_of, runner, vit_micro, wrap
+from micro import BOTH, DEPTH, MICRO, PRUNABLE, assert_same_tensors, card_model, load, rows_of, runner, vit_micro, wrap
 from torch import nn
 
 import export
@@ -244,7 +244,7 @@ def run(house, tmp_path, capsys):
 BLOCK = (*BOTH[:2], "block")
 
 
-def test_rsst_fades_a_block_and_exports_fewer(run, monkeypatch):
+def test_rsst_fades_a_block_and_exports_fewer(run):
     done = run("--struct", "rsst", *BLOCK, "--rate", 0.5, "--min_units", 0, "--epochs", 4, "--reg_finish", 0.5)
     assert "note: --min_units: has no effect where blocks are ranked over the whole model" in done.out
     assert "1 of 2 blocks stay" in done.out
@@ -264,14 +264,11 @@ def test_rsst_fades_a_block_and_exports_fewer(run, monkeypatch):
     # the lines of the card, with plain timm
     card = (folder / "README.md").read_text()
     assert f"Blocks of the dense model that are left, counted from 0: {config['blocks']}" in card
-    code = card.split("```python\n")[1].split("```")[0]
-    assert code.count("\n") <= 20
-    monkeypatch.chdir(folder)
-    space = {}
-    exec(code, space)
+    loaded, code = card_model(folder)
+    assert len(code.splitlines()) <= 20
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(space["model"](images), small(images), rtol=1e-5, atol=1e-5)
-    assert type(space["model"]).__module__ == "timm.models.vision_transformer"
+    torch.testing.assert_close(loaded(images), small(images), rtol=1e-5, atol=1e-5)
+    assert type(loaded).__module__ == "timm.models.vision_transformer"
 
 
 @pytest.mark.parametrize(("target", "criterion"), [("branch", "remain"), ("all", "saliency")])

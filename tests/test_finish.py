@@ -4,22 +4,10 @@ import json
 
 import pytest
 import torch
-from micro import (
-    BOTH,
-    LAYERS,
-    MICRO,
-    STEPS,
-    TIMES,
-    assert_same_tensors,
-    call,
-    clones,
-    load,
-    log_of,
-    make_run,
-    metrics,
-    rows_of,
-    wrap,
-)
+from micro import BOTH, LAYERS, MICRO, STEPS, TIMES, assert_same_tensors, call, clones, load, log_of, make_run, metrics
+
+# isort: split
+from micro import rows_of, wrap
 from safetensors.torch import load_file
 from test_recipes import picture_folder
 
@@ -41,6 +29,11 @@ KINDS = {
     "oneshot": ("--struct", "oneshot", *BOTH),
     "dense": ("--struct", "dense", *TWO),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    monkeypatch.setattr(entry.report, "write", lambda _: None)  # pictures take longer than these runs
 
 
 def parse(*flags):
@@ -157,7 +150,6 @@ def test_on_all_every_training_and_validation_image_is_seen_once_an_epoch(kind, 
 
 
 def test_on_all_the_end_is_exported_and_nothing_counts_as_held_out(house, tmp_path, monkeypatch):
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
     ends, validated, steps = {}, [], []
     track = engine.run.Tracker.log
     monkeypatch.setattr(
@@ -201,8 +193,7 @@ def test_on_all_the_end_is_exported_and_nothing_counts_as_held_out(house, tmp_pa
     assert_same_tensors(load_file(folder / "model" / "model.safetensors"), weights)
 
 
-def test_its_teacher_knows_all_images(house, tmp_path, around, monkeypatch):
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
+def test_its_teacher_knows_all_images(house, tmp_path, around):
     found = []
     around("step", after=lambda training: found.append((training.progress.state, training.run)))
     flags = [*MICRO, "--struct", "dense", *TWO, *ON_ALL, "--teacher", "self", "--aug", "none"]
@@ -241,8 +232,7 @@ def assert_left_alike(one, other):
 
 
 @pytest.mark.parametrize("on_all", [False, True])
-def test_a_kill_between_what_it_selects_and_its_checkpoint_changes_no_bit(on_all, seen, house, tmp_path, monkeypatch):
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
+def test_a_kill_between_what_it_selects_and_its_checkpoint_changes_no_bit(on_all, seen, house, tmp_path):
     epochs = ("--finish_epochs", "1" if on_all else "2", *["--finish_on_all"] * on_all)  # either selects after one
     flags = (*KINDS["rsst units"], *epochs)
     whole = seen(*flags).dir
@@ -265,8 +255,7 @@ def test_a_kill_between_what_it_selects_and_its_checkpoint_changes_no_bit(on_all
         assert_same_tensors(load(whole / "best.pt")["weights"], last)
 
 
-def test_states_may_come_before_it_but_not_behind_it(seen, house, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
+def test_states_may_come_before_it_but_not_behind_it(seen, house, tmp_path, capsys):
     flags, folder = ("--struct", "imp", *FINISH), tmp_path / "run"
 
     def interrupt(training):
@@ -286,8 +275,7 @@ def test_states_may_come_before_it_but_not_behind_it(seen, house, tmp_path, monk
 
 
 @pytest.mark.parametrize("flags", ["--struct imp --opt adamw", f"--struct refill {' '.join(BOTH)} --ema_decay 0.9"])
-def test_a_run_that_is_done_goes_on_with_a_finish_as_if_asked_for_at_once(flags, house, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
+def test_a_run_that_is_done_goes_on_with_a_finish_as_if_asked_for_at_once(flags, house, tmp_path, capsys):
     runs = [tmp_path / name for name in ("whole", "later")]
     finish = ("--finish_epochs", "3", "--finish_lr", "0.02")
     for folder, more in zip(runs, (finish, ()), strict=True):
@@ -305,7 +293,6 @@ def test_a_run_that_is_done_goes_on_with_a_finish_as_if_asked_for_at_once(flags,
 @pytest.mark.parametrize("more", [(), ("--finish_on_all",)])
 def test_a_finish_goes_on_for_more_epochs(done, more, house, tmp_path, monkeypatch, capsys):
     """At a constant rate nothing tells the longer finish from one that was as long from the start."""
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
     constant = "--struct rsst --reg_finish 0.5 --opt adamw --lr 0.01 --warmup 0 --decreasing_lr 9"
     flags = [*MICRO, *constant.split(), *TWO, *more]
     runs = [tmp_path / name for name in ("whole", "longer")]

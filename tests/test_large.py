@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from micro import call
+from micro import call, card_model
 from PIL import Image
 
 import export
@@ -72,7 +72,7 @@ def test_an_imagenet_tree_trains_prunes_and_exports_the_same_with_workers(imagen
     pytest.param("vit_small_patch14_reg4_dinov2", 14, marks=pytest.mark.slow),
     ("deit_tiny_distilled_patch16_224", 16),  # class and distillation token, two classifiers
 ])  # fmt: skip
-def test_timm_models_of_other_families(name, patch, tmp_path, monkeypatch):
+def test_timm_models_of_other_families(name, patch, tmp_path):
     """Structured RSST, removed, exported, and loaded by the card's lines in plain timm."""
     folder, size = tmp_path / "run", ["--arch", f"timm/{name}", "--img_size", 2 * patch]
     flags = ["--dataset", "digits", "--train_limit", 24, *size, *SHORT, *BOTH, "--val_fraction", 0.02]
@@ -82,17 +82,15 @@ def test_timm_models_of_other_families(name, patch, tmp_path, monkeypatch):
     assert config["heads"] == [dense.blocks[0].attn.num_heads // 2] * 12
     assert config["neurons"] == [dense.blocks[0].mlp.fc1.out_features // 2] * 12
     assert proof["max_difference_float64"] < 1e-12
-    model, names = export.load(folder / "model"), {}
+    model = export.load(folder / "model")
     assert is_vit_model(model)
     assert model.pos_embed.shape == dense.pos_embed.shape
-    code = (folder / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) < 20
+    loaded, code = card_model(folder / "model")
     assert "export" not in code
-    monkeypatch.chdir(folder / "model")
-    exec(code, names)
+    assert len(code.splitlines()) < 20
     images = torch.randn(2, 3, 2 * patch, 2 * patch, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(names["model"](images), model(images), rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-6)
 
 
 def test_pretrained_weights_that_cannot_be_had_end_the_command_or_with_fallback_are_noted(tmp_path, capsys):

@@ -199,10 +199,6 @@ def test_the_command_itself_refuses_in_one_line_with_its_exit_code(tmp_path):
     assert list(here.iterdir()) == []
 
 
-def test_these_tests_set_a_policy_for_threads_that_wait():
-    assert os.environ["OMP_WAIT_POLICY"]  # by conftest.py where the user has not
-
-
 def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(tmp_path):
     """The variable is read when torch loads; here its place is taken by a file that tells what it finds and ends."""
     (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['OMP_WAIT_POLICY'])\n")

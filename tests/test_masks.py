@@ -14,23 +14,16 @@ from hypothesis import strategies as st
 from references import assert_masks, assert_same_tensors, clones, largest, random_masks, unit_scores
 from torch.nn.utils import prune
 
-from vit_pruning_utils import (
-    check_masks,
-    check_sparsity_vit,
-    count_kept,
-    density,
-    elementwise_step,
-    extract_mask_vit,
-    full_masks,
-    prunable_layers,
-    prunable_weights,
-    prune_model_custom_fillback_vit,
-    prune_model_custom_vit,
-    pruning_model_vit,
-    refill_rows,
-    remove_prune_vit,
-    structured_masks,
-)
+from vit_pruning_utils import check_masks, check_sparsity_vit, count_kept, density, elementwise_step, extract_mask_vit
+
+# isort: split
+from vit_pruning_utils import full_masks, prunable_layers, prunable_weights, prune_model_custom_fillback_vit
+
+# isort: split
+from vit_pruning_utils import prune_model_custom_vit, pruning_model_vit, refill_rows, remove_prune_vit
+
+# isort: split
+from vit_pruning_utils import structured_masks
 from vit_structured_pruning import vit_units
 
 DIM, HIDDEN = 12, 24  # of the micro model

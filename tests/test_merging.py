@@ -6,22 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from micro import (
-    DEPTH,
-    DIM,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    MICRO,
-    assert_one_line,
-    assert_same_tensors,
-    call,
-    load,
-    log_of,
-    metrics,
-    rows_of,
-    vit_micro,
-)
+from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, MICRO, assert_one_line, assert_same_tensors, call, load, log_of
+
+# isort: split
+from micro import metrics, rows_of, vit_micro
 
 import export
 import main_imp_fillback as entry
