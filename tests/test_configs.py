@@ -176,18 +176,8 @@ def test_the_check_runs_and_ends_with_its_table(capsys):
 @pytest.mark.parametrize(("text", "argv", "expected"), [
     ("save_dir: results/dense", "--exp_name new", {"save_dir": None, "exp_name": "new"}),
     ("save_dir: results/dense", "--epochs 4", {"save_dir": "results/dense"}),
-    (
-        "pretrained: true\npretrained_tag: dino",
-        "--pretrained a.pth",
-        {"pretrained": "a.pth", "pretrained_tag": None},
-    ),
-])  # fmt: skip
-def test_flags_by_hand_win_over_what_would_contradict_them(parse, text, argv, expected):
-    found = parse(f"{text}\narch: vit_small", *words(argv))
-    assert {flag: found[flag] for flag in expected} == expected
-
-
-@pytest.mark.parametrize(("text", "argv", "expected"), [
+    ("pretrained: true\npretrained_tag: dino\narch: vit_small", "--pretrained a.pth --arch vit_small",
+     {"pretrained": "a.pth", "pretrained_tag": None}),
     ("epochs: 3", "--epochs 4", {"epochs": 4}), ("epochs: 3", "--lr 0.5", {"epochs": 3, "lr": 0.5}),
     ("refill: true", "--no-refill --vit_structured", {"refill": False}),
     ("compact_training: false", "--compact_training --vit_structured", {"compact_training": True}),

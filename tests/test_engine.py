@@ -14,22 +14,10 @@ from types import SimpleNamespace
 import micro
 import pytest
 import torch
-from micro import (
-    BOTH,
-    DEPTH,
-    HEADS,
-    HIDDEN,
-    LAYERS,
-    MICRO,
-    PRUNABLE,
-    RUNS,
-    SHARES,
-    STEPS,
-    TIMES,
-    WHOLE,
-    log_of,
-    rows_of,
-)
+from micro import BOTH, DEPTH, HEADS, HIDDEN, LAYERS, MICRO, PRUNABLE, RUNS, SHARES, STEPS, TIMES, WHOLE, log_of
+
+# isort: split
+from micro import rows_of
 from safetensors.torch import save_file
 
 # isort: split

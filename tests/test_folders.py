@@ -13,34 +13,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from micro import touch
 from PIL import Image, ImageFile
 
 import images.folders
-from dataset import (
-    DATASETS,
-    Batches,
-    DataError,
-    FolderBatches,
-    FolderSplit,
-    Split,
-    dataset_facts,
-    load_dataset,
-    make_batches,
-    split_sizes,
-)
+from dataset import DATASETS, Batches, DataError, FolderBatches, FolderSplit, Split, dataset_facts, load_dataset
+
+# isort: split
+from dataset import make_batches, split_sizes
 from images.files import EXTENSIONS
 
 IMAGENET = DATASETS["imagenet"]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 KINDS = ("b.JPG", "a.jpeg", "c.PNG", "d.bmp", "e.webp", "f.ppm", "g.pgm", "h.tif", "i.Tiff", "j.jpg")
-
-
-def touch(root, *names):
-    """Empty files: whoever opens one as an image finds out."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
 
 
 def touch_classes(root, part, *counts):

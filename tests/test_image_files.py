@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from micro import MICRO, call, runner
+from micro import MICRO, call, runner, touch
 from PIL import Image
 
 import main_imp_fillback as entry
@@ -177,12 +177,6 @@ def test_the_demo_page_makes_transparent_images_opaque_in_the_same_way(tmp_path)
 
 
 # ------------------------------------------------------------------------------ which files are listed
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
 def test_files_are_listed_or_named_with_the_reason(tmp_path):
     touch(tmp_path, "b.JFIF", "a/x.gif", "a/deep.er/y.avif", "a.jpg", ".hidden.jpg", ".dir/z.jpg")
     touch(tmp_path, "notes.txt", "a/IMG.HEIC", "a/more.heic", "README")
