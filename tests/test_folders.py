@@ -182,6 +182,9 @@ def test_tiny_imagenet_in_both_layouts(tmp_path, caplog, annotations):
     assert load_dataset("tiny-imagenet", tmp_path, image_size=32).val.image_size == 32
     if annotations:
         assert names(splits.test) == [f"val/images/v{i}.JPEG" for i in range(3)]
+        plain = load_dataset("tiny-imagenet", write_tiny(tmp_path / "plain", None))
+        orders = [[os.path.basename(path) for path in names(train)] for train in (plain.train, splits.train)]
+        assert orders[0] == orders[1]  # whichever layout, training sees the same images in the same order
         assert not caplog.records
         write_tiny(tmp_path, annotations="v0.JPEG\tn2\t0\t0\t1\t1\n")
         assert names(load_dataset("tiny-imagenet", tmp_path).test) == ["val/images/v0.JPEG"]
