@@ -81,18 +81,13 @@ def test_what_a_channels_last_kernel_multiplies_by_is_a_whole_group():
     assert torch.equal(found.sum(1), torch.full((3, 3, 3), 2.0))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "schedule", "expected"),
-    [
-        ("2:4", "geometric", [4, 3, 2]),  # 4 / sqrt(2) = 2.83
-        ("2:4", "linear", [4, 4, 3, 3, 2]),  # 3.5 and 2.5: halves up
-        ("2:4", "constant", [4, 2, 2, 2]),
-        ("2:4", "geometric", [4, 2]),
-        ("1:4", "geometric", [4, 3, 2, 1]),  # 4 / 4^(1/3) = 2.52, 1.59
-        ("4:8", "linear", [8, 7, 6, 5, 4]),
-        ("1:16", "geometric", [16, 8, 4, 2, 1]),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "schedule", "expected"), [
+    ("2:4", "geometric", [4, 3, 2]),  # 4 / sqrt(2) = 2.83
+    ("2:4", "linear", [4, 4, 3, 3, 2]),  # 3.5 and 2.5: halves up
+    ("2:4", "constant", [4, 2, 2, 2]), ("2:4", "geometric", [4, 2]),
+    ("1:4", "geometric", [4, 3, 2, 1]),  # 4 / 4^(1/3) = 2.52, 1.59
+    ("4:8", "linear", [8, 7, 6, 5, 4]), ("1:16", "geometric", [16, 8, 4, 2, 1]),
+])  # fmt: skip
 def test_states_lead_to_the_pattern(pattern, schedule, expected):
     states = len(expected)
     found = [scheduled_keep(*parse_pattern(pattern), schedule, state, states) for state in range(states)]
@@ -163,16 +158,11 @@ def test_a_broken_off_run_goes_on_to_the_same_bits(seen, noisy, tmp_path):
 
 
 @pytest.mark.usefixtures("house")
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        *((f"--nm {value}", f"--nm {value}: ") for value in ("4:2", "0:4", "4:4", "x", "2:4:8", "124", "2:10000")),
-        ("--nm 2:4 --vit_structured", "--nm 2:4: "),
-        ("--nm 2:4 --fillback_rate 0.1", "--fillback_rate 0.1: "),
-        ("--nm 2:4 --struct oneshot", "--struct oneshot: "),
-        ("--nm 2:4 --arch res20s --struct rsst", "--struct imp"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "named"), [
+    *((f"--nm {value}", f"--nm {value}: ") for value in ("4:2", "0:4", "4:4", "x", "2:4:8", "124", "2:10000")),
+    ("--nm 2:4 --vit_structured", "--nm 2:4: "), ("--nm 2:4 --fillback_rate 0.1", "--fillback_rate 0.1: "),
+    ("--nm 2:4 --struct oneshot", "--struct oneshot: "), ("--nm 2:4 --arch res20s --struct rsst", "--struct imp"),
+])  # fmt: skip
 def test_what_makes_no_sense_is_one_line(flags, named, capsys, tmp_path):
     assert call([*MICRO, *flags.split(), "--save_dir", tmp_path / "run"]) == 2
     said = capsys.readouterr().err

@@ -84,19 +84,17 @@ def test_what_is_no_image_is_named_counted_and_costs_no_other_answer(exported, p
 
 
 BAD = {
-    "RUN --predict NONE": "no such file or folder",
-    "RUN --predict EMPTY": "no images in this folder",
+    "RUN --predict NONE": "no such file or folder", "RUN --predict EMPTY": "no images in this folder",
     "RUN --predict PICTURES --out answers": "is a CSV file",
     "RUN --predict PICTURES --out THERE.csv": "is there already; .*--overwrite",
     "RUN --predict PICTURES --out NONE/answers.csv": "not a folder that can be written",
     "RUN --predict PICTURES --onnx": "--onnx: does not go with --predict",
     "--from_checkpoint c.pt --arch vit_mini --out o.csv --predict PICTURES": "--predict",
-    "EMPTY --predict PICTURES": "is .*empty an exported model",
-    "MODEL": "say what to make of it",
+    "EMPTY --predict PICTURES": "is .*empty an exported model", "MODEL": "say what to make of it",
     "MODEL --latency": "--latency: .*needs the folder of its run",
     "MODEL --onnx --int8": "--int8: .*needs the folder of its run",
     "MODEL --onnx --out PICTURES": "--out: .*needs the folder of its run",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", BAD)

@@ -49,18 +49,12 @@ def photographs(folder, count=4, low=40, high=90):
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
-@pytest.mark.parametrize(
-    ("changes", "size", "resize", "mode"),
-    [
-        ({}, 224, 256, "shorter"),
-        ({}, 112, 112, "shorter"),
-        ({"crop_pct": 0.9}, 224, 248, "shorter"),
-        ({"crop_pct": 0.875}, 112, 128, "shorter"),
-        ({"crop_pct": 1.0}, 224, 224, "shorter"),
-        ({"crop_pct": 0.9, "crop_mode": "squash"}, 224, 248, "square"),
-        ({"files": False, "crop_pct": 0.9}, 56, 56, "square"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "size", "resize", "mode"), [
+    ({}, 224, 256, "shorter"), ({}, 112, 112, "shorter"), ({"crop_pct": 0.9}, 224, 248, "shorter"),
+    ({"crop_pct": 0.875}, 112, 128, "shorter"), ({"crop_pct": 1.0}, 224, 224, "shorter"),
+    ({"crop_pct": 0.9, "crop_mode": "squash"}, 224, 248, "square"),
+    ({"files": False, "crop_pct": 0.9}, 56, 56, "square"),
+])  # fmt: skip
 def test_what_is_resized_and_cut(changes, size, resize, mode):
     shown = preprocessing_of(dataclasses.replace(FOLDER, **changes), size)
     assert (shown.resize, shown.crop, shown.size, shown.resize_mode) == (resize, size, size, mode)
@@ -124,27 +118,22 @@ AUGREG, DINO = "timm's vit_small_patch16_224.augreg_in21k_ft_in1k", "timm's vit_
 OWN = "the run that the weights come from"
 
 
-@pytest.mark.parametrize(
-    ("flags", "mean", "said"),
-    [
-        ("--arch vit_small", None, ""),
-        ("--arch vit_small --pretrained", 0.5, AUGREG),
-        ("--arch vit_small --pretrained --pretrained_tag dino", 0.485, DINO),
-        ("--arch timm/vit_small_patch16_224.dino --pretrained w.pth", 0.485, DINO),
-        ("--arch timm/vit_small_patch16_224 --init w.pth", 0.5, AUGREG),
-        ("--arch timm/vit_small_patch16_224 --init w.pth --preprocessing dataset", None, ""),
-        ("--arch timm/vit_small_patch16_224", None, ""),
-        ("--arch vit_small --pretrained w.pth", None, ""),  # anybody's
-        ("--arch vit_small --pretrained w.pth --preprocessing model", 0.5, AUGREG),
-        ("--arch vit_small --pretrained w.npz", 0.5, AUGREG),  # Google's
-        ("--arch vit_tiny --init run/best.pt", None, ""),  # of digits, as this run
-        ("--arch vit_tiny --init run/best.pt --dataset cifar10", 0.3058, OWN),
-        ("--arch timm/vit_small_patch16_224 --pretrained run", None, ""),  # its own record comes first
-        ("--arch vit_tiny --init half/init.pt", 0.5, "some weights"),
-        ("--arch vit_tiny --init model", 0.1, OWN),
-        ("--arch vit_tiny --init model/model.safetensors", 0.1, OWN),
-    ],
-)
+@pytest.mark.parametrize(("flags", "mean", "said"), [
+    ("--arch vit_small", None, ""), ("--arch vit_small --pretrained", 0.5, AUGREG),
+    ("--arch vit_small --pretrained --pretrained_tag dino", 0.485, DINO),
+    ("--arch timm/vit_small_patch16_224.dino --pretrained w.pth", 0.485, DINO),
+    ("--arch timm/vit_small_patch16_224 --init w.pth", 0.5, AUGREG),
+    ("--arch timm/vit_small_patch16_224 --init w.pth --preprocessing dataset", None, ""),
+    ("--arch timm/vit_small_patch16_224", None, ""),
+    ("--arch vit_small --pretrained w.pth", None, ""),  # anybody's
+    ("--arch vit_small --pretrained w.pth --preprocessing model", 0.5, AUGREG),
+    ("--arch vit_small --pretrained w.npz", 0.5, AUGREG),  # Google's
+    ("--arch vit_tiny --init run/best.pt", None, ""),  # of digits, as this run
+    ("--arch vit_tiny --init run/best.pt --dataset cifar10", 0.3058, OWN),
+    ("--arch timm/vit_small_patch16_224 --pretrained run", None, ""),  # its own record comes first
+    ("--arch vit_tiny --init half/init.pt", 0.5, "some weights"), ("--arch vit_tiny --init model", 0.1, OWN),
+    ("--arch vit_tiny --init model/model.safetensors", 0.1, OWN),
+])  # fmt: skip
 def test_the_record_of_the_weights_decides(flags, mean, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, used in (("run", None), ("half", HALF)):

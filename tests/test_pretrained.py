@@ -471,33 +471,24 @@ def without(arrays, word):
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 DAMAGED = {
-    "half.pth": "",
-    "half.safetensors": "",
-    "half.npz": "",
-    "missing.pth": "No such file",
-    "missing.npz": "No such file",
-    "empty.pth": b"",
-    "noise.safetensors": bytes(range(256)) * 8,
-    "list.pth": [torch.ones(2)],
-    "numbers.pth": {"norm.weight": 3},
+    "half.pth": "", "half.safetensors": "", "half.npz": "", "missing.pth": "No such file",
+    "missing.npz": "No such file", "empty.pth": b"", "noise.safetensors": bytes(range(256)) * 8,
+    "list.pth": [torch.ones(2)], "numbers.pth": {"norm.weight": 3},
     "namespace.pth": {"model": {}, "args": argparse.Namespace(lr=1)},
     "infinite.pth": {"norm.weight": torch.tensor([1.0, float("nan")])},
     "foreign.npz": lambda arrays: {"weights": np.ones(3)},
     "hybrid.npz": lambda arrays: {**arrays, "conv_root/kernel": np.ones((3, 3, 3, 8))},
     "no blocks.npz": lambda arrays: without(arrays, "encoderblock"),
     "torn grid.npz": lambda arrays: {**arrays, POSITIONS: np.zeros((1, 15, 24), np.float32)},
-    "pickled.npz": lambda arrays: {**arrays, POSITIONS: np.array([{}], dtype=object)},
-    "code.pth": Payload,
+    "pickled.npz": lambda arrays: {**arrays, POSITIONS: np.array([{}], dtype=object)}, "code.pth": Payload,
     "nested code.pth": lambda marker: {"state_dict": {"norm.weight": Payload(marker)}},
     "code.safetensors": lambda marker: pickle.dumps(Payload(marker), protocol=2),
-}
+}  # fmt: skip
 TOLD = {
-    "code.pth": "more than tensors",
-    "infinite.pth": "norm.weight holds values that are not finite",
-    "namespace.pth": "dictionary of tensors",
-    "torn grid.npz": "15 positions are not a square",
+    "code.pth": "more than tensors", "infinite.pth": "norm.weight holds values that are not finite",
+    "namespace.pth": "dictionary of tensors", "torn grid.npz": "15 positions are not a square",
     "list.pth": "dictionary",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("file", DAMAGED)
@@ -553,12 +544,9 @@ def test_weights_of_another_architecture_are_an_error_with_fallback_too(tmp_path
 
 
 FAILURES = {
-    "missing": "w.pth",
-    "damaged": "w.pth",
-    "no timm": "pip install timm",
-    "no timm to resample": "pip install timm",
+    "missing": "w.pth", "damaged": "w.pth", "no timm": "pip install timm", "no timm to resample": "pip install timm",
     "no network": "check the network, or give a file with --pretrained PATH",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -639,15 +627,13 @@ WRONG = [
     ("res18", {"pretrained": "w.pth"}, "res18 takes weights of a file by --init w.pth"),
     ("res20s", {"patch_size": 4}, "--patch_size 4: res20s"),
     ("timm/deit_tny_patch16_224", {}, r"unknown arch.*timm/deit_tiny_patch16_224"),
-    ("timm/qqqqqqqq", {}, r"unknown arch.*list_models"),
-    ("timm/", {}, "unknown arch"),
-    ("deit_tiny_patch16_224", {}, "unknown arch"),
-    ("timm/hf-hub:timm/deit_tiny_patch16_224", {}, "unknown arch"),
+    ("timm/qqqqqqqq", {}, r"unknown arch.*list_models"), ("timm/", {}, "unknown arch"),
+    ("deit_tiny_patch16_224", {}, "unknown arch"), ("timm/hf-hub:timm/deit_tiny_patch16_224", {}, "unknown arch"),
     ("timm/vit_small_patch16_224.dinno", {}, r"dinno: timm has no such weights.*dino"),
     ("timm/resnet18", {"img_size": 32}, r"timm/resnet18: cannot be built with num_classes=10, img_size=32"),
     (DEIT, {"img_size": 30, "patch_size": 4}, "img_size 30 is not a multiple of patch_size 4"),
     ("timm/deit_small_patch16_224", {"num_heads": 5}, "num_heads=5"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "keywords", "told"), WRONG)

@@ -165,11 +165,9 @@ def pictures(tmp_path_factory):
 
 RECIPE = words("--mixup 0.8 --cutmix 1 --drop_path 0.3 --label_smoothing 0.1 --ema_decay 0.9 --clip_grad 1")
 METHODS = {
-    "rsst units": RSST,
-    "rsst": words("--struct rsst --fillback_rate 0.2"),
-    "refill units": ("--struct", "refill", *BOTH),
-    "refill": REFILL,
-}
+    "rsst units": RSST, "rsst": words("--struct rsst --fillback_rate 0.2"),
+    "refill units": ("--struct", "refill", *BOTH), "refill": REFILL,
+}  # fmt: skip
 CASES = {
     "recipe": (*RSST, *RECIPE, *words("--aug strong --accum_steps 3 --batch_size 6")),
     "few images": (*RSST, *RECIPE, *words("--train_limit 7 --accum_steps 2 --criteria saliency")),

@@ -660,16 +660,12 @@ def test_teachers_that_cannot_be_are_refused(refused, tmp_path):
 
 PARTS = {
     "rates": "--sched cosine --min_lr 0.001 --layer_decay 0.7",
-    "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1",
-    "augmentation": "--aug rand",
-    "average": "--ema_decay 0.9",
-    "teacher": "--teacher self",
+    "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1", "augmentation": "--aug rand",
+    "average": "--ema_decay 0.9", "teacher": "--teacher self",
     "teacher without augmentation": "--teacher self --aug none",
-    "features": "--teacher self --kd_features 0.7 --kd_hard",
-    "scale": "--layer_scale 0.1",
-    "stem": "--stem conv",
+    "features": "--teacher self --kd_features 0.7 --kd_hard", "scale": "--layer_scale 0.1", "stem": "--stem conv",
     "depth": "--drop_path 0.3 --accum_steps 2 --batch_size 10",
-}
+}  # fmt: skip
 ALL = " ".join(flags for part, flags in PARTS.items() if part != "teacher without augmentation")
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
 STOPS = {"before the cut": (1, 4), "after the cut": (1, 10), "in the finish": (2, 4)}

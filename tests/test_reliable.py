@@ -56,19 +56,16 @@ BASE = words(
     "--workers 0 --wandb_mode disabled"
 )
 MODES = {
-    "rsst structured": ("--struct", "rsst", *BOTH),
-    "rsst": words("--struct rsst --fillback_rate 0.2"),
+    "rsst structured": ("--struct", "rsst", *BOTH), "rsst": words("--struct rsst --fillback_rate 0.2"),
     "refill structured": ("--struct", "refill", *BOTH, *words("--prune_type rewind_lt --rewind_epoch 1")),
-    "refill": words("--struct refill --fillback_rate 0.2 --opt adamw --lr 0.005"),
-    "imp": words("--struct imp"),
-    "oneshot": ("--struct", "oneshot", *BOTH),
-    "dense": words("--struct dense"),
+    "refill": words("--struct refill --fillback_rate 0.2 --opt adamw --lr 0.005"), "imp": words("--struct imp"),
+    "oneshot": ("--struct", "oneshot", *BOTH), "dense": words("--struct dense"),
     "emptied": words(
         "--struct refill --vit_structured --vit_prune_target branch --rate 0.8 --prune_type finetune --opt adamw "
         "--lr 0.005"
     ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
-}
+}  # fmt: skip
 MODE = "rsst structured"
 TINY = words(
     "--dataset digits --arch vit_tiny --img_size 8 --device cpu --amp off --train_limit 60 --batch_size 20 "

@@ -198,17 +198,14 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"dataset": "folder", "data": "my/solar_cells"}, "on vit_tiny and the image folder my/solar_cells: "),
-        ({"pretrained": "dino.pth"}, "from the pretrained weights of dino.pth, seed"),
-        ({"pretrained": True, "pretrained_tag": "dino"}, "from timm's pretrained weights, tag dino, seed"),
-        ({"pretrained": True}, "from timm's pretrained weights, seed"),
-        ({"pretrained": True, "pretrained_note": "no network"}, "from scratch, seed"),
-        ({"pretrained": True, "init": "old/best.pt"}, "from the weights of old/best.pt, seed"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"dataset": "folder", "data": "my/solar_cells"}, "on vit_tiny and the image folder my/solar_cells: "),
+    ({"pretrained": "dino.pth"}, "from the pretrained weights of dino.pth, seed"),
+    ({"pretrained": True, "pretrained_tag": "dino"}, "from timm's pretrained weights, tag dino, seed"),
+    ({"pretrained": True}, "from timm's pretrained weights, seed"),
+    ({"pretrained": True, "pretrained_note": "no network"}, "from scratch, seed"),
+    ({"pretrained": True, "init": "old/best.pt"}, "from the weights of old/best.pt, seed"),
+])  # fmt: skip
 def test_a_report_names_the_data_and_the_first_weights(flags, words, tmp_path):
     assert words in run_report.describe(report.load_run(make_run(tmp_path / "run", **flags)))
 
@@ -348,18 +345,15 @@ def test_what_goes_is_said(tmp_path, figures, flags, single, words):
     assert ("| filters |" in text, "| heads |" in text) == (("arch" in flags), "arch" not in flags)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--dataset digits --struct rsst --vit_structured --vit_prune_target both --rate 0.34 --no-refill --seed 0",
-        "--struct refill --fillback_rate 0.1 --criteria saliency --opt adamw --sched cosine --fc --train_limit 500",
-        "--struct imp --prune_type rewind_lt --rewind_epoch 3 --epochs 10 --decreasing_lr 2,7 --pretrained",
-        "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
-        "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
-        "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b' --no-flip",
-        "--arch res20s --criteria l2 --score_batches 3",
-    ],
-)
+@pytest.mark.parametrize("words", [
+    "--dataset digits --struct rsst --vit_structured --vit_prune_target both --rate 0.34 --no-refill --seed 0",
+    "--struct refill --fillback_rate 0.1 --criteria saliency --opt adamw --sched cosine --fc --train_limit 500",
+    "--struct imp --prune_type rewind_lt --rewind_epoch 3 --epochs 10 --decreasing_lr 2,7 --pretrained",
+    "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
+    "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
+    "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b' --no-flip",
+    "--arch res20s --criteria l2 --score_batches 3",
+])  # fmt: skip
 def test_printed_command_repeats_the_run(tmp_path, words):
     folder = make_run(tmp_path / "run", done=0)
     given = vars(entry.parse_args(shlex.split(words)))
@@ -484,12 +478,10 @@ DAMAGE = [
     ("model/onnx.csv", "model,megabytes,test_accuracy\nremoved,x,1\n"),
 ]  # fmt: skip
 REFUSED = [
-    ("nothing", "nothing: not the folder of a run (no args.yaml in it)"),
-    ("a nothing", "no args.yaml"),
-    ("a --out x", "--out x: belongs to a comparison"),
-    ("a half --out a/args.yaml", "--out a/args.yaml: is a file"),
+    ("nothing", "nothing: not the folder of a run (no args.yaml in it)"), ("a nothing", "no args.yaml"),
+    ("a --out x", "--out x: belongs to a comparison"), ("a half --out a/args.yaml", "--out a/args.yaml: is a file"),
     ("half ./half/../half half/. --out x", "no finished run to compare: half: not finished (1 of 3 states)"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -634,21 +626,16 @@ class Reached:
         self.label, self.points = label, [report.Point(i, 1, d, {}, half, half) for i, d in enumerate(densities)]
 
 
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        # within a point of each other, and no further
-        ([(1.0, 0.50), (1.0, 0.49)], ["a0 b0", "a1 b1"]),
-        ([(0.50,), (0.489,)], []),
-        # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
-        ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]),
-        ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
-        # low densities of one schedule match state by state
-        ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
-        # no pair within a point is lost
-        ([(0.500,), (0.492,), (0.485,)], ["a0 b0", "b0 c0"]),
-    ],
-)
+@pytest.mark.parametrize(("groups", "expected"), [
+    # within a point of each other, and no further
+    ([(1.0, 0.50), (1.0, 0.49)], ["a0 b0", "a1 b1"]), ([(0.50,), (0.489,)], []),
+    # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
+    ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]), ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
+    # low densities of one schedule match state by state
+    ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
+    # no pair within a point is lost
+    ([(0.500,), (0.492,), (0.485,)], ["a0 b0", "b0 c0"]),
+])  # fmt: skip
 def test_equal_density_is_within_one_point(groups, expected):
     found = report.equal_density([Reached(label, *each) for label, each in zip("abc", groups, strict=False)])
     assert [" ".join(f"{group.label}{point.state}" for group, point in members) for members in found] == expected

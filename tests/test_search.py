@@ -152,16 +152,12 @@ def test_a_file_says_what_is_searched(tmp_path):
 
 
 WRONG = {
-    "rate: 0.3": "rate: 0.3 is neither",
-    "rate: {low: 0.6, high: 0.3}": "low below high",
-    "rate: {low: 0, high: 0.3, log: true}": "above 0",
-    "rats: [0.1]": "rats: no flag",
-    "dataset: [digits, cifar10]": "dataset: no flag that trials can differ in",
-    "[rate]": "must hold flags",
-    "criteria: []": "criteria: [] is neither",
-    "epochs: [one]": "invalid int value: 'one'",
+    "rate: 0.3": "rate: 0.3 is neither", "rate: {low: 0.6, high: 0.3}": "low below high",
+    "rate: {low: 0, high: 0.3, log: true}": "above 0", "rats: [0.1]": "rats: no flag",
+    "dataset: [digits, cifar10]": "dataset: no flag that trials can differ in", "[rate]": "must hold flags",
+    "criteria: []": "criteria: [] is neither", "epochs: [one]": "invalid int value: 'one'",
     "rate: [": "not a YAML file",
-}
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("house")
@@ -174,17 +170,13 @@ def test_a_wrong_file_is_one_line(text, tmp_path, capsys):
 
 
 REFUSED = {
-    "--search 0": "--search 0",
-    "--search 2 --resume": "--resume",
-    "--search 2 --checkpoint x.pt": "--checkpoint",
-    "--search 2 --overwrite": "--overwrite",
-    "--search 2 --finish_epochs 1 --finish_on_all": "--finish_on_all",
-    "--search_objective macs": "belongs to --search",
-    "--search_patience 3": "belongs to --search",
+    "--search 0": "--search 0", "--search 2 --resume": "--resume", "--search 2 --checkpoint x.pt": "--checkpoint",
+    "--search 2 --overwrite": "--overwrite", "--search 2 --finish_epochs 1 --finish_on_all": "--finish_on_all",
+    "--search_objective macs": "belongs to --search", "--search_patience 3": "belongs to --search",
     "--search 2 --search_patience -1": "--search_patience -1",
     "--search 2 --search_objective latency": "leave --no-export out",
     "--search 2 --struct dense": "no flag with an effect",
-}
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("house")

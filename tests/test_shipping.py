@@ -216,27 +216,21 @@ def test_the_dense_network_of_a_run_that_kept_it_stands_in_the_table(finished_ru
 
 FAILING_NPM = "#!/bin/sh\necho 'npm error code EAI_AGAIN no registry' >&2\nexit 1\n"
 BAD = {
-    "RUN --int8": "--int8: belongs to --onnx",
-    "RUN --onnx --opset 7": "--opset 7: there is no way",
-    "RUN --onnx --opset 99": "--opset 99: there is no way",
-    "RUN --demo --opset 99": "--opset 99",
-    "RUN --opset 21": "--opset 21: belongs to",
-    "RUN --onnx --int8 --dataset cifar10 --data NONE": "--dataset cifar10",
+    "RUN --int8": "--int8: belongs to --onnx", "RUN --onnx --opset 7": "--opset 7: there is no way",
+    "RUN --onnx --opset 99": "--opset 99: there is no way", "RUN --demo --opset 99": "--opset 99",
+    "RUN --opset 21": "--opset 21: belongs to", "RUN --onnx --int8 --dataset cifar10 --data NONE": "--dataset cifar10",
     "RUN --onnx --int8 --dataset imagenet --data NONE": "--dataset imagenet",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --onnx --int8": "--int8: calibrates on training images",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --demo PAGE": "--demo: shows images as a data set does",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --dataset digits --demo": "--demo: needs a folder",
-    "RUN --overwrite": "--overwrite: belongs to --demo",
-    "RUN --ort_web NPM": "--ort_web",
+    "RUN --overwrite": "--overwrite: belongs to --demo", "RUN --ort_web NPM": "--ort_web",
     "RUN --dense c.pt": "--dense c.pt: belongs to",
     "RUN --demo PAGE --ort_web NPM --dense nothing.pt": "--dense nothing.pt",
-    "RUN --demo THERE --ort_web NPM": "is there already",
-    "RUN --demo THERE --ort_web NPM --overwrite": "holds no page",
+    "RUN --demo THERE --ort_web NPM": "is there already", "RUN --demo THERE --ort_web NPM --overwrite": "holds no page",
     "RUN --demo FILE/page --ort_web NPM": "not a folder that can be written",
-    "RUN --demo PAGE --ort_web NONE": "--ort_web",
-    "RUN --demo PAGE": "npm cannot fetch onnxruntime-web",
+    "RUN --demo PAGE --ort_web NONE": "--ort_web", "RUN --demo PAGE": "npm cannot fetch onnxruntime-web",
     "RUN --hf THERE": "--hf",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", BAD)

@@ -754,14 +754,11 @@ OURS = ["plain", "plain, no lists", "ours, full size", "ours, full size, bf16", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags", "column", "rows"),
-    [
-        ("gpu", "--device cpu --batch_sizes 4 --modes plain eager --steps 1 --warm_up 1", "mode", ["plain", "eager"]),
-        ("train_step", "--batch_size 2 --threads 1", "step", OURS),
-        ("checkpoint", "", "checkpoint", ["plain", "ours", "plain", "ours"]),
-    ],
-)
+@pytest.mark.parametrize(("name", "flags", "column", "rows"), [
+    ("gpu", "--device cpu --batch_sizes 4 --modes plain eager --steps 1 --warm_up 1", "mode", ["plain", "eager"]),
+    ("train_step", "--batch_size 2 --threads 1", "step", OURS),
+    ("checkpoint", "", "checkpoint", ["plain", "ours", "plain", "ours"]),
+])  # fmt: skip
 def test_benchmarks_run_and_print_their_table(name, flags, column, rows, tmp_path):
     copied = tmp_path / "copy"  # where its JSON file replaces nobody's results
     unwanted = shutil.ignore_patterns("*.json", "__pycache__", ".*", "tests", "results", "data", "shared")

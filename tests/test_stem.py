@@ -273,18 +273,14 @@ def test_pretrained_weights_with_a_stem_transfer_whole(tmp_path, caplog):
 # ------------------------------------------------------------------------------------------------------ said no early
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--img_size 28 --patch_size 7", "patch_size 7; 28 pixels; --patch_size 2 or 4"),
-        ("--img_size 27 --patch_size 3", "patch_size 3; 27 pixels; even --img_size"),
-        ("--patch_size 1", "patch_size 1; --patch_size 2 or 4 or 8 or 16"),
-        ("--img_size 20", "20; 8"),
-        ("--arch res20s", "--stem conv; res20s"),
-        ("--arch timm/deit_tiny_patch16_224", "--stem conv; timm/deit_tiny_patch16_224"),
-        ("--stem cnn", "--stem; cnn; conv"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--img_size 28 --patch_size 7", "patch_size 7; 28 pixels; --patch_size 2 or 4"),
+    ("--img_size 27 --patch_size 3", "patch_size 3; 27 pixels; even --img_size"),
+    ("--patch_size 1", "patch_size 1; --patch_size 2 or 4 or 8 or 16"), ("--img_size 20", "20; 8"),
+    ("--arch res20s", "--stem conv; res20s"),
+    ("--arch timm/deit_tiny_patch16_224", "--stem conv; timm/deit_tiny_patch16_224"),
+    ("--stem cnn", "--stem; cnn; conv"),
+])  # fmt: skip
 @pytest.mark.usefixtures("house")
 def test_what_cannot_be_is_refused(flags, words, capsys):
     assert call([*MICRO, "--stem", "conv", *flags.split()]) == 2

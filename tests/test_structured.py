@@ -594,11 +594,9 @@ def test_unit_masks_slices_and_scatters_are_those_by_hand(make_micro_vit):
 # ------------------------------------------------------------------------------------------ timm's and others
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"init_values": 0.5, "qk_norm": True, "reg_tokens": 4}, {"qkv_bias": False, "global_pool": "avg"}],
-    ids=["plain", "more", "less"],
-)
+@pytest.mark.parametrize("options", [
+    {}, {"init_values": 0.5, "qk_norm": True, "reg_tokens": 4}, {"qkv_bias": False, "global_pool": "avg"},
+], ids=["plain", "more", "less"])  # fmt: skip
 def test_timm_vits_go_through_the_same_functions(options, make_batch, add_noise):
     model = add_noise(TimmVit(**MICRO, **options), scale=0.3).double().eval()
     assert vit.is_vit_model(model)

@@ -118,18 +118,13 @@ def test_the_rate_reaches_the_density_with_what_is_given_back(tmp_path, back, st
     assert float(run.flags["mlp_prune_ratio"]) == 0.8
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("/start_s{{seed}}", "/begin_s{{seed}}", "no run has that name"),
-        ("{{rate}}", "{{portion}}", "no value for 'portion'"),
-        ("pruning_times: 3", "pruning_times: 0", "--pruning_times 0"),
-        ("stage: 1", "phase: 1", "phase"),
-        ("struct: rsst", "struct: soft", "soft"),
-        ("[0.5, 0.1]", "[1.5]", "density 1.5"),
-        ("[0.5, 0.1]", "[0.5, 0.5]", "named twice"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ("/start_s{{seed}}", "/begin_s{{seed}}", "no run has that name"),
+    ("{{rate}}", "{{portion}}", "no value for 'portion'"),
+    ("pruning_times: 3", "pruning_times: 0", "--pruning_times 0"), ("stage: 1", "phase: 1", "phase"),
+    ("struct: rsst", "struct: soft", "soft"), ("[0.5, 0.1]", "[1.5]", "density 1.5"),
+    ("[0.5, 0.1]", "[0.5, 0.5]", "named twice"),
+])  # fmt: skip
 def test_a_grid_that_cannot_be_made_says_so_in_one_line(grid, capsys, old, new, words):
     file, out = grid
     assert old in GRID

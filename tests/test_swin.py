@@ -41,13 +41,11 @@ def build(kind, **options):
 
 
 MODELS = {
-    "Swin": lambda: build(SwinTransformer),
-    "Swin padded": lambda: build(SwinTransformer, **PADDED),
+    "Swin": lambda: build(SwinTransformer), "Swin padded": lambda: build(SwinTransformer, **PADDED),
     "Swin other widths": lambda: build(SwinTransformer, head_dim=6, qkv_bias=False, window_size=(4, 2)),
-    "SwinV2": lambda: build(SwinTransformerV2),
-    "SwinV2 padded": lambda: build(SwinTransformerV2, **PADDED),
+    "SwinV2": lambda: build(SwinTransformerV2), "SwinV2 padded": lambda: build(SwinTransformerV2, **PADDED),
     "SwinV2 without bias": lambda: build(SwinTransformerV2, qkv_bias=False),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -279,14 +277,11 @@ def test_layers_and_classifier(model):
     assert classifier == ["head.fc.weight", "head.fc.bias"]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("swinv2_cr_tiny_224", "SwinTransformerV2Cr has no stages with blocks at .layers"),
-        ("maxvit_tiny_rw_224", "MaxxVit has no stages with blocks at .layers"),
-        ("davit_tiny", "DaVit has no stages with blocks at .layers"),
-    ],
-)
+@pytest.mark.parametrize(("name", "reason"), [
+    ("swinv2_cr_tiny_224", "SwinTransformerV2Cr has no stages with blocks at .layers"),
+    ("maxvit_tiny_rw_224", "MaxxVit has no stages with blocks at .layers"),
+    ("davit_tiny", "DaVit has no stages with blocks at .layers"),
+])  # fmt: skip
 def test_relatives_are_refused(name, reason):
     with torch.device("meta"):
         relative = timm.create_model(name)
@@ -350,15 +345,12 @@ RUN = "--dataset digits --device cpu --amp off --img_size 16 --train_limit 40 --
 RUN += "--pruning_times 2 --vit_structured --vit_prune_target both --rate 0.5 --arch timm/"
 
 
-@pytest.mark.parametrize(
-    ("arch", "flags"),
-    [
-        ("swin_micro", "--struct rsst --criteria saliency --reg_finish 0.5"),
-        ("swin_micro", "--struct refill --min_units 0 --sorting_mode global --rate 0.8"),
-        ("swinv2_micro", "--struct rsst --criteria l1 --reg_finish 0.5"),
-        ("swinv2_micro", "--struct refill --criteria l2 --no-compact_training"),
-    ],
-)
+@pytest.mark.parametrize(("arch", "flags"), [
+    ("swin_micro", "--struct rsst --criteria saliency --reg_finish 0.5"),
+    ("swin_micro", "--struct refill --min_units 0 --sorting_mode global --rate 0.8"),
+    ("swinv2_micro", "--struct rsst --criteria l1 --reg_finish 0.5"),
+    ("swinv2_micro", "--struct refill --criteria l2 --no-compact_training"),
+])  # fmt: skip
 def test_the_command_prunes_and_exports(house, tmp_path, arch, flags):
     assert call([*f"{RUN}{arch} {flags}".split(), "--save_dir", tmp_path / "run"]) in (0, None)
     proof = json.loads((tmp_path / "run" / "model" / "parity.json").read_text())
