@@ -95,8 +95,6 @@ def test_states_lead_to_the_pattern(pattern, schedule, expected):
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
-
-
 NM = ("--nm", "2:4")
 
 
@@ -189,8 +187,6 @@ def test_the_plan_is_what_happens(seen, noisy, capsys, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- export
-
-
 @pytest.mark.usefixtures("house")
 def test_an_export_says_what_it_holds(seen, noisy, tmp_path, capsys):
     run = seen("--struct", "rsst", "--init", noisy, *NM)

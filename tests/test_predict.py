@@ -140,8 +140,6 @@ def test_class_names_are_those_of_config_json(exported, pictures, command, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------ a run's own folder
-
-
 def test_a_run_refuses_a_folder_with_the_model_of_others(tmp_path, capsys):
     (tmp_path / "r" / "model").mkdir(parents=True)
     (tmp_path / "r" / "model" / "README.md").write_text("of a project")

@@ -47,8 +47,6 @@ def photographs(folder, count=4, low=40, high=90):
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
-
-
 @pytest.mark.parametrize(("changes", "size", "resize", "mode"), [
     ({}, 224, 256, "shorter"), ({}, 112, 112, "shorter"), ({"crop_pct": 0.9}, 224, 248, "shorter"),
     ({"crop_pct": 0.875}, 112, 128, "shorter"), ({"crop_pct": 1.0}, 224, 224, "shorter"),
@@ -112,8 +110,6 @@ def test_copies_overlap_on_cuda_alone_and_out_of_pinned_memory():
 
 
 # ----------------------------------------------------------------------------------------------------- who decides
-
-
 AUGREG, DINO = "timm's vit_small_patch16_224.augreg_in21k_ft_in1k", "timm's vit_small_patch16_224.dino"
 OWN = "the run that the weights come from"
 
@@ -188,8 +184,6 @@ def test_a_teacher_sees_images_as_its_own_record_says(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ a whole run
-
-
 @pytest.fixture(scope="module")
 def run_from_file(tmp_path_factory):
     """A run of the smallest timm ViT, from a file of weights, on image files."""

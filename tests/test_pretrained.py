@@ -102,8 +102,6 @@ def public_weights(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- where they come from
-
-
 @pytest.mark.parametrize(("arch", "name"), PUBLIC.items())
 def test_public_weights_are_timms_default_or_of_the_tag(arch, name, public_weights, caplog):
     assert getattr(vit, arch)(**TINY).pretrained_report is None
@@ -144,8 +142,6 @@ def test_vit_tiny_starts_from_scratch_and_takes_no_tag(tag, caplog):
 
 
 # ---------------------------------------------------------------------------------------------------- what goes over
-
-
 def test_the_same_geometry_gives_timms_logits_and_fallback_changes_nothing(tmp_path, caplog):
     source = source_vit()
     path = save(tmp_path / "w.safetensors", source.state_dict())
@@ -235,8 +231,6 @@ def test_timm_families_transfer_and_are_plain_vits(family, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ all of it, or by name
-
-
 DEIT3, TINY_DEIT3 = "deit3_small_patch16_224", {**TINY, "num_classes": 5, "img_size": 16, "patch_size": 4}
 
 
@@ -362,8 +356,6 @@ def test_initial_weights_are_adapted_in_nothing(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- kinds of files
-
-
 WRAPPED = {
     "plain.pth.tar": lambda weights: weights,
     "state_dict.pth": lambda weights: {"state_dict": weights, "epoch": 3},
@@ -455,8 +447,6 @@ def test_npz_is_resampled_as_any_other_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- files that are no such weights
-
-
 class Payload:
     def __init__(self, marker):
         self.marker = marker
@@ -541,8 +531,6 @@ def test_weights_of_another_architecture_are_an_error_with_fallback_too(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- weights not to be had
-
-
 FAILURES = {
     "missing": "w.pth", "damaged": "w.pth", "no timm": "pip install timm", "no timm to resample": "pip install timm",
     "no network": "check the network, or give a file with --pretrained PATH",
@@ -610,8 +598,6 @@ def test_network_chatter_is_not_shown_and_comes_back(monkeypatch, caplog):
 
 
 # ---------------------------------------------------------------------------------------------------- wrong requests
-
-
 TAG, DEIT = {"pretrained": True, "pretrained_tag": "dino"}, "timm/deit_tiny_patch16_224"
 WRONG = [
     ("vit_huge", {}, r"vit_huge.*vit_tiny.*res20s.*timm/NAME"),

@@ -44,8 +44,6 @@ REFILL = words("--struct refill --fillback_rate 0.2")
 
 
 # ------------------------------------------------------------------------------------------------------- the processes
-
-
 def double():
     torch.set_default_dtype(torch.float64)
 
@@ -147,8 +145,6 @@ def words_of(done):
 
 
 # ----------------------------------------------------------------------------------------------- the run of one process
-
-
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Three classes of 24 images each."""
@@ -297,8 +293,6 @@ def test_shares_of_a_batch_drop_the_branches_of_the_batch():
 
 
 # ------------------------------------------------------------------------------------------------------- how they end
-
-
 def assert_one_line(done, codes, *named):
     assert done.codes == codes
     (line,) = words_of(done)

@@ -63,8 +63,6 @@ def refused(house, capsys):
 
 
 # -------------------------------------------------------------------------------------------------- learning rates
-
-
 def test_a_cosine_with_a_floor_is_there_at_the_last_step():
     floor, lr = 0.002, 0.05
     rates = [Schedule("cosine", lr, 1, (), 3, 15, floor).rate(step) for step in range(15)]
@@ -133,8 +131,6 @@ def test_rates_that_cannot_be_are_refused(refused):
 
 
 # ----------------------------------------------------------------------------------------------------------- mixing
-
-
 @pytest.mark.parametrize(("mixup", "cutmix", "smoothing"), [(0.8, 0, 0.1), (0, 1.0, 0), (0.8, 1.0, 0.1)])
 def test_batches_are_mixed_as_timm_mixes_them(mixup, cutmix, smoothing, make_batch):
     timm = pytest.importorskip("timm.data.mixup")
@@ -196,8 +192,6 @@ def test_a_mixed_image_is_right_at_its_larger_share_and_costs_by_its_shares():
 
 
 # ------------------------------------------------------------------------------------------------------ RandAugment
-
-
 def colours(count=4, side=16, channels=3):
     return torch.randint(0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(1))
 
@@ -273,8 +267,6 @@ def test_numbers_of_mixing_that_cannot_be_are_refused(refused):
 
 
 # ------------------------------------------------------------------------------------------------- stochastic depth
-
-
 def both_vits(make_micro_vit):
     ours = make_micro_vit(depth=3)
     timm = pytest.importorskip("timm.models.vision_transformer")
@@ -350,8 +342,6 @@ def test_dropping_that_cannot_be_is_refused(refused):
 
 
 # -------------------------------------------------------------------------------------------------------- LayerScale
-
-
 def test_layer_scale_is_timms_by_name_and_value(make_micro_vit, make_batch):
     timm = pytest.importorskip("timm.models.vision_transformer")
     ours, (images, _) = make_micro_vit(init_values=0.1), make_batch()
@@ -392,8 +382,6 @@ def test_layer_scale_that_cannot_be_is_refused(refused):
 
 
 # ---------------------------------------------------------------------------------------------------------- averages
-
-
 def averages_by_hand(flags, tmp_path, monkeypatch):
     """Runs the command; {(state, epoch): (average by hand, average of the run)} in dense shapes, and the folder."""
     monkeypatch.setattr(entry.report, "write", lambda _: None)
@@ -499,7 +487,6 @@ def test_an_average_that_cannot_be_is_refused(refused):
 
 
 # ------------------------------------------------------------------------------------------------------ distillation
-
 TEACHING = "--struct refill --vit_structured --rate 0.5 --pruning_times 2"
 
 
@@ -657,7 +644,6 @@ def test_teachers_that_cannot_be_are_refused(refused, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- all of it, in runs
-
 PARTS = {
     "rates": "--sched cosine --min_lr 0.001 --layer_decay 0.7",
     "mixing": "--mixup 0.8 --cutmix 1 --label_smoothing 0.1", "augmentation": "--aug rand",

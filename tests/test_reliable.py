@@ -74,8 +74,6 @@ TINY = words(
 
 
 # ------------------------------------------------------------------------------------------- what happens in a process
-
-
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)  # it comes to the process, not to this thread
@@ -226,8 +224,6 @@ def _process(argv, output, patches):
 
 
 # ------------------------------------------------------------------------------------------------------- the processes
-
-
 @pytest.fixture(scope="session")
 def server():
     context = multiprocessing.get_context("forkserver")
@@ -394,7 +390,6 @@ def now_at(folder):
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
-
 # Moments in the order in which a run meets them: a method or a call of the system, the state, and which call in it,
 # counted from where the process before was killed. Checkpoints are written after steps 2, 3, 4, 6, 8 and 9 of a state,
 # each by three calls of os.replace: the new file, the old one aside, the new one in its place. In the state that begins
@@ -433,7 +428,6 @@ def test_an_older_checkpoint_without_moments_of_what_never_had_a_gradient_goes_o
 
 
 # ------------------------------------------------------------------------------------------------- writes that fail
-
 # where it fails, as in KILLS: from the first file of a run to the model that comes out; "write 1 9" is in torch.save
 WRITES = {"open": "EROFS", "write": "ENOSPC", "os.fsync": "EIO", "os.replace": "EIO"}
 FAULTS = [*itertools.product(WRITES, range(STATES), range(1, 9)), *itertools.product(WRITES, [STATES], [5])]
@@ -473,7 +467,6 @@ def test_a_log_that_cannot_grow_costs_nothing_else(folder, resume, whole):
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
-
 NOTE = "{}: stopping after this step; a second one stops at once\n"
 IGNORED = ((ignore, "SIGINT"),)
 
@@ -538,8 +531,6 @@ def test_a_signal_from_outside_stops_the_command_itself(name, code, disposition,
 
 
 # ------------------------------------------------------------------------------------- what the device or flags refuse
-
-
 @pytest.mark.parametrize("kind", ["cuda", slow("cpu")])
 def test_running_out_of_memory_says_what_to_change(kind, ends_in_one_line):
     named = ["--batch_size 20", "--accum_steps 1", "--amp off"]
@@ -562,8 +553,6 @@ def test_a_second_process_on_the_folder_of_a_run_is_refused(folder, launch, resu
 
 
 # ----------------------------------------------------------------------------------------------------- what resumes
-
-
 def test_all_random_generators_go_on_where_they_were(folder, resume, whole):
     noisy = (draw_in_every_step,)
     assert resume(MODE, noisy, (at, "end_epoch done", 1, 2, kill_when_written)).code == -signal.SIGKILL
@@ -647,8 +636,6 @@ def test_two_processes_do_not_start_one_run(folder, launch, whole):
 
 
 # ---------------------------------------------------------------------------------------------- nobody reads its output
-
-
 def test_a_run_goes_on_in_its_log_when_nobody_reads_its_output(tmp_path, folder):
     """As with `| head -1`, in a terminal that knows only ASCII, without git: the log file has it all."""
     folder = tmp_path / "\u00e4\u2713"

@@ -159,8 +159,6 @@ def labelled(ax, label):
 
 
 # ---------------------------------------------------------------------------------------------------- report of one run
-
-
 def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
     folder = make_run(tmp_path / "rsst_run")
     text = written(folder)
@@ -369,8 +367,6 @@ def test_printed_command_repeats_the_run(tmp_path, words):
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
-
-
 def test_pictures_show_the_files(tmp_path, figures):
     report.write(make_run(tmp_path / "run", (1.0, 0.5, 0.25), struct="refill", test=(0.5, 0.6, 0.55)))
     accuracy, density, heads, neurons = [figures[0].axes[0], figures[1].axes[0], *figures[2].axes[:2]]
@@ -460,8 +456,6 @@ def test_many_states_and_layers_stay_readable(tmp_path, figures):
 
 
 # ----------------------------------------------------------------------------------------------- damage, and atomicity
-
-
 DAMAGE = [
     ("args.yaml", "a: [1"), ("args.yaml", "just words"), ("args.yaml", "struct: rsst\n"),
     ("args.yaml", yaml.safe_dump({**FLAGS, "epochs": "four"})),
@@ -558,8 +552,6 @@ def test_threads_wait_without_spinning_unless_told_otherwise(tmp_path, given, ex
 
 
 # ------------------------------------------------------------------------------------------------ groups of runs
-
-
 def groups_of(tmp_path, *flags):
     folders = [make_run(tmp_path / f"run{i}", **each) for i, each in enumerate(flags)]
     return report.group_runs([report.load_run(folder) for folder in folders])
@@ -642,8 +634,6 @@ def test_equal_density_is_within_one_point(groups, expected):
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
-
-
 def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")  # the comparison lies beside the runs wherever it is started
@@ -732,8 +722,6 @@ def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, figures, 
 
 
 # ------------------------------------------------------------------------------------------------ paired differences
-
-
 def make_seeds(folder, name, accuracies, **flags):
     """A run a seed, with that test accuracy in its last state, or in all where it is a tuple."""
     for seed, value in accuracies.items():

@@ -18,8 +18,6 @@ schedules = pytest.mark.parametrize("schedule", sorted(FORMULAS))
 
 
 # ---------------------------------------------------------------------------------------------- how large it is
-
-
 @pytest.mark.parametrize("exponent", [1.0, 4.0, 5.5])
 def test_shapes_are_those_of_the_flags_and_run_from_0_to_1(exponent):
     assert set(SHAPES) == set(FORMULAS)
@@ -56,8 +54,6 @@ def test_the_older_clock_restarts_each_epoch():
 
 
 # ------------------------------------------------------------------------------------------------- when it cuts
-
-
 @pytest.mark.parametrize(("total", "per_epoch", "finish", "expected"), [
     (100, 10, 0.25, 30),  # 25 lies between 20 and 30: the later border, 5 < 10 steps away
     (100, 10, 0.24, 20), (1000, 250, 0.25, 250),
@@ -88,8 +84,6 @@ def test_cut_step_laws(epochs, per_epoch, finish):
 
 
 # ------------------------------------------------------------------------------------------- what it does to weights
-
-
 def weights_and_doomed(seed=0, dtype=torch.float32):
     """Two weights and a bias, some of whose elements are doomed, and one parameter without any."""
     generator = torch.Generator().manual_seed(seed)
@@ -183,8 +177,6 @@ def test_the_gradient_form_and_blocking_touch_doomed_weights_only():
 
 
 # ------------------------------------------------------------------------------------------ dose of the gradient form
-
-
 @schedules
 @pytest.mark.parametrize("period", [5, 20])
 def test_predicted_dose_equals_an_independent_sum(schedule, period):

@@ -91,7 +91,6 @@ def drawn(space, times=30):
 
 
 # ------------------------------------------------------------------------------------------------------ what is drawn
-
 PENALTY = {"reg_granularity_prune", "RST_schedule", "reg_finish"}
 ALL = {"struct", "rate", "mlp_prune_ratio", "criteria", "ratio_allocation", "prune_type"} | PENALTY
 
@@ -221,8 +220,6 @@ def test_the_plan_shows_space_and_cost_and_writes_nothing(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ the rule of medians
-
-
 def history(*accuracies, epochs=4):
     return [
         {"state": number // epochs, "epoch": number % epochs, "val_accuracy": accuracy}
@@ -251,8 +248,6 @@ def test_the_median_rule_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------------ a study
-
-
 def test_a_study_ends_with_runs_a_front_and_files_that_run_them_again(stand_in, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "study"
     command = [*words("--dataset digits --arch vit_micro --epochs 2 --pruning_times 2 --seed 5"), *BOTH]
@@ -363,7 +358,6 @@ def test_failures_are_told_and_end_a_search_in_which_nothing_works(stand_in, tmp
 
 
 # --------------------------------------------------------------------------------------- killed, stopped, and together
-
 SERVE = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]

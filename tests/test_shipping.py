@@ -73,8 +73,6 @@ def shipped(finished_run, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ operator sets, int8
-
-
 def test_the_files_have_the_operator_set_asked_for(shipped, test_digits):
     names = ("model.onnx", "model_int8.onnx", "model_int8_dynamic.onnx")
     assert [opset_of(shipped.model / name) for name in names] == [21, 21, 21]
@@ -213,7 +211,6 @@ def test_the_dense_network_of_a_run_that_kept_it_stands_in_the_table(finished_ru
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-
 FAILING_NPM = "#!/bin/sh\necho 'npm error code EAI_AGAIN no registry' >&2\nexit 1\n"
 BAD = {
     "RUN --int8": "--int8: belongs to --onnx", "RUN --onnx --opset 7": "--opset 7: there is no way",
@@ -261,8 +258,6 @@ def test_without_npm_the_line_says_what_to_do(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the page
-
-
 def test_the_folder_of_the_page_holds_all_it_needs(shipped, test_digits):
     names = ["app.mjs", "demo.json", "image.mjs", "index.html", "model_0.onnx", "model_1.onnx", "model_2.onnx", "ort"]
     assert sorted(path.name for path in shipped.demo.iterdir()) == [*names, "style.css"]
@@ -429,7 +424,6 @@ def test_the_page_makes_digits_of_drawings_and_bright_things_of_photographs(tmp_
 
 
 # ------------------------------------------------------------------------------------------------ the hub
-
 LOADED = """
 import torch
 images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -491,8 +485,6 @@ def test_a_model_without_its_data_set_goes_to_the_hub_and_loads(tmp_path, monkey
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
-
-
 def browser(tmp_path, width, height):
     """Headless Chromium; a test without it, its driver or Selenium is skipped with the reason."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")

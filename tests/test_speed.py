@@ -76,8 +76,6 @@ def assert_same_masks(one, other):
 
 
 # -------------------------------------------------------------------------------------------------------- accumulation
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("images", "epochs", "steps"), [(40, 2, 4), (18, 4, 4)])  # in parts of 5 5 5 5, of 5 5 5 3
 def test_accumulation_equals_the_whole_batch_in_float64(images, epochs, steps, run):
@@ -95,8 +93,6 @@ def test_accumulation_equals_the_whole_batch_in_float64(images, epochs, steps, r
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
-
-
 @pytest.mark.usefixtures("house")
 @pytest.mark.parametrize("criterion", ["magnitude", "l1"])
 def test_bf16_chooses_the_same_masks_for_equal_weights(criterion, tmp_path, add_noise):
@@ -144,8 +140,6 @@ def test_bf16_losses_are_those_of_float32_within_its_digits(run):
 
 
 # --------------------------------------------------------------------------------------------------------- compilation
-
-
 @pytest.fixture
 def only_traced(monkeypatch):
     """`torch.compile` that traces and guards as always and runs what it traced without generating code."""
@@ -206,8 +200,6 @@ def test_compiled_training_is_that_of_eager_training(precision, run):
 
 
 # -------------------------------------------------------------------------------------------------- captured steps
-
-
 def tensors_in(content):
     return [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
 
@@ -431,8 +423,6 @@ def test_compiled_graph_captures_the_compiled_network(run, only_traced, tapes, m
 
 
 # ---------------------------------------------------------------------------------- checkpoints, written by a thread
-
-
 @pytest.fixture
 def delayed_writes(monkeypatch):
     """Nothing is written before somebody waits for it; the list holds each checkpoint that came to be on disk."""
@@ -546,8 +536,6 @@ def test_a_checkpoint_of_vit_tiny_is_weights_and_moments_and_little_more(optimiz
 
 
 # --------------------------------------------------------------------------------------- steps that wait for nothing
-
-
 class NoWaiting(TorchDispatchMode):
     """Refuses operations that need a value or a size from the device, except for the scalars that `free()` lists."""
 
@@ -623,8 +611,6 @@ def test_a_step_that_prints_does_wait(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     """The tensors' types of each call of fused attention."""
@@ -708,8 +694,6 @@ def test_a_bf16_model_exports_either_way(gradients, make_micro_vit, make_batch):
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmarks
-
-
 @pytest.mark.usefixtures("only_traced")
 @pytest.mark.parametrize("modes", [("graph",), pytest.param(gpu.MODES, marks=pytest.mark.slow)])
 def test_the_gpu_benchmark_measures_every_mode(modes, tapes):

@@ -73,8 +73,6 @@ def run_micro(house, tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------- what it is and costs
-
-
 @pytest.mark.parametrize(("pixels", "patch"), BY_HAND)
 def test_counts_by_hand(pixels, patch, capsys):
     parameters, macs = BY_HAND[pixels, patch]
@@ -156,8 +154,6 @@ def test_weights_know_their_stem():
 
 
 # ------------------------------------------------------------------------------------------------ how it is trained
-
-
 def test_kernels_decay_and_the_stem_is_the_first_layer(house):
     model = vit_micro(stem="conv")
     groups = parameter_groups(entry.parse_args([*MICRO, "--layer_decay", "0.5", "--weight_decay", "0.1"]), model)
@@ -242,8 +238,6 @@ def test_a_checkpoint_that_knows_no_stem_teaches_a_run_with_one(house, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- pretrained starts
-
-
 def test_pretrained_blocks_transfer_and_the_stem_starts_anew(tmp_path, caplog):
     source = refreshed(VisionTransformer(**{**GEOMETRY, "patch_size": 2}))
     torch.save(source.state_dict(), tmp_path / "plain.pth")
@@ -271,8 +265,6 @@ def test_pretrained_weights_with_a_stem_transfer_whole(tmp_path, caplog):
 
 
 # ------------------------------------------------------------------------------------------------------ said no early
-
-
 @pytest.mark.parametrize(("flags", "words"), [
     ("--img_size 28 --patch_size 7", "patch_size 7; 28 pixels; --patch_size 2 or 4"),
     ("--img_size 27 --patch_size 3", "patch_size 3; 27 pixels; even --img_size"),

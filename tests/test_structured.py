@@ -48,8 +48,6 @@ KEPT = {  # of a micro model with three blocks
 
 
 # ------------------------------------------------------------------------------------- references and helpers
-
-
 def head_rows(head):
     return [part * HEADS * WIDTH + head * WIDTH + i for part in range(3) for i in range(WIDTH)]
 
@@ -103,8 +101,6 @@ def assert_same(a, b):
 
 
 # -------------------------------------------------------------------------------------- how many units stay
-
-
 @pytest.mark.parametrize(("sorting_mode", "neurons"), [("layer-wise", 2412), ("global", 2419)])
 def test_reference_numbers_to_the_last_weight(sorting_mode, neurons):
     model = vit_tiny(num_classes=10)
@@ -147,8 +143,6 @@ def test_min_units_is_kept_in_every_layer_and_zero_may_empty_one():
 
 
 # -------------------------------------------------------------------------------------------------- scores
-
-
 @pytest.mark.parametrize("criteria", ["remain", "magnitude", "l1", "l2", "saliency"])
 @pytest.mark.parametrize(("pruned", "trained"), [(False, None), (True, None), (True, "plain"), (False, "pairs")])
 def test_scores_equal_the_loop_and_nothing_changes(make_micro_vit, make_batch, criteria, pruned, trained):
@@ -324,8 +318,6 @@ def test_a_score_that_is_not_a_number_is_refused(micro_vit):
 
 
 # ---------------------------------------------------------------------------------------- ties and ranking
-
-
 def test_ties_keep_the_first_in_layer_and_index_order():
     scores = {
         "a": torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64),
@@ -402,8 +394,6 @@ def test_score_per_mac_equals_a_loop(make_micro_vit, tied, min_units, ratios):
 
 
 # ------------------------------------------------------------------------- the functions scripts call
-
-
 @pytest.mark.parametrize(("which", "pruned"), [("by head", True), ("layer-wise", False), ("global", True)])
 def test_functions_as_scripts_call_them(make_micro_vit, one_batch, which, pruned):
     model, init = make_micro_vit(seed=1), make_micro_vit(seed=2).state_dict()
@@ -470,8 +460,6 @@ def test_bad_masks_and_ratios_are_refused(micro_vit):
 
 
 # ---------------------------------------------------------------------------------------- one-shot helpers
-
-
 @pytest.mark.parametrize("ratio", ["0", "0.1", "0.25", "0.3", "0.33", "0.5", "0.625", "0.67", "0.9", "0.99"])
 def test_one_shot_removes_the_nearest_number_ties_down(make_micro_vit, ratio):
     model = make_micro_vit()
@@ -515,8 +503,6 @@ def test_one_shot_refuses_bad_input_before_it_touches_the_model(micro_vit):
 
 
 # ------------------------------------------------------------------------------------- removal is lossless
-
-
 @pytest.mark.parametrize("only_columns", [False, True])
 def test_removed_units_change_no_logit_and_count_as_planned(make_micro_vit, make_batch, only_columns, capsys):
     model, images = make_micro_vit(depth=3).eval(), make_batch()[0]
@@ -592,8 +578,6 @@ def test_unit_masks_slices_and_scatters_are_those_by_hand(make_micro_vit):
 
 
 # ------------------------------------------------------------------------------------------ timm's and others
-
-
 @pytest.mark.parametrize("options", [
     {}, {"init_values": 0.5, "qk_norm": True, "reg_tokens": 4}, {"qkv_bias": False, "global_pool": "avg"},
 ], ids=["plain", "more", "less"])  # fmt: skip
@@ -672,8 +656,6 @@ def test_other_blocks_are_refused_with_the_reason(name):
 
 
 # ------------------------------------------------------------------------------------------------- counts
-
-
 @pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("sorting_mode", SORTING)
 @pytest.mark.parametrize(("schedule", "ratios", "min_units"), [

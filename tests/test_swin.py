@@ -91,8 +91,6 @@ def test_the_removed_model_computes_what_the_masked_one_does(model, which):
 
 
 # ------------------------------------------------------------------------------------- what belongs to a unit
-
-
 def read_by(model, layer, images):
     """What a layer is fed in one forward pass."""
     seen = []
@@ -159,8 +157,6 @@ def test_macs_of_a_stage_by_hand():
 
 
 # ------------------------------------------------------------------------------------------ scores
-
-
 def scores_by_loop(model, key, criteria, images, labels):
     """Image by image, unit by unit: one image alone has no other's windows in its batch."""
     branch = model.get_submodule(key)
@@ -206,8 +202,6 @@ def test_scores_are_means_over_images_not_windows(name, criteria, add_noise):
 
 
 # ---------------------------------------------------------------------------------------- which units work
-
-
 @torch.no_grad()
 def test_dead_units_are_found_and_what_they_emit_is_folded(model):
     units = SWIN.units(model)
@@ -226,8 +220,6 @@ def test_dead_units_are_found_and_what_they_emit_is_folded(model):
 
 
 # ------------------------------------------------------------------------------------------ on disk and back
-
-
 NAMES = {"Swin": "swin_tiny_patch4_window7_224", "SwinV2": "swinv2_tiny_window8_256"}
 FRESH = r"""
 import os, sys, torch
@@ -300,8 +292,6 @@ def test_a_foreign_module_is_refused_by_its_place():
 
 
 # ------------------------------------------------------------------------------------- layers that differ
-
-
 def test_a_global_plan_starts_whole_and_ends_at_the_ratio():
     model = build(SwinTransformer)
     flags = "--vit_structured --vit_prune_target both --rate 0.5 --pruning_times 2 --sorting_mode global"
@@ -323,8 +313,6 @@ def test_score_per_mac_takes_the_macs_of_the_ratio(add_noise):
 
 
 # ------------------------------------------------------------------------------------------ the command
-
-
 def entry_of(kind, **options):
     """What timm calls for a name, without what it says about pretrained weights."""
     geometry = {name: value for name, value in options.items() if name in SMALL}

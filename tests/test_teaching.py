@@ -87,8 +87,6 @@ def numbers(*shape, seed=0):
 
 
 # -------------------------------------------------------------------------------------------------- features: the loss
-
-
 def test_the_distance_of_two_tokens_by_hand():
     """Two channels become -1 and 1: equal tokens are 0 apart, opposite ones 4, (2^2 + 2^2) / 2."""
     student = torch.tensor([[[1.0, 3.0], [20.0, 0.0]]], dtype=torch.float64)
@@ -129,7 +127,6 @@ def test_a_hard_teacher_is_a_label_without_smoothing():
 
 
 # ---------------------------------------------------------------------------------------- features: whose, and of whom
-
 SWIN = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "patch_size": 2}
 NETWORKS = {
     "ours": (vit_micro, lambda model, tokens: model.head(tokens[:, 0]), (5, DIM)),
@@ -237,8 +234,6 @@ def test_features_that_cannot_be_are_refused(refused, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ features: in a run
-
-
 def step_once(folder, model, *flags, teacher):
     """Loss and weights after one step at learning rate 0.05 that this teacher has a share in."""
     run = make_run(folder, "--teacher", __file__, "--warmup", "0", *flags)
@@ -300,8 +295,6 @@ def test_who_teaches_nobody_leaves_no_file(train, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- two heads
-
-
 @pytest.mark.parametrize("hard", [False, True])
 def test_each_head_has_its_own_master(hard, add_noise):
     """The class head hears nothing of the teacher, the distillation head nothing of the labels."""
