@@ -64,11 +64,8 @@ def test_images_get_the_probabilities_of_the_network(exported, pictures, command
         assert [float(row[f"p_{digit}"]) for digit in range(10)] == pytest.approx(shares.tolist(), abs=1e-5)
         assert line.startswith(f"{row['file']}: {best} {100 * float(shares[best]):.1f}%, ")
     assert sorted(path.name for path in (run / "model").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "parity.json",
-    ]
+        "README.md", "config.json", "model.safetensors", "parity.json",
+    ]  # fmt: skip
 
 
 def test_what_is_no_image_is_named_counted_and_costs_no_other_answer(exported, pictures, command):

@@ -594,11 +594,8 @@ def test_only_flags_with_effect_part_runs(tmp_path, sizes, flags):
 def test_labels_name_the_method_and_what_differs(tmp_path):
     l1 = {"criteria": "l1"}
     others = [
-        l1 | {"struct": "refill", "label_smoothing": 0.0},
-        l1 | {"block_loss_grad": True},
-        IMP,
-        {"struct": "dense"},
-    ]
+        l1 | {"struct": "refill", "label_smoothing": 0.0}, l1 | {"block_loss_grad": True}, IMP, {"struct": "dense"},
+    ]  # fmt: skip
     labels = [group.label for group in groups_of(tmp_path, l1, {}, *others, l1 | {"struct": "oneshot"})]
     assert all(label.startswith("RSST (") for label in (labels[0], labels[1], labels[3]))
     assert ("l1" in labels[0], "magnitude" in labels[1], "block_loss_grad" in labels[3]) == (True, True, True)

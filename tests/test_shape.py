@@ -134,11 +134,9 @@ def test_what_cannot_be_meant_is_one_line(tmp_path, capsys, flags, words):
     exported(folder, vit_micro(), {})
     config = json.loads((folder / "config.json").read_text())
     broken = {
-        "holds no model": None,
-        "cannot be used": "{",
-        "describes no network": json.dumps({**config, "heads": [4]}),
+        "holds no model": None, "cannot be used": "{", "describes no network": json.dumps({**config, "heads": [4]}),
         "folded": json.dumps({**config, "folded": ["blocks.0.ls1"]}),
-    }
+    }  # fmt: skip
     if not flags and broken[words] is None:
         (folder / "config.json").unlink()
     elif not flags:

@@ -368,11 +368,8 @@ def test_the_page_prepares_images_as_the_data_sets_do(tmp_path):
     weights = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.8}
     squash = {**weights, "crop_mode": "squash"}
     files = [
-        (61, 90, 32, None, 32),
-        (300, 200, 128, None, 146),
-        (90, 61, 32, weights, 40),
-        (61, 90, 32, squash, (40, 40)),
-    ]
+        (61, 90, 32, None, 32), (300, 200, 128, None, 146), (90, 61, 32, weights, 40), (61, 90, 32, squash, (40, 40)),
+    ]  # fmt: skip
     for seed, (height, width, size, shown, to) in enumerate(files):
         image = pixels(3, height, width, seed)
         cases.append((image, demo.image_spec("folder", DATASETS["folder"].shown_by(shown), size)))

@@ -464,12 +464,10 @@ def test_a_late_checkpoint_holds_the_moment_of_its_call(run, around, delayed_wri
         if expected:
             moved.append(largest_difference(expected[-1]["weights"], run.dense.state_dict()))
         content = {
-            "weights": clones(run.dense.state_dict()),
-            "moments": run.optimizer.state_dict()["state"],
-            "scaler": run.scaler.state_dict(),
-            "random": utils.random_states(),
+            "weights": clones(run.dense.state_dict()), "moments": run.optimizer.state_dict()["state"],
+            "scaler": run.scaler.state_dict(), "random": utils.random_states(),
             "run": {name: value for name, value in vars(run.progress).items() if name != "seconds"},
-        }
+        }  # fmt: skip
         expected.append(copy.deepcopy(content))
 
     around("checkpoint", before=remember, after=lambda _: pending.append(len(expected) - len(delayed_writes)))

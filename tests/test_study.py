@@ -147,16 +147,9 @@ def test_each_run_is_made_once_and_gives_a_row(grid, capsys):
         name: row[name] for name in ("cell", "variant", "method", "asked", "seed", "density", "macs", "test", "seconds")
     }
     assert found == {
-        "cell": "cut",
-        "variant": "cut_hard_0.1",
-        "method": "hard",
-        "asked": "0.1",
-        "seed": "1",
-        "density": "0.25",
-        "macs": "500",
-        "test": "0.6125",
-        "seconds": "5.0",
-    }
+        "cell": "cut", "variant": "cut_hard_0.1", "method": "hard", "asked": "0.1", "seed": "1", "density": "0.25",
+        "macs": "500", "test": "0.6125", "seconds": "5.0",
+    }  # fmt: skip
     cuts = [float(row[name]) for name in ("before_cut_mean", "after_cut_mean", "before_cut_worst", "after_cut_worst")]
     assert cuts == pytest.approx([0.7, 0.55, 0.75, 0.5])
     assert row["command"].endswith(f"--save_dir {out}/cut_hard_0.1_s1")
