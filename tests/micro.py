@@ -136,6 +136,19 @@ def wrap(patch, method, before=None, after=None):
     patch.setattr(owner, method, wrapped)
 
 
+def broken_off(argv, folder, state, step):
+    """The command, interrupted before this step, and what goes on from there."""
+
+    def interrupt(training):
+        if (training.progress.state, training.progress.step) == (state, step):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(patch, "step", before=interrupt)
+        assert call([*argv, "--save_dir", folder]) == 130
+    assert call(["--resume", "--save_dir", folder]) == 0
+
+
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import LAYERS, MICRO, PRUNABLE, assert_same_tensors, call, load, masks_of, metrics, rows_of, wrap
+from micro import LAYERS, MICRO, PRUNABLE, assert_same_tensors, broken_off, call, load, masks_of, metrics, rows_of
 from torch import nn
 from torch.sparse import _semi_structured_conversions as conversions
 
@@ -136,18 +136,9 @@ def test_rsst_chooses_what_imp_chooses(seen, noisy):
 
 @pytest.mark.usefixtures("house")
 def test_a_broken_off_run_goes_on_to_the_same_bits(seen, noisy, tmp_path):
-    flags = ("--struct", "rsst", "--init", noisy, *NM)
+    flags, folder = ("--struct", "rsst", "--init", noisy, *NM), tmp_path / "run"
     whole = seen(*flags)
-
-    def kill(training):
-        if (training.run.progress.state, training.run.progress.step) == (2, 3):
-            raise KeyboardInterrupt
-
-    folder = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        wrap(patch, "step", before=kill)
-        assert call([*MICRO, *flags, "--save_dir", folder]) == 130
-    assert call(["--resume", "--save_dir", folder]) == 0
+    broken_off([*MICRO, *flags], folder, 2, 3)
     first, second = load(whole.dir / "best.pt"), load(folder / "best.pt")
     assert_same_tensors(second["weights"], first["weights"])
     drop = ("seconds", "images_per_second")

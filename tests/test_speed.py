@@ -20,7 +20,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from micro import BOTH, MICRO, STEPS, TIMES, call, clones, largest_difference, load, make_run, metrics, record
+from micro import (
+    BOTH,
+    MICRO,
+    STEPS,
+    TIMES,
+    broken_off,
+    call,
+    clones,
+    largest_difference,
+    load,
+    make_run,
+    metrics,
+    record,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -163,26 +176,17 @@ def test_many_compiled_states_stay_below_the_limit_of_recompilations(run, only_t
     assert len({step.width for step in found.steps.values()}) > limit
 
 
-def assert_goes_on_to_the_same_bits(flags, state, run, around):
+def assert_goes_on_to_the_same_bits(flags, state, run, folder):
     """A run broken off in the middle of a state and resumed ends as one that is not."""
-    stop_at = [(state, 4)]
-
-    def stop(training):
-        if (training.progress.state, training.progress.step) in stop_at:
-            stop_at.clear()
-            raise KeyboardInterrupt
-
-    whole = run(*flags, "--checkpoint_every", "1", name="whole")
-    around("step", before=stop)
-    half = run(*flags, "--checkpoint_every", "1", name="broken", code=130)
-    assert call(["--resume", "--save_dir", half.dir]) == 0
-    assert not stop_at
-    assert metrics(half.dir, TIMES) == metrics(whole.dir, TIMES)
-    assert largest_difference(load(half.dir / "best.pt")["weights"], load(whole.dir / "best.pt")["weights"]) == 0
+    flags = (*flags, "--checkpoint_every", "1")
+    whole = run(*flags, name="whole").dir
+    broken_off([*BASE, *flags], folder, state, 4)
+    assert metrics(folder, TIMES) == metrics(whole, TIMES)
+    assert largest_difference(load(folder / "best.pt")["weights"], load(whole / "best.pt")["weights"]) == 0
 
 
-def test_a_compiled_run_goes_on_to_the_same_bits(run, only_traced, around):
-    assert_goes_on_to_the_same_bits(("--pruning_times", 1, "--compile"), 0, run, around)
+def test_a_compiled_run_goes_on_to_the_same_bits(run, only_traced, tmp_path):
+    assert_goes_on_to_the_same_bits(("--pruning_times", 1, "--compile"), 0, run, tmp_path / "broken")
     assert len(only_traced) == 3  # unbroken, broken, and where it went on
 
 
@@ -369,9 +373,9 @@ def test_a_run_goes_on_in_fp16_that_began_without_it(run, around, monkeypatch):
     assert len(metrics(half.dir)) == 2
 
 
-def test_a_captured_run_goes_on_to_the_same_bits(run, tapes, around):
+def test_a_captured_run_goes_on_to_the_same_bits(run, tapes, tmp_path):
     flags = words("--struct rsst --opt adamw --lr 0.002 --pruning_times 2 --compile graph --train_limit 120")
-    assert_goes_on_to_the_same_bits(flags, 1, run, around)
+    assert_goes_on_to_the_same_bits(flags, 1, run, tmp_path / "broken")
     assert sum(tape.replays for tape in tapes) > STEPS
 
 

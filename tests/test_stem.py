@@ -60,18 +60,6 @@ def timm_vit(**geometry):
     return timm.models.vision_transformer.VisionTransformer(**sizes, mlp_ratio=2, embed_layer=embed)
 
 
-@pytest.fixture
-def run_micro(house, tmp_path, monkeypatch):
-    """run_micro(flags) -> the folder of a finished micro run."""
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
-
-    def run(flags, name="run", base=MICRO):
-        assert call([*base, *flags.split(), "--save_dir", tmp_path / name]) == 0
-        return tmp_path / name
-
-    return run
-
-
 # ----------------------------------------------------------------------------------------------- what it is and costs
 @pytest.mark.parametrize(("pixels", "patch"), BY_HAND)
 def test_counts_by_hand(pixels, patch, capsys):
@@ -189,9 +177,9 @@ def test_a_small_network_trains_as_the_masked_one_and_statistics_rewind(float64,
 
 
 @pytest.mark.parametrize("flags", [UNITS, "--struct imp --prune_patch_embed --rate 0.4"])
-def test_what_a_run_exports_reloads_here_and_in_plain_timm(flags, run_micro, monkeypatch):
+def test_what_a_run_exports_reloads_here_and_in_plain_timm(flags, train, monkeypatch):
     base = [flag for flag in MICRO if flag != "--no-export"]
-    folder = run_micro(f"{flags} --stem conv --pruning_times 2", base=base)
+    folder = train(f"{flags} --stem conv --pruning_times 2", base=base)
     proof = json.loads((folder / "model" / "parity.json").read_text())
     assert proof["max_difference_float64"] < 1e-12
     small, config = export.load(folder / "model"), json.loads((folder / "model" / "config.json").read_text())
