@@ -537,19 +537,21 @@ def test_running_out_of_memory_says_what_to_change(kind, ends_in_one_line):
     ends_in_one_line((at, "mask_gradients", 1, 6, out_of_memory, kind), named=named, step=(1, 4))
 
 
-def test_a_second_process_on_the_folder_of_a_run_is_refused(folder, launch, resume):
-    """The lock ends with its owner, however it dies, and what the second one found is unchanged."""
-    resume("imp", (at, "step", 1, 4, kill))
+@pytest.mark.parametrize(("state", "step"), [(1, 4), (0, 2)])
+def test_a_second_process_on_the_folder_of_a_run_is_refused(state, step, folder, launch, whole):
+    """With a checkpoint and without; the lock ends with its owner, and what the second one found is unchanged."""
+    auto = [*BASE, *MODES["imp"], "--resume", "auto", "--save_dir", folder]
+    assert launch(auto, (at, "step", state, step, kill)).code == -signal.SIGKILL
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
     lock = RunLock(folder)
-    for argv in (["--resume"], ["--resume", "auto"], [*BASE, "--overwrite"]):
+    for argv in (auto, *([["--resume"], [*BASE, "--overwrite"]] if state else [])):
         refused = launch([*argv, "--save_dir", folder])
         assert refused.code == 2
         assert refused.err.count("\n") == 1, refused.err
         assert f"--save_dir {folder}: process {os.getpid()} on {socket.gethostname()}" in refused.err
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
     lock.release()
-    assert resume("imp").code == 0
+    assert_finishes_alike(launch(auto), folder, whole("imp"))
 
 
 # ----------------------------------------------------------------------------------------------------- what resumes
@@ -621,18 +623,6 @@ def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(folder
     assert refused.err.count("\n") == 1, refused.err
     assert str(folder) in refused.err
     assert "--overwrite" in refused.err  # without it the folder holds another run
-
-
-def test_two_processes_do_not_start_one_run(folder, launch, whole):
-    auto = [*BASE, *MODES["imp"], "--save_dir", folder, "--resume", "auto"]
-    assert launch(auto, (at, "step", 0, 2, kill)).code == -signal.SIGKILL
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
-    lock = RunLock(folder)
-    refused = launch(auto)
-    assert (refused.code, f"process {os.getpid()} on" in refused.err) == (2, True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
-    lock.release()
-    assert_finishes_alike(launch(auto), folder, whole("imp"))
 
 
 # ---------------------------------------------------------------------------------------------- nobody reads its output

@@ -267,27 +267,6 @@ def tapes(monkeypatch):
     return Tape.made
 
 
-def test_a_tape_repeats_what_a_graph_would(tapes):
-    rate, total, python = torch.tensor(2.0), torch.zeros(3), SimpleNamespace(rate=2.0)
-    frozen, places = torch.zeros(3), set()
-
-    def step(values):
-        places.add(values.data_ptr())
-        total.add_(values * rate)
-        frozen.add_(values * python.rate)
-
-    captured = CapturedStep(step)
-    for number in range(6):
-        python.rate = float(number)
-        rate.fill_(number)
-        captured(torch.tensor([1.0, 2.0, number]))
-    # sum of number * (1, 2, number) for 0..5; Python's number stays 3 from the capture on
-    assert total.tolist() == [15, 30, 55]
-    assert frozen.tolist() == [0 + 1 + 2 + 3 * 3, 2 * 12, 0 + 1 + 4 + 3 * (3 + 4 + 5)]
-    assert (tapes[0].warm_ups, tapes[0].replays) == (3, 3)
-    assert len(places) == 1  # warmed up on what it is captured with: a compiled network sees the same strides
-
-
 CAPTURED = {
     "rsst, a teacher": (*RAMP, *words("--sched cosine --momentum 0.8 --teacher self --kd_features 1")),
     "bf16, gradient form": (
@@ -506,22 +485,6 @@ def test_a_failing_writer_stops_the_run_at_the_next_checkpoint_or_the_end(failin
     assert ended.err.count("\n") == 1
     assert "the disk is gone" in ended.err
     assert (len(calls), len(ended.steps)) == (failing, steps)
-
-
-def test_a_writers_error_shows_once_and_the_writer_goes_on():
-    writer, done = Background(), []
-
-    def fail():
-        raise RunError("the disk is full")
-
-    writer.submit(done.append, 1)
-    writer.submit(fail)
-    with pytest.raises(RunError, match="the disk is full"):
-        writer.wait()
-    writer.wait()
-    writer.submit(done.append, 2)
-    writer.wait()
-    assert done == [1, 2]
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("adamw", 3)])

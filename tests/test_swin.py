@@ -20,8 +20,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import export
-from cli.parse import parse_args
-from engine.allocation import allocation_of
 from families import family_of
 from families.swin import SWIN, loading_lines
 from models import build_model
@@ -145,15 +143,6 @@ def test_macs_are_those_of_the_products_that_run(model, which):
     with FlopCounterMode(display=False) as counter:  # no fused attention here, which it would not see
         small(images_of(model, 1))
     assert SWIN.cost(model, kept)["macs"] == counter.get_total_flops() // 2
-
-
-def test_macs_of_a_stage_by_hand():
-    model = build(SwinTransformer, **PADDED)
-    group = SWIN.units(model)
-    heads, neurons = group["layers.1.blocks.1.attn"], group["layers.1.blocks.1.mlp"]
-    # 5 x 5 tokens in 2 x 2 windows of 16, 16 wide, heads of 4
-    assert heads.macs(model, heads) == 64 * 4 * 16 * 4 + 2 * 64 * 16 * 4
-    assert neurons.macs(model, neurons) == 25 * 2 * 16
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -292,15 +281,6 @@ def test_a_foreign_module_is_refused_by_its_place():
 
 
 # ------------------------------------------------------------------------------------- layers that differ
-def test_a_global_plan_starts_whole_and_ends_at_the_ratio():
-    model = build(SwinTransformer)
-    flags = "--vit_structured --vit_prune_target both --rate 0.5 --pruning_times 2 --sorting_mode global"
-    args = parse_args(flags.split())
-    plan = [SWIN.cost(model, kept) for kept in allocation_of(args, SWIN, model, SWIN.units(model)).plan()]
-    assert plan[0] == SWIN.cost(model, {})
-    assert (plan[1]["heads"], plan[1]["neurons"]) == (6, 48)
-
-
 def test_score_per_mac_takes_the_macs_of_the_ratio(add_noise):
     model = add_noise(build(SwinTransformer)).eval()
     units = SWIN.units(model)
