@@ -131,8 +131,11 @@ def load_pretrained_weights(
     return report
 
 
-def load_whole(model: nn.Module, source: str | Path, flag: str, partial: bool = False) -> TransferReport:
+def load_whole(model: nn.Module, source: str | Path, flag: str, partial: bool | None = None) -> TransferReport:
     """As `load_pretrained_weights`, of weights of exactly this model: classifier and embeddings fit as they are.
+
+    Args:
+        partial: as there; None: not to be had.
 
     Raises:
         PretrainedError, MisfitError, ValueError: as there.
@@ -142,7 +145,12 @@ def load_whole(model: nn.Module, source: str | Path, flag: str, partial: bool = 
 
 
 def _fill(
-    model: nn.Module, weights: Mapping[str, Tensor], said: str, free: tuple[str, ...] | None, anew: bool, partial: bool
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    said: str,
+    free: tuple[str, ...] | None,
+    anew: bool,
+    partial: bool | None,
 ) -> TransferReport:
     """Put `weights` into the model, under timm's names where its filter for the model finds them.
 
@@ -166,7 +174,8 @@ def _fill(
         raise MisfitError(f"{said}: {misfit}; give weights of the same architecture")
     report.gaps = _gaps(report, free)
     if report.gaps and not partial:
-        raise MisfitError(f"{said}: {report.gaps}; give weights of the same architecture, or accept it by {PARTIAL}")
+        way_out = "" if partial is None else f", or accept it by {PARTIAL}"
+        raise MisfitError(f"{said}: {report.gaps}; give weights of the same architecture{way_out}")
     if report.gaps:
         log.warning("%s: %s (%s)", said, report.gaps, PARTIAL)
     model.load_state_dict({**model.state_dict(), **loaded})
@@ -249,9 +258,8 @@ def _resized_by_filter(weights: Mapping[str, Tensor], loaded: Mapping[str, Tenso
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with; distilled models have two heads."""
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    names = (names,) if isinstance(names, str) else names
-    return tuple(f"{name}." for name in ("head", "head_dist", *names))
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
 
 
 def _resample(name: str, value: Tensor, current: Tensor, model: nn.Module) -> Tensor | None:

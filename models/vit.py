@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.embedding import STEMS
 from models.pretrained import initialise
+from models.pretrained import load_pretrained_weights as load_pretrained_weights  # a documented name of this module
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """The house: imports go one way, rooms stay small, nothing outside the families asks which one a model has."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -73,3 +74,25 @@ def test_the_readme_names_the_steps_of_the_loop_in_its_order(readme):
     assert len(named) == 8
     assert named == calls
     assert first == "step"
+
+
+DOCUMENTED = {
+    "models.vit": "VisionTransformer vit_tiny vit_small vit_base vit_small_imagenet vit_base_imagenet "
+    "vit_large_imagenet load_pretrained_weights",
+    "vit_pruning_utils": "is_vit_model pruning_model_vit check_sparsity_vit extract_mask_vit prune_model_custom_vit "
+    "remove_prune_vit prune_model_custom_fillback_vit prune_model_custom_fillback_vit_by_head",
+    "vit_pruning_utils_head_mlp": "prune_model_custom_fillback_vit_head_and_mlp",
+    "vit_structured_pruning": "compute_vit_head_importance compute_mlp_neuron_importance structured_prune_vit_heads "
+    "structured_prune_mlp_neurons CRITERIA prune_attention_heads_hard prune_mlp_neurons_hard check_vit_structure "
+    "count_vit_parameters",
+    "pruning_utils": "pruning_model check_sparsity extract_mask prune_model_custom remove_prune "
+    "prune_model_custom_fillback",
+    "export": "load main",
+    "report": "write main",
+}
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_documented_names_stay(module):
+    found = importlib.import_module(module)
+    assert [name for name in DOCUMENTED[module].split() if not hasattr(found, name)] == []

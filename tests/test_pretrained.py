@@ -298,7 +298,7 @@ def test_weights_that_fit_in_part_are_refused_by_name_unless_they_are_meant(part
     path = save(tmp_path / "w.pth", change(source_vit().state_dict()))
     model = target_vit()
     before = copy_of(model)
-    for load in (load_pretrained_weights, lambda model, path: load_whole(model, path, "--pretrained")):
+    for load in (load_pretrained_weights, lambda model, path: load_whole(model, path, "--pretrained", False)):
         with pytest.raises(MisfitError) as caught:
             load(model, path)
         line = str(caught.value)
@@ -475,7 +475,7 @@ DAMAGED = {
     "code.safetensors": lambda marker: pickle.dumps(Payload(marker), protocol=2),
 }  # fmt: skip
 TOLD = {
-    "code.pth": "more than tensors", "infinite.pth": "norm.weight holds values that are not finite",
+    "code.pth": "more than tensors", "infinite.pth": "norm.weight holds NaN or infinity",
     "namespace.pth": "dictionary of tensors", "torn grid.npz": "15 positions are not a square",
     "list.pth": "dictionary",
 }  # fmt: skip
