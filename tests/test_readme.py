@@ -120,7 +120,8 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("house")
-def test_own_images_are_fine_tuned_pruned_and_exported():
+def test_own_images_are_fine_tuned_pruned_and_exported(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda _: None)  # pictures take longer than these runs
     write_photos(Path("photos"))
     tuned, pruned, *exports = OWN_IMAGES
     for command in (tuned, pruned):
@@ -134,10 +135,12 @@ def test_own_images_are_fine_tuned_pruned_and_exported():
 
 
 @pytest.mark.usefixtures("house")
-def test_commands_and_python_on_a_finished_run():
+def test_commands_and_python_on_a_finished_run(monkeypatch):
     flags = [*SMALL, *shlex.split("--dataset digits --arch vit_micro --vit_structured --vit_prune_target both")]
-    for name in ("NAME", "OTHER"):
-        assert call([*flags, "--save_dir", f"results/{name}"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", lambda _: None)  # which the commands below write
+        for name in ("NAME", "OTHER"):
+            assert call([*flags, "--save_dir", f"results/{name}"]) == 0
     programs = {"main_imp_fillback.py": call, "export.py": export.main, "report.py": report.main}
     assert len(ON_A_RUN) == 8
     Image.new("RGB", (20, 24)).save("photo.jpg")
