@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -28,6 +29,7 @@ from pruning.removal import remove_units, scatter_tensors, slice_tensors
 from pruning.scores import score_units
 from pruning.units import LayoutError, count_parameters
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 CLASSES = 5
 SMALL = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "mlp_ratio": 2, "drop_path_rate": 0.0}
 SMALL |= {"window_size": 4, "patch_size": 2, "num_classes": CLASSES}
@@ -314,10 +316,10 @@ RUN += "--pruning_times 2 --vit_structured --vit_prune_target both --rate 0.5 --
 
 
 @pytest.mark.parametrize(("arch", "flags"), [
-    ("swin_micro", "--struct rsst --criteria saliency --reg_finish 0.5"),
+    slow("swin_micro", "--struct rsst --criteria saliency --reg_finish 0.5"),
     ("swin_micro", "--struct refill --min_units 0 --sorting_mode global --rate 0.8"),
     ("swinv2_micro", "--struct rsst --criteria l1 --reg_finish 0.5"),
-    ("swinv2_micro", "--struct refill --criteria l2 --no-compact_training"),
+    slow("swinv2_micro", "--struct refill --criteria l2 --no-compact_training"),
 ])  # fmt: skip
 def test_the_command_prunes_and_exports(house, tmp_path, arch, flags):
     assert call([*f"{RUN}{arch} {flags}".split(), "--save_dir", tmp_path / "run"]) in (0, None)
