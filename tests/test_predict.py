@@ -1,13 +1,12 @@
 """Laws of `export.py` behind a finished export: answers for image files, and more forms from `model/` alone."""
 
-import csv
 import json
 import re
 import shutil
 
 import pytest
 import torch
-from micro import assert_one_line, linked
+from micro import assert_one_line, linked, rows_of
 from PIL import Image
 
 import export
@@ -53,8 +52,7 @@ def test_images_get_the_probabilities_of_the_network(exported, pictures, command
     code, out, err = command(run if place == "run" else run / "model", "--predict", pictures, "--out", "answers.csv")
     assert (code, err) == (0, "")
     files = [pictures / f"{i}.png" if i < 3 else pictures / "b" / "deeper" / f"{i}.png" for i in range(6)]
-    with open("answers.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("answers.csv")
     assert [row["file"] for row in rows] == [str(file) for file in files]
     left_out, *lines = out.splitlines()
     assert left_out == f"{pictures}: left out: notes.txt (.txt)"

@@ -44,6 +44,8 @@ from images.orders import random_seed
 from images.randaugment import OPERATIONS, draw_operations, rand_augment
 from models.vit import VisionTransformer
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 
 def parse(*flags):
     return entry.parse_args([*MICRO, *map(str, flags)])
@@ -383,7 +385,7 @@ def averages_by_hand(flags, tmp_path, monkeypatch):
     return found, tmp_path / "run"
 
 
-@pytest.mark.parametrize("more", ["", "--no-compact_training", "--opt adamw --lr 0.002 --mixup 1"])
+@pytest.mark.parametrize("more", ["", slow("--no-compact_training"), "--opt adamw --lr 0.002 --mixup 1"])
 def test_the_average_is_that_of_a_hand_loop_through_the_cut(more, house, tmp_path, monkeypatch):
     found, folder = averages_by_hand(f"{UNITS} --ema_decay 0.9 --pruning_times 2 {more}", tmp_path, monkeypatch)
     assert len(found) == 8
@@ -570,7 +572,6 @@ ALL = " ".join(
 )
 UNITS = "--struct rsst --vit_structured --vit_prune_target both --rate 0.5 --epochs 4 --reg_finish 0.5"
 FINISH = "--finish_epochs 2 --finish_on_all"
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def left_by(folder):

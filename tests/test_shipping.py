@@ -1,6 +1,5 @@
 """Laws of what leaves the program: operator sets, int8, the page that shows the model, the folder for the hub."""
 
-import csv
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import DEPTH, assert_one_line, linked, vit_micro
+from micro import DEPTH, assert_one_line, linked, rows_of, vit_micro
 from torch.nn.functional import interpolate
 
 import export
@@ -169,8 +168,7 @@ def test_convolutions_are_int8_but_the_first(tmp_path):
 
 
 def test_the_table_is_measured_and_shown(shipped, test_digits):
-    with open(shipped.model / "onnx.csv", newline="") as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
+    rows = {row["model"]: row for row in rows_of(shipped.model / "onnx.csv")}
     images, labels = test_digits
     files = {"removed": "model.onnx", "removed int8": "model_int8.onnx"}
     files["removed int8 dynamic"] = "model_int8_dynamic.onnx"

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 words = str.split
+slow = partial(pytest.param, marks=pytest.mark.slow)
 BASE = [*MICRO, *words("--rate 0.5 --criteria magnitude")]
 RAMP = ("--struct", "rsst", *BOTH, *words("--reg_finish 0.5 --pruning_times 2"))
 WHOLE_BATCH, IN_PARTS = words("--batch_size 20 --accum_steps 1"), words("--batch_size 5 --accum_steps 4")
@@ -90,7 +92,7 @@ def assert_same_masks(one, other):
 
 # -------------------------------------------------------------------------------------------------------- accumulation
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("images", "epochs", "steps"), [(40, 2, 4), (18, 4, 4)])  # in parts of 5 5 5 5, of 5 5 5 3
+@pytest.mark.parametrize(("images", "epochs", "steps"), [slow(40, 2, 4), (18, 4, 4)])  # in parts of 5 5 5 5, of 5 5 5 3
 def test_accumulation_equals_the_whole_batch_in_float64(images, epochs, steps, run):
     flags = (*RAMP, *words("--clip_grad 0.3 --label_smoothing 0.1 --epochs"), epochs, "--train_limit", images)
     whole, parts = run(*flags, *WHOLE_BATCH, name="whole"), run(*flags, *IN_PARTS, name="parts")
@@ -300,7 +302,7 @@ def use_float16(monkeypatch):
         monkeypatch.setattr(module, "pick_precision", lambda *_: torch.float16)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [slow("sgd"), "adamw"])
 def test_a_captured_fp16_run_skips_the_steps_that_the_plain_run_skips(optimizer, run, tapes, around, monkeypatch):
     """The scaler starts where gradients overflow and doubles every second step; the device decides whether to skip.
 

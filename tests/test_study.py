@@ -3,19 +3,18 @@
 import csv
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
+import micro
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import study, study_tables
+from benchmarks.grid import Planned, check, checked, read_study
+from utils import RunError
 
-from benchmarks import study, study_tables  # noqa: E402
-from benchmarks.grid import Planned, check, checked, read_study  # noqa: E402
-from utils import RunError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # Stands in for a program that trains: notes in OUT/order that it started, and leaves a run's files.
 STAND_IN = """\
@@ -67,8 +66,7 @@ def grid(tmp_path):
 
 
 def rows_of(out):
-    with (out / "study.csv").open(newline="") as file:
-        return {row["name"]: row for row in csv.DictReader(file)}
+    return {row["name"]: row for row in micro.rows_of(out / "study.csv")}
 
 
 def order_of(out):

@@ -1,7 +1,6 @@
 """What a teacher teaches beyond its logits: the features behind its last block, and the second head of a distilled
 DeiT. Off it changes nothing; the laws of logits alone stand in test_recipes.py."""
 
-import copy
 import json
 from functools import partial
 
@@ -229,18 +228,6 @@ def test_in_parts_the_features_cost_what_they_cost_at_once(tmp_path, add_noise):
     without, before = step_once(tmp_path / "run", student, "--batch_size", "21", "--mixup", "0.5", teacher=teacher)
     assert whole > without + 1  # of noise and noise the distance is about 2
     assert largest_difference(weights, before) > 1e-3
-
-
-def test_alone_the_features_of_an_equal_teacher_move_nothing(house, tmp_path, add_noise):
-    student = add_noise(vit_micro())
-    alone = ("--kd_alpha", "0", "--kd_features", "1")
-    loss, moved = step_once(tmp_path / "run", student, *alone, teacher=copy.deepcopy(student))
-    expected, without = step_once(tmp_path / "run", student, "--kd_alpha", "0", teacher=vit_micro())
-    assert loss == pytest.approx(expected, rel=1e-6)
-    for name, value in without.items():
-        torch.testing.assert_close(moved[name], value, msg=name)
-    loss, moved = step_once(tmp_path / "run", student, *alone, teacher=add_noise(vit_micro(), seed=1))
-    assert loss > expected + 1
 
 
 def test_weight_0_equals_no_features_bit_by_bit(train):
