@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import export
 import main_imp_fillback as entry
@@ -151,6 +152,17 @@ def broken_off(argv, folder, state, step):
 
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def picture_tree(root, classes=("cat", "dog"), count=25, parts=("train",), low=20, high=21, suffix="png"):
+    """PART/CLASS/NUMBER.png of noise in large blocks, `low` to `high` - 1 pixels a side."""
+    rng = np.random.default_rng(0)
+    for folder in (Path(root) / part / name for part in parts for name in classes):
+        folder.mkdir(parents=True)
+        for number in range(count):
+            blocks = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            blocks.resize(tuple(rng.integers(low, high, 2))).save(folder / f"{number}.{suffix}")
+    return Path(root)
 
 
 def rows_of(path):

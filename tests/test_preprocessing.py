@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from micro import picture_tree
 from PIL import Image
 
 import export
@@ -30,20 +31,8 @@ from utils import to_device
 FOLDER = DATASETS["folder"]
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
 HALF["shown_as"] = "some weights"
+PARTS = {"parts": ("train", "val"), "low": 40, "high": 90}
 UNLIKE = {**HALF, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-
-
-def photographs(folder, count=4, low=40, high=90):
-    """train/ and val/ with two classes of noise in large blocks."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                width, height = rng.integers(low, high, 2)
-                small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-                Image.fromarray(small).resize((width, height)).save(folder / part / name / f"{number}.png")
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------------ steps
@@ -61,7 +50,7 @@ def test_what_is_resized_and_cut(changes, size, resize, mode):
 
 @pytest.mark.parametrize("wanted", [HALF, {**UNLIKE, "crop_mode": "squash"}, {**UNLIKE, "crop_pct": 1.0}])
 def test_files_are_shown_as_timm_shows_them_to_these_weights(wanted, tmp_path):
-    splits = load_dataset("folder", photographs(tmp_path), 48, shown=wanted)
+    splits = load_dataset("folder", picture_tree(tmp_path, count=4, **PARTS), 48, shown=wanted)
     batches = make_batches(splits.val, splits.facts, 8, "cpu")
     (images, _), *_ = batches.sequential()
     theirs = timm.data.create_transform(
@@ -194,7 +183,13 @@ def run_from_file(tmp_path_factory):
         "--dataset folder --arch timm/test_vit --img_size 32 --epochs 1 --pruning_times 2 --struct refill --rate 0.5 "
     )
     flags += "--vit_structured --ratio_schedule constant --workers 0 --batch_size 4 --warmup 0 --device cpu --amp off"
-    argv = [*flags.split(), "--data", str(photographs(folder / "images", 5)), "--pretrained", str(folder / "w.pth")]
+    argv = [
+        *flags.split(),
+        "--data",
+        str(picture_tree(folder / "images", count=5, **PARTS)),
+        "--pretrained",
+        str(folder / "w.pth"),
+    ]
     assert entry.main([*argv, "--save_dir", str(folder / "run")]) == 0
     return folder
 

@@ -15,13 +15,11 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import test_reliable
 import torch
 import torch.distributed as dist
-from micro import BOTH, TIMES, load, log_of, metrics, rows_of, wrap
-from PIL import Image
+from micro import BOTH, TIMES, load, log_of, metrics, picture_tree, rows_of, wrap
 from test_reliable import HERE, SCRIPT, at, kill, plain, send, words
 
 from dataset import load_dataset, make_batches
@@ -144,15 +142,7 @@ def words_of(done):
 # ----------------------------------------------------------------------------------------------- the run of one process
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Three classes of 24 images each."""
-    root = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for label in range(3):
-        folder = root / "train" / f"class{label}"
-        folder.mkdir(parents=True)
-        for number in range(24):
-            pixels = generator.integers(0, 255, (20, 20, 3)) // 2 + 40 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    root = picture_tree(tmp_path_factory.mktemp("pictures"), ("one", "two", "three"), 24)
     return ("--dataset", "folder", "--data", str(root), "--val_fraction", "0.2")
 
 

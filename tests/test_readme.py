@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from micro import call
+from micro import call, picture_tree
 from PIL import Image
 from torch.distributed.run import parse_args as parse_torchrun
 
@@ -93,19 +93,12 @@ def plans(argv, capsys):
     assert "About" in capsys.readouterr().out
 
 
-def write_photos(folder):
-    for split, count in (("train", 8), ("test", 2)):
-        for name in ("cats", "dogs"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (20, 24), (30 * number, 90, 200)).save(folder / split / name / f"{number}.jpg")
-
-
 def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures have tests of their own
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
-    write_photos(Path("photos"))
+    for part, count in (("train", 8), ("test", 2)):
+        picture_tree("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     for command in TRAINING:
         if "--search" in command:
             entry.parse_args(words(command))
@@ -122,7 +115,8 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
 @pytest.mark.usefixtures("house")
 def test_own_images_are_fine_tuned_pruned_and_exported(monkeypatch):
     monkeypatch.setattr(report, "write", lambda _: None)  # pictures take longer than these runs
-    write_photos(Path("photos"))
+    for part, count in (("train", 8), ("test", 2)):
+        picture_tree("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     tuned, pruned, *exports = OWN_IMAGES
     for command in (tuned, pruned):
         known = re.sub("--arch timm/[^ ]+|--pretrained", "", command)
