@@ -609,10 +609,6 @@ def micro_timm(path, build, *arguments, **options):
 ATTENTION = partial(micro_timm, "blocks.1.attn", TimmAttention, 12, num_heads=3)
 REFUSED = {
     "a plain network": (lambda: nn.Sequential(nn.Linear(3, 3)), "no transformer blocks"),
-    "convnext": (
-        lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)),
-        "no transformer blocks",
-    ),
     "hybrid": (partial(micro_timm, "patch_embed.proj", nn.Linear, 48, 12), "patch embedding"),
     "gMLP": (partial(micro_timm, "blocks.1.mlp", GatedMlp, 12, 24), "blocks.1.mlp is a timm.layers.mlp.GatedMlp"),
     "widths that disagree": (partial(micro_timm, "blocks.1.mlp.fc2", nn.Linear, 12, 12), "blocks.1.mlp gates"),
@@ -622,10 +618,6 @@ REFUSED = {
     "another width": (partial(micro_timm, "blocks.1.attn.qkv", nn.Linear, 12, 24), "blocks.1.attn: qkv does not hold"),
     "shared positions": (lambda: Beit(**MICRO, use_shared_rel_pos_bias=True), "rel_pos_bias is one table"),
     "differential attention": (partial(micro_timm, "blocks.1.attn", DiffAttention, 12, 3), "blocks.1.attn: qkv"),
-    "relative positions": (
-        lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1, embed_dim=12, num_heads=3),
-        "attn is a",
-    ),
     "grouped queries": (
         lambda: Eva(**MICRO, attn_type="rope", qkv_fused=False, num_kv_heads=1),
         "blocks.0.attn has fewer keys",
