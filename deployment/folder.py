@@ -183,11 +183,19 @@ def as_json(content: Mapping) -> str:
     return LIST.sub(lambda found: f"[{BREAK.sub(', ', found[1])}]", json.dumps(content, indent=2)) + "\n"
 
 
+def _ordered(blob: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in any, and equal models differ then."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    return blob[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + blob[end:]
+
+
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
     """config.json's and model.safetensors' content, each vouching for the other: the weights carry the config's digest,
     the config theirs."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    blob = save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)})
+    blob = _ordered(save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)}))
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
 
 
