@@ -154,7 +154,7 @@ def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def picture_tree(root, classes=("cat", "dog"), count=25, parts=("train",), low=20, high=21, suffix="png"):
+def picture_folder(root, classes=("cat", "dog"), count=25, parts=("train",), low=20, high=21, suffix="png"):
     """PART/CLASS/NUMBER.png of noise in large blocks, `low` to `high` - 1 pixels a side."""
     rng = np.random.default_rng(0)
     for folder in (Path(root) / part / name for part in parts for name in classes):

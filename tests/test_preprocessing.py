@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
-from micro import picture_tree
+from micro import picture_folder
 from PIL import Image
 
 import export
@@ -50,7 +50,7 @@ def test_what_is_resized_and_cut(changes, size, resize, mode):
 
 @pytest.mark.parametrize("wanted", [HALF, {**UNLIKE, "crop_mode": "squash"}, {**UNLIKE, "crop_pct": 1.0}])
 def test_files_are_shown_as_timm_shows_them_to_these_weights(wanted, tmp_path):
-    splits = load_dataset("folder", picture_tree(tmp_path, count=4, **PARTS), 48, shown=wanted)
+    splits = load_dataset("folder", picture_folder(tmp_path, count=4, **PARTS), 48, shown=wanted)
     batches = make_batches(splits.val, splits.facts, 8, "cpu")
     (images, _), *_ = batches.sequential()
     theirs = timm.data.create_transform(
@@ -186,7 +186,7 @@ def run_from_file(tmp_path_factory):
     argv = [
         *flags.split(),
         "--data",
-        str(picture_tree(folder / "images", count=5, **PARTS)),
+        str(picture_folder(folder / "images", count=5, **PARTS)),
         "--pretrained",
         str(folder / "w.pth"),
     ]

@@ -19,7 +19,7 @@ import pytest
 import test_reliable
 import torch
 import torch.distributed as dist
-from micro import BOTH, TIMES, load, log_of, metrics, picture_tree, rows_of, wrap
+from micro import BOTH, TIMES, load, log_of, metrics, picture_folder, rows_of, wrap
 from test_reliable import HERE, SCRIPT, at, kill, plain, send, words
 
 from dataset import load_dataset, make_batches
@@ -142,7 +142,7 @@ def words_of(done):
 # ----------------------------------------------------------------------------------------------- the run of one process
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    root = picture_tree(tmp_path_factory.mktemp("pictures"), ("one", "two", "three"), 24)
+    root = picture_folder(tmp_path_factory.mktemp("pictures"), ("one", "two", "three"), 24)
     return ("--dataset", "folder", "--data", str(root), "--val_fraction", "0.2")
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from micro import call, picture_tree
+from micro import call, picture_folder
 from PIL import Image
 from torch.distributed.run import parse_args as parse_torchrun
 
@@ -98,7 +98,7 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     for part, count in (("train", 8), ("test", 2)):
-        picture_tree("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
+        picture_folder("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     for command in TRAINING:
         if "--search" in command:
             entry.parse_args(words(command))
@@ -116,7 +116,7 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
 def test_own_images_are_fine_tuned_pruned_and_exported(monkeypatch):
     monkeypatch.setattr(report, "write", lambda _: None)  # pictures take longer than these runs
     for part, count in (("train", 8), ("test", 2)):
-        picture_tree("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
+        picture_folder("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     tuned, pruned, *exports = OWN_IMAGES
     for command in (tuned, pruned):
         known = re.sub("--arch timm/[^ ]+|--pretrained", "", command)

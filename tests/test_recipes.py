@@ -25,7 +25,7 @@ from micro import (
     log_of,
     make_run,
     metrics,
-    picture_tree,
+    picture_folder,
     vit_micro,
     wrap,
 )
@@ -611,13 +611,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stop, more, stopped):
 
 @pytest.mark.parametrize(("finish", "stop"), [slow("", (1, 3)), (FINISH, (2, 3))])
 def test_a_stopped_run_on_image_folders_goes_on_to_the_same_bits(finish, stop, stopped, tmp_path):
-    data = picture_tree(tmp_path / "pictures")
+    data = picture_folder(tmp_path / "pictures")
     base = [*MICRO, "--dataset", "folder", "--data", str(data), "--workers", "0", "--img_size", "16"]
     stopped(f"{UNITS} {ALL} {finish} --pruning_times 2", *stop, base)
 
 
 def test_folders_erase_to_the_mean(tmp_path):
-    data = picture_tree(tmp_path)
+    data = picture_folder(tmp_path)
     splits = load_dataset("folder", str(data), 16, 0.1, None)
     batches = {aug: make_batches(splits.train, splits.facts, 40, "cpu", 0, aug) for aug in ("strong", "rand")}
     plain, erased = (data.batch(0, 0, 0)[0] for data in batches.values())
