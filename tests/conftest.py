@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads: th
 
 import torch
 from hypothesis import settings
-from micro import MICRO, flags_of, furnish, record, vit_micro, wrap
+from micro import MICRO, call, flags_of, furnish, record, vit_micro, wrap
 
 import export
 import main_imp_fillback
@@ -92,6 +92,31 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def train(house, tmp_path, monkeypatch):
+    """train("--flags", name="a") -> the folder of the finished micro run."""
+    monkeypatch.setattr(main_imp_fillback.report, "write", lambda _: None)  # pictures take longer than these runs
+
+    def run(flags, name="run", base=MICRO):
+        assert call([*base, *flags.split(), "--save_dir", tmp_path / name]) == 0
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def refused(house, capsys):
+    """refused(flags, words): the micro run ends in one line that holds the words, before any work."""
+
+    def check(flags, *words):
+        capsys.readouterr()
+        assert call([*MICRO, *flags.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert [word for word in words if word not in line] == [], line
+
+    return check
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import export
 import main_imp_fillback as entry
@@ -137,8 +138,32 @@ def wrap(patch, method, before=None, after=None):
     patch.setattr(owner, method, wrapped)
 
 
+def broken_off(argv, folder, state, step):
+    """The command, interrupted before this step, and what goes on from there."""
+
+    def interrupt(training):
+        if (training.progress.state, training.progress.step) == (state, step):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        wrap(patch, "step", before=interrupt)
+        assert call([*argv, "--save_dir", folder]) == 130
+    assert call(["--resume", "--save_dir", folder]) == 0
+
+
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def picture_folder(root, classes=("cat", "dog"), count=25, parts=("train",), low=20, high=21, suffix="png"):
+    """PART/CLASS/NUMBER.png of noise in large blocks, `low` to `high` - 1 pixels a side."""
+    rng = np.random.default_rng(0)
+    for folder in (Path(root) / part / name for part in parts for name in classes):
+        folder.mkdir(parents=True)
+        for number in range(count):
+            blocks = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            blocks.resize(tuple(rng.integers(low, high, 2))).save(folder / f"{number}.{suffix}")
+    return Path(root)
 
 
 def rows_of(path):

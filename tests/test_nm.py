@@ -9,9 +9,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import LAYERS, MICRO, PRUNABLE, assert_same_tensors, call, load, masks_of, metrics, rows_of, wrap
+from micro import LAYERS, MICRO, PRUNABLE, assert_same_tensors, broken_off, call, load, masks_of, metrics, rows_of
 from torch import nn
-from torch.sparse import _semi_structured_conversions as conversions
 
 import export
 import main_imp_fillback as entry
@@ -74,25 +73,13 @@ def test_a_step_by_hand():
     assert not holds_pattern(found, 2, 4)
 
 
-def test_what_a_channels_last_kernel_multiplies_by_is_a_whole_group():
-    """With 4 channels every position of a kernel keeps 2 of them, which sparse convolutions ask for."""
-    weight = torch.randn(3, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    found = nm_step({"x": weight}, {"x": torch.ones_like(weight)}, 2, 4)["x"]
-    assert torch.equal(found.sum(1), torch.full((3, 3, 3), 2.0))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "schedule", "expected"),
-    [
-        ("2:4", "geometric", [4, 3, 2]),  # 4 / sqrt(2) = 2.83
-        ("2:4", "linear", [4, 4, 3, 3, 2]),  # 3.5 and 2.5: halves up
-        ("2:4", "constant", [4, 2, 2, 2]),
-        ("2:4", "geometric", [4, 2]),
-        ("1:4", "geometric", [4, 3, 2, 1]),  # 4 / 4^(1/3) = 2.52, 1.59
-        ("4:8", "linear", [8, 7, 6, 5, 4]),
-        ("1:16", "geometric", [16, 8, 4, 2, 1]),
-    ],
-)
+@pytest.mark.parametrize(("pattern", "schedule", "expected"), [
+    ("2:4", "geometric", [4, 3, 2]),  # 4 / sqrt(2) = 2.83
+    ("2:4", "linear", [4, 4, 3, 3, 2]),  # 3.5 and 2.5: halves up
+    ("2:4", "constant", [4, 2, 2, 2]), ("2:4", "geometric", [4, 2]),
+    ("1:4", "geometric", [4, 3, 2, 1]),  # 4 / 4^(1/3) = 2.52, 1.59
+    ("4:8", "linear", [8, 7, 6, 5, 4]), ("1:16", "geometric", [16, 8, 4, 2, 1]),
+])  # fmt: skip
 def test_states_lead_to_the_pattern(pattern, schedule, expected):
     states = len(expected)
     found = [scheduled_keep(*parse_pattern(pattern), schedule, state, states) for state in range(states)]
@@ -100,8 +87,6 @@ def test_states_lead_to_the_pattern(pattern, schedule, expected):
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
-
-
 NM = ("--nm", "2:4")
 
 
@@ -131,30 +116,11 @@ def test_runs_end_with_two_of_four(struct, seen, noisy):
         assert_same_tensors(run.starts[state].target, nm_step(trained, before, keep, 4))
 
 
-def test_rsst_chooses_what_imp_chooses(seen, noisy):
-    """From state 0, which is the same for both; and what it dooms trains on until the cut."""
-    imp, rsst = (seen("--struct", struct, "--init", noisy, *NM) for struct in ("imp", "rsst"))
-    assert_same_tensors(rsst.starts[1].target, imp.starts[1].target)
-    assert_same_tensors(imp.starts[1].masks, imp.starts[1].target)
-    assert all(mask.all() for mask in rsst.starts[1].masks.values())
-    assert (rsst.steps[1, 1].weights[f"{LAYERS[0]}.weight"] != 0).all()
-    assert set(rsst.cuts) == {1, 2}
-
-
 @pytest.mark.usefixtures("house")
 def test_a_broken_off_run_goes_on_to_the_same_bits(seen, noisy, tmp_path):
-    flags = ("--struct", "rsst", "--init", noisy, *NM)
+    flags, folder = ("--struct", "rsst", "--init", noisy, *NM), tmp_path / "run"
     whole = seen(*flags)
-
-    def kill(training):
-        if (training.run.progress.state, training.run.progress.step) == (2, 3):
-            raise KeyboardInterrupt
-
-    folder = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        wrap(patch, "step", before=kill)
-        assert call([*MICRO, *flags, "--save_dir", folder]) == 130
-    assert call(["--resume", "--save_dir", folder]) == 0
+    broken_off([*MICRO, *flags], folder, 2, 3)
     first, second = load(whole.dir / "best.pt"), load(folder / "best.pt")
     assert_same_tensors(second["weights"], first["weights"])
     drop = ("seconds", "images_per_second")
@@ -163,16 +129,11 @@ def test_a_broken_off_run_goes_on_to_the_same_bits(seen, noisy, tmp_path):
 
 
 @pytest.mark.usefixtures("house")
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        *((f"--nm {value}", f"--nm {value}: ") for value in ("4:2", "0:4", "4:4", "x", "2:4:8", "124", "2:10000")),
-        ("--nm 2:4 --vit_structured", "--nm 2:4: "),
-        ("--nm 2:4 --fillback_rate 0.1", "--fillback_rate 0.1: "),
-        ("--nm 2:4 --struct oneshot", "--struct oneshot: "),
-        ("--nm 2:4 --arch res20s --struct rsst", "--struct imp"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "named"), [
+    *((f"--nm {value}", f"--nm {value}: ") for value in ("4:2", "0:4", "4:4", "x", "2:4:8", "124", "2:10000")),
+    ("--nm 2:4 --vit_structured", "--nm 2:4: "), ("--nm 2:4 --fillback_rate 0.1", "--fillback_rate 0.1: "),
+    ("--nm 2:4 --struct oneshot", "--struct oneshot: "), ("--nm 2:4 --arch res20s --struct rsst", "--struct imp"),
+])  # fmt: skip
 def test_what_makes_no_sense_is_one_line(flags, named, capsys, tmp_path):
     assert call([*MICRO, *flags.split(), "--save_dir", tmp_path / "run"]) == 2
     said = capsys.readouterr().err
@@ -199,8 +160,6 @@ def test_the_plan_is_what_happens(seen, noisy, capsys, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- export
-
-
 @pytest.mark.usefixtures("house")
 def test_an_export_says_what_it_holds(seen, noisy, tmp_path, capsys):
     run = seen("--struct", "rsst", "--init", noisy, *NM)
@@ -242,26 +201,9 @@ def pruned_vit():
     return model, layers
 
 
-def test_the_compressed_form_of_the_kernels_holds_all_weights():
-    """PyTorch's own conversion, which runs on the CPU too, keeps two weights of four: ours, without a loss."""
-    model, layers = pruned_vit()
-    assert semi_structured.sparse_layers(model).keys() == layers.keys()
-    for layer in layers.values():
-        weight = layer.weight.detach().half()
-        values, places = conversions.sparse_semi_structured_from_dense_cutlass(weight)
-        assert values.shape == (weight.shape[0], weight.shape[1] // 2)
-        assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(values, places), weight)
-    dense = torch.ones(32, 64).half()
-    assert not torch.equal(
-        conversions.sparse_semi_structured_to_dense_cutlass(
-            *conversions.sparse_semi_structured_from_dense_cutlass(dense)
-        ),
-        dense,
-    )
-
-
 def test_layers_that_are_not_two_of_four_stay_dense():
     model, layers = pruned_vit()
+    assert semi_structured.sparse_layers(model).keys() == layers.keys()
     with torch.no_grad():
         layers["blocks.0.mlp.fc1"].weight[5, :3] = 1
     assert semi_structured.sparse_layers(model).keys() == layers.keys() - {"blocks.0.mlp.fc1"}

@@ -78,20 +78,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
     assert together > 0.93
 
 
-@pytest.mark.parametrize(
-    ("mean", "n", "sd", "interval", "bootstrap", "wide", "said"),
-    [
-        (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (0.1, 1.9), "better"),
-        (-1, 5, 1, (-1.5, -0.5), (-1.5, -0.5), (-1.9, -0.1), "worse"),
-        (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (-0.1, 2.1), "no difference found"),
-        (1, 5, 1, (-0.5, 2.5), (0.5, 1.5), (-1, 3), "no difference found (t and bootstrap disagree about zero)"),
-        (1, 5, 1, (0.5, 1.5), (0.0, 1.5), (0.1, 1.9), "better (t and bootstrap disagree about zero)"),
-        (1, 2, 1, (0.5, 1.5), rules.NONE, (0.1, 1.9), "better"),
-        (1, 1, math.nan, rules.NONE, rules.NONE, rules.NONE, "no interval (n = 1)"),
-        (1, 3, 1e-17, rules.NONE, rules.NONE, rules.NONE, "no interval (no spread)"),
-        (1e-17, 3, 0, rules.NONE, rules.NONE, rules.NONE, "the same in every pair"),
-    ],
-)
+@pytest.mark.parametrize(("mean", "n", "sd", "interval", "bootstrap", "wide", "said"), [
+    (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (0.1, 1.9), "better"),
+    (-1, 5, 1, (-1.5, -0.5), (-1.5, -0.5), (-1.9, -0.1), "worse"),
+    (1, 5, 1, (0.5, 1.5), (0.5, 1.5), (-0.1, 2.1), "no difference found"),
+    (1, 5, 1, (-0.5, 2.5), (0.5, 1.5), (-1, 3), "no difference found (t and bootstrap disagree about zero)"),
+    (1, 5, 1, (0.5, 1.5), (0.0, 1.5), (0.1, 1.9), "better (t and bootstrap disagree about zero)"),
+    (1, 2, 1, (0.5, 1.5), rules.NONE, (0.1, 1.9), "better"),
+    (1, 1, math.nan, rules.NONE, rules.NONE, rules.NONE, "no interval (n = 1)"),
+    (1, 3, 1e-17, rules.NONE, rules.NONE, rules.NONE, "no interval (no spread)"),
+    (1e-17, 3, 0, rules.NONE, rules.NONE, rules.NONE, "the same in every pair"),
+])  # fmt: skip
 def test_verdicts(mean, n, sd, interval, bootstrap, wide, said):
     assert Difference(n, mean, sd, interval, bootstrap, 0.01, 4, wide, 0.04).verdict == said
 

@@ -1,17 +1,13 @@
 """The benchmark's peer: its network is ours to begin with, and is cut to the MACs that it was asked for."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from micro import HEAD_MACS, NEURON_MACS, vit_micro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import peer  # noqa: E402
-from families import family_of  # noqa: E402
+from benchmarks import peer
+from families import family_of
 
 
 def test_its_network_computes_what_ours_does():

@@ -1,13 +1,12 @@
 """Laws of `export.py` behind a finished export: answers for image files, and more forms from `model/` alone."""
 
-import csv
 import json
 import re
 import shutil
 
 import pytest
 import torch
-from micro import assert_one_line, linked
+from micro import assert_one_line, linked, rows_of
 from PIL import Image
 
 import export
@@ -53,8 +52,7 @@ def test_images_get_the_probabilities_of_the_network(exported, pictures, command
     code, out, err = command(run if place == "run" else run / "model", "--predict", pictures, "--out", "answers.csv")
     assert (code, err) == (0, "")
     files = [pictures / f"{i}.png" if i < 3 else pictures / "b" / "deeper" / f"{i}.png" for i in range(6)]
-    with open("answers.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of("answers.csv")
     assert [row["file"] for row in rows] == [str(file) for file in files]
     left_out, *lines = out.splitlines()
     assert left_out == f"{pictures}: left out: notes.txt (.txt)"
@@ -64,11 +62,8 @@ def test_images_get_the_probabilities_of_the_network(exported, pictures, command
         assert [float(row[f"p_{digit}"]) for digit in range(10)] == pytest.approx(shares.tolist(), abs=1e-5)
         assert line.startswith(f"{row['file']}: {best} {100 * float(shares[best]):.1f}%, ")
     assert sorted(path.name for path in (run / "model").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "parity.json",
-    ]
+        "README.md", "config.json", "model.safetensors", "parity.json",
+    ]  # fmt: skip
 
 
 def test_what_is_no_image_is_named_counted_and_costs_no_other_answer(exported, pictures, command):
@@ -84,19 +79,17 @@ def test_what_is_no_image_is_named_counted_and_costs_no_other_answer(exported, p
 
 
 BAD = {
-    "RUN --predict NONE": "no such file or folder",
-    "RUN --predict EMPTY": "no images in this folder",
+    "RUN --predict NONE": "no such file or folder", "RUN --predict EMPTY": "no images in this folder",
     "RUN --predict PICTURES --out answers": "is a CSV file",
     "RUN --predict PICTURES --out THERE.csv": "is there already; .*--overwrite",
     "RUN --predict PICTURES --out NONE/answers.csv": "not a folder that can be written",
     "RUN --predict PICTURES --onnx": "--onnx: does not go with --predict",
     "--from_checkpoint c.pt --arch vit_mini --out o.csv --predict PICTURES": "--predict",
-    "EMPTY --predict PICTURES": "is .*empty an exported model",
-    "MODEL": "say what to make of it",
+    "EMPTY --predict PICTURES": "is .*empty an exported model", "MODEL": "say what to make of it",
     "MODEL --latency": "--latency: .*needs the folder of its run",
     "MODEL --onnx --int8": "--int8: .*needs the folder of its run",
     "MODEL --onnx --out PICTURES": "--out: .*needs the folder of its run",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -142,8 +135,6 @@ def test_class_names_are_those_of_config_json(exported, pictures, command, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------ a run's own folder
-
-
 def test_a_run_refuses_a_folder_with_the_model_of_others(tmp_path, capsys):
     (tmp_path / "r" / "model").mkdir(parents=True)
     (tmp_path / "r" / "model" / "README.md").write_text("of a project")

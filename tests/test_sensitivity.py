@@ -21,9 +21,8 @@ from pruning.curves import loss_values, lower_hull, probed_counts
 from pruning.removal import remove_units
 from utils import RunError
 
+
 # ------------------------------------------------------------------------------------------------ from curves to counts
-
-
 @st.composite
 def convex_layers(draw, unit_costs):
     """{key: (levels, loss by count)} of up to 3 layers, losses whole numbers, and what a unit of each costs."""
@@ -118,7 +117,6 @@ def test_few_units_are_probed_one_by_one_and_many_by_eighths():
 
 
 # ------------------------------------------------------------------------------------------------------------ the probe
-
 PROBED = (*BOTH, "--ratio_allocation", "sensitivity", "--min_units", 2)
 
 

@@ -123,30 +123,20 @@ def test_a_small_network_trains_resumes_and_exports_as_any_other(house, tmp_path
     assert f"--arch {shape}: no such folder" in said
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ((), "holds no model"),
-        ((), "cannot be used"),
-        ((), "describes no network"),
-        ((), "folded"),
-        (("--img_size", "32"), "--img_size 32: the network of --arch"),
-        (("--patch_size", "4"), "--patch_size 4: the network of --arch"),
-        (("--pretrained",), "--pretrained True"),
-        (("--stem", "conv"), "--stem conv"),
-        (("--layer_scale", "0.1"), "--layer_scale 0.1"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ((), "holds no model"), ((), "cannot be used"), ((), "describes no network"), ((), "folded"),
+    (("--img_size", "32"), "--img_size 32: the network of --arch"),
+    (("--patch_size", "4"), "--patch_size 4: the network of --arch"), (("--pretrained",), "--pretrained True"),
+    (("--stem", "conv"), "--stem conv"), (("--layer_scale", "0.1"), "--layer_scale 0.1"),
+])  # fmt: skip
 def test_what_cannot_be_meant_is_one_line(tmp_path, capsys, flags, words):
     folder = tmp_path / "model"
     exported(folder, vit_micro(), {})
     config = json.loads((folder / "config.json").read_text())
     broken = {
-        "holds no model": None,
-        "cannot be used": "{",
-        "describes no network": json.dumps({**config, "heads": [4]}),
+        "holds no model": None, "cannot be used": "{", "describes no network": json.dumps({**config, "heads": [4]}),
         "folded": json.dumps({**config, "folded": ["blocks.0.ls1"]}),
-    }
+    }  # fmt: skip
     if not flags and broken[words] is None:
         (folder / "config.json").unlink()
     elif not flags:

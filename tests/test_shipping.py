@@ -1,6 +1,5 @@
 """Laws of what leaves the program: operator sets, int8, the page that shows the model, the folder for the hub."""
 
-import csv
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from micro import DEPTH, assert_one_line, linked, vit_micro
+from micro import DEPTH, assert_one_line, linked, rows_of, vit_micro
 from torch.nn.functional import interpolate
 
 import export
@@ -73,8 +72,6 @@ def shipped(finished_run, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ operator sets, int8
-
-
 def test_the_files_have_the_operator_set_asked_for(shipped, test_digits):
     names = ("model.onnx", "model_int8.onnx", "model_int8_dynamic.onnx")
     assert [opset_of(shipped.model / name) for name in names] == [21, 21, 21]
@@ -171,8 +168,7 @@ def test_convolutions_are_int8_but_the_first(tmp_path):
 
 
 def test_the_table_is_measured_and_shown(shipped, test_digits):
-    with open(shipped.model / "onnx.csv", newline="") as file:
-        rows = {row["model"]: row for row in csv.DictReader(file)}
+    rows = {row["model"]: row for row in rows_of(shipped.model / "onnx.csv")}
     images, labels = test_digits
     files = {"removed": "model.onnx", "removed int8": "model_int8.onnx"}
     files["removed int8 dynamic"] = "model_int8_dynamic.onnx"
@@ -213,30 +209,23 @@ def test_the_dense_network_of_a_run_that_kept_it_stands_in_the_table(finished_ru
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-
 FAILING_NPM = "#!/bin/sh\necho 'npm error code EAI_AGAIN no registry' >&2\nexit 1\n"
 BAD = {
-    "RUN --int8": "--int8: belongs to --onnx",
-    "RUN --onnx --opset 7": "--opset 7: there is no way",
-    "RUN --onnx --opset 99": "--opset 99: there is no way",
-    "RUN --demo --opset 99": "--opset 99",
-    "RUN --opset 21": "--opset 21: belongs to",
-    "RUN --onnx --int8 --dataset cifar10 --data NONE": "--dataset cifar10",
+    "RUN --int8": "--int8: belongs to --onnx", "RUN --onnx --opset 7": "--opset 7: there is no way",
+    "RUN --onnx --opset 99": "--opset 99: there is no way", "RUN --demo --opset 99": "--opset 99",
+    "RUN --opset 21": "--opset 21: belongs to", "RUN --onnx --int8 --dataset cifar10 --data NONE": "--dataset cifar10",
     "RUN --onnx --int8 --dataset imagenet --data NONE": "--dataset imagenet",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --onnx --int8": "--int8: calibrates on training images",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --demo PAGE": "--demo: shows images as a data set does",
     "--from_checkpoint c.pt --arch vit_micro --out OUT --dataset digits --demo": "--demo: needs a folder",
-    "RUN --overwrite": "--overwrite: belongs to --demo",
-    "RUN --ort_web NPM": "--ort_web",
+    "RUN --overwrite": "--overwrite: belongs to --demo", "RUN --ort_web NPM": "--ort_web",
     "RUN --dense c.pt": "--dense c.pt: belongs to",
     "RUN --demo PAGE --ort_web NPM --dense nothing.pt": "--dense nothing.pt",
-    "RUN --demo THERE --ort_web NPM": "is there already",
-    "RUN --demo THERE --ort_web NPM --overwrite": "holds no page",
+    "RUN --demo THERE --ort_web NPM": "is there already", "RUN --demo THERE --ort_web NPM --overwrite": "holds no page",
     "RUN --demo FILE/page --ort_web NPM": "not a folder that can be written",
-    "RUN --demo PAGE --ort_web NONE": "--ort_web",
-    "RUN --demo PAGE": "npm cannot fetch onnxruntime-web",
+    "RUN --demo PAGE --ort_web NONE": "--ort_web", "RUN --demo PAGE": "npm cannot fetch onnxruntime-web",
     "RUN --hf THERE": "--hf",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -267,8 +256,6 @@ def test_without_npm_the_line_says_what_to_do(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ the page
-
-
 def test_the_folder_of_the_page_holds_all_it_needs(shipped, test_digits):
     names = ["app.mjs", "demo.json", "image.mjs", "index.html", "model_0.onnx", "model_1.onnx", "model_2.onnx", "ort"]
     assert sorted(path.name for path in shipped.demo.iterdir()) == [*names, "style.css"]
@@ -298,12 +285,8 @@ def test_the_folder_of_the_page_holds_all_it_needs(shipped, test_digits):
 def test_an_earlier_page_is_replaced_whole(shipped, tmp_path):
     page = tmp_path / "deep" / "page"
     page.mkdir(parents=True)
-    (page / "stale").write_text("of an earlier page")
-    with pytest.raises(RunError, match="holds no page"):
-        demo.check_new_folder("--demo", page, overwrite=True)
-    (page / "demo.json").write_text("{}")
-    with pytest.raises(RunError, match="is there already; .*--overwrite"):
-        demo.check_new_folder("--demo", page)
+    for name in ("stale", "demo.json"):
+        (page / name).write_text("of an earlier page")
     demo.check_new_folder("--demo", page, overwrite=True)
     facts, small = DATASETS["digits"], export.load(shipped.model)
     words = demo.page_words("vit_micro", "digits", "masked")
@@ -379,11 +362,8 @@ def test_the_page_prepares_images_as_the_data_sets_do(tmp_path):
     weights = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.8}
     squash = {**weights, "crop_mode": "squash"}
     files = [
-        (61, 90, 32, None, 32),
-        (300, 200, 128, None, 146),
-        (90, 61, 32, weights, 40),
-        (61, 90, 32, squash, (40, 40)),
-    ]
+        (61, 90, 32, None, 32), (300, 200, 128, None, 146), (90, 61, 32, weights, 40), (61, 90, 32, squash, (40, 40)),
+    ]  # fmt: skip
     for seed, (height, width, size, shown, to) in enumerate(files):
         image = pixels(3, height, width, seed)
         cases.append((image, demo.image_spec("folder", DATASETS["folder"].shown_by(shown), size)))
@@ -435,7 +415,6 @@ def test_the_page_makes_digits_of_drawings_and_bright_things_of_photographs(tmp_
 
 
 # ------------------------------------------------------------------------------------------------ the hub
-
 LOADED = """
 import torch
 images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -497,8 +476,6 @@ def test_a_model_without_its_data_set_goes_to_the_hub_and_loads(tmp_path, monkey
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
-
-
 def browser(tmp_path, width, height):
     """Headless Chromium; a test without it, its driver or Selenium is skipped with the reason."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")

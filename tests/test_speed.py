@@ -14,13 +14,27 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from micro import BOTH, MICRO, STEPS, TIMES, call, clones, largest_difference, load, make_run, metrics, record
+from micro import (
+    BOTH,
+    MICRO,
+    STEPS,
+    TIMES,
+    broken_off,
+    call,
+    clones,
+    largest_difference,
+    load,
+    make_run,
+    metrics,
+    record,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +54,7 @@ from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 words = str.split
+slow = partial(pytest.param, marks=pytest.mark.slow)
 BASE = [*MICRO, *words("--rate 0.5 --criteria magnitude")]
 RAMP = ("--struct", "rsst", *BOTH, *words("--reg_finish 0.5 --pruning_times 2"))
 WHOLE_BATCH, IN_PARTS = words("--batch_size 20 --accum_steps 1"), words("--batch_size 5 --accum_steps 4")
@@ -76,10 +91,8 @@ def assert_same_masks(one, other):
 
 
 # -------------------------------------------------------------------------------------------------------- accumulation
-
-
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("images", "epochs", "steps"), [(40, 2, 4), (18, 4, 4)])  # in parts of 5 5 5 5, of 5 5 5 3
+@pytest.mark.parametrize(("images", "epochs", "steps"), [slow(40, 2, 4), (18, 4, 4)])  # in parts of 5 5 5 5, of 5 5 5 3
 def test_accumulation_equals_the_whole_batch_in_float64(images, epochs, steps, run):
     flags = (*RAMP, *words("--clip_grad 0.3 --label_smoothing 0.1 --epochs"), epochs, "--train_limit", images)
     whole, parts = run(*flags, *WHOLE_BATCH, name="whole"), run(*flags, *IN_PARTS, name="parts")
@@ -95,8 +108,6 @@ def test_accumulation_equals_the_whole_batch_in_float64(images, epochs, steps, r
 
 
 # ------------------------------------------------------------------------------------------------------ half precision
-
-
 @pytest.mark.usefixtures("house")
 @pytest.mark.parametrize("criterion", ["magnitude", "l1"])
 def test_bf16_chooses_the_same_masks_for_equal_weights(criterion, tmp_path, add_noise):
@@ -144,8 +155,6 @@ def test_bf16_losses_are_those_of_float32_within_its_digits(run):
 
 
 # --------------------------------------------------------------------------------------------------------- compilation
-
-
 @pytest.fixture
 def only_traced(monkeypatch):
     """`torch.compile` that traces and guards as always and runs what it traced without generating code."""
@@ -169,26 +178,17 @@ def test_many_compiled_states_stay_below_the_limit_of_recompilations(run, only_t
     assert len({step.width for step in found.steps.values()}) > limit
 
 
-def assert_goes_on_to_the_same_bits(flags, state, run, around):
+def assert_goes_on_to_the_same_bits(flags, state, run, folder):
     """A run broken off in the middle of a state and resumed ends as one that is not."""
-    stop_at = [(state, 4)]
-
-    def stop(training):
-        if (training.progress.state, training.progress.step) in stop_at:
-            stop_at.clear()
-            raise KeyboardInterrupt
-
-    whole = run(*flags, "--checkpoint_every", "1", name="whole")
-    around("step", before=stop)
-    half = run(*flags, "--checkpoint_every", "1", name="broken", code=130)
-    assert call(["--resume", "--save_dir", half.dir]) == 0
-    assert not stop_at
-    assert metrics(half.dir, TIMES) == metrics(whole.dir, TIMES)
-    assert largest_difference(load(half.dir / "best.pt")["weights"], load(whole.dir / "best.pt")["weights"]) == 0
+    flags = (*flags, "--checkpoint_every", "1")
+    whole = run(*flags, name="whole").dir
+    broken_off([*BASE, *flags], folder, state, 4)
+    assert metrics(folder, TIMES) == metrics(whole, TIMES)
+    assert largest_difference(load(folder / "best.pt")["weights"], load(whole / "best.pt")["weights"]) == 0
 
 
-def test_a_compiled_run_goes_on_to_the_same_bits(run, only_traced, around):
-    assert_goes_on_to_the_same_bits(("--pruning_times", 1, "--compile"), 0, run, around)
+def test_a_compiled_run_goes_on_to_the_same_bits(run, only_traced, tmp_path):
+    assert_goes_on_to_the_same_bits(("--pruning_times", 1, "--compile"), 0, run, tmp_path / "broken")
     assert len(only_traced) == 3  # unbroken, broken, and where it went on
 
 
@@ -206,8 +206,6 @@ def test_compiled_training_is_that_of_eager_training(precision, run):
 
 
 # -------------------------------------------------------------------------------------------------- captured steps
-
-
 def tensors_in(content):
     return [leaf for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)]
 
@@ -271,27 +269,6 @@ def tapes(monkeypatch):
     return Tape.made
 
 
-def test_a_tape_repeats_what_a_graph_would(tapes):
-    rate, total, python = torch.tensor(2.0), torch.zeros(3), SimpleNamespace(rate=2.0)
-    frozen, places = torch.zeros(3), set()
-
-    def step(values):
-        places.add(values.data_ptr())
-        total.add_(values * rate)
-        frozen.add_(values * python.rate)
-
-    captured = CapturedStep(step)
-    for number in range(6):
-        python.rate = float(number)
-        rate.fill_(number)
-        captured(torch.tensor([1.0, 2.0, number]))
-    # sum of number * (1, 2, number) for 0..5; Python's number stays 3 from the capture on
-    assert total.tolist() == [15, 30, 55]
-    assert frozen.tolist() == [0 + 1 + 2 + 3 * 3, 2 * 12, 0 + 1 + 4 + 3 * (3 + 4 + 5)]
-    assert (tapes[0].warm_ups, tapes[0].replays) == (3, 3)
-    assert len(places) == 1  # warmed up on what it is captured with: a compiled network sees the same strides
-
-
 CAPTURED = {
     "rsst, a teacher": (*RAMP, *words("--sched cosine --momentum 0.8 --teacher self --kd_features 1")),
     "bf16, gradient form": (
@@ -325,7 +302,7 @@ def use_float16(monkeypatch):
         monkeypatch.setattr(module, "pick_precision", lambda *_: torch.float16)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [slow("sgd"), "adamw"])
 def test_a_captured_fp16_run_skips_the_steps_that_the_plain_run_skips(optimizer, run, tapes, around, monkeypatch):
     """The scaler starts where gradients overflow and doubles every second step; the device decides whether to skip.
 
@@ -425,8 +402,6 @@ def test_compiled_graph_captures_the_compiled_network(run, only_traced, tapes, m
 
 
 # ---------------------------------------------------------------------------------- checkpoints, written by a thread
-
-
 @pytest.fixture
 def delayed_writes(monkeypatch):
     """Nothing is written before somebody waits for it; the list holds each checkpoint that came to be on disk."""
@@ -468,12 +443,10 @@ def test_a_late_checkpoint_holds_the_moment_of_its_call(run, around, delayed_wri
         if expected:
             moved.append(largest_difference(expected[-1]["weights"], run.dense.state_dict()))
         content = {
-            "weights": clones(run.dense.state_dict()),
-            "moments": run.optimizer.state_dict()["state"],
-            "scaler": run.scaler.state_dict(),
-            "random": utils.random_states(),
+            "weights": clones(run.dense.state_dict()), "moments": run.optimizer.state_dict()["state"],
+            "scaler": run.scaler.state_dict(), "random": utils.random_states(),
             "run": {name: value for name, value in vars(run.progress).items() if name != "seconds"},
-        }
+        }  # fmt: skip
         expected.append(copy.deepcopy(content))
 
     around("checkpoint", before=remember, after=lambda _: pending.append(len(expected) - len(delayed_writes)))
@@ -510,22 +483,6 @@ def test_a_failing_writer_stops_the_run_at_the_next_checkpoint_or_the_end(failin
     assert (len(calls), len(ended.steps)) == (failing, steps)
 
 
-def test_a_writers_error_shows_once_and_the_writer_goes_on():
-    writer, done = Background(), []
-
-    def fail():
-        raise RunError("the disk is full")
-
-    writer.submit(done.append, 1)
-    writer.submit(fail)
-    with pytest.raises(RunError, match="the disk is full"):
-        writer.wait()
-    writer.wait()
-    writer.submit(done.append, 2)
-    writer.wait()
-    assert done == [1, 2]
-
-
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 2), ("adamw", 3)])
 def test_a_checkpoint_of_vit_tiny_is_weights_and_moments_and_little_more(optimizer, copies):
     training = training_state(
@@ -540,8 +497,6 @@ def test_a_checkpoint_of_vit_tiny_is_weights_and_moments_and_little_more(optimiz
 
 
 # --------------------------------------------------------------------------------------- steps that wait for nothing
-
-
 class NoWaiting(TorchDispatchMode):
     """Refuses operations that need a value or a size from the device, except for the scalars that `free()` lists."""
 
@@ -617,8 +572,6 @@ def test_a_step_that_prints_does_wait(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
-
-
 @pytest.fixture
 def fused_calls(monkeypatch):
     """The tensors' types of each call of fused attention."""
@@ -702,8 +655,6 @@ def test_a_bf16_model_exports_either_way(gradients, make_micro_vit, make_batch):
 
 
 # ---------------------------------------------------------------------------------------------------------- benchmarks
-
-
 @pytest.mark.usefixtures("only_traced")
 @pytest.mark.parametrize("modes", [("graph",), pytest.param(gpu.MODES, marks=pytest.mark.slow)])
 def test_the_gpu_benchmark_measures_every_mode(modes, tapes):
@@ -748,14 +699,11 @@ OURS = ["plain", "plain, no lists", "ours, full size", "ours, full size, bf16", 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags", "column", "rows"),
-    [
-        ("gpu", "--device cpu --batch_sizes 4 --modes plain eager --steps 1 --warm_up 1", "mode", ["plain", "eager"]),
-        ("train_step", "--batch_size 2 --threads 1", "step", OURS),
-        ("checkpoint", "", "checkpoint", ["plain", "ours", "plain", "ours"]),
-    ],
-)
+@pytest.mark.parametrize(("name", "flags", "column", "rows"), [
+    ("gpu", "--device cpu --batch_sizes 4 --modes plain eager --steps 1 --warm_up 1", "mode", ["plain", "eager"]),
+    ("train_step", "--batch_size 2 --threads 1", "step", OURS),
+    ("checkpoint", "", "checkpoint", ["plain", "ours", "plain", "ours"]),
+])  # fmt: skip
 def test_benchmarks_run_and_print_their_table(name, flags, column, rows, tmp_path):
     copied = tmp_path / "copy"  # where its JSON file replaces nobody's results
     unwanted = shutil.ignore_patterns("*.json", "__pycache__", ".*", "tests", "results", "data", "shared")

@@ -60,21 +60,7 @@ def timm_vit(**geometry):
     return timm.models.vision_transformer.VisionTransformer(**sizes, mlp_ratio=2, embed_layer=embed)
 
 
-@pytest.fixture
-def run_micro(house, tmp_path, monkeypatch):
-    """run_micro(flags) -> the folder of a finished micro run."""
-    monkeypatch.setattr(entry.report, "write", lambda _: None)
-
-    def run(flags, name="run", base=MICRO):
-        assert call([*base, *flags.split(), "--save_dir", tmp_path / name]) == 0
-        return tmp_path / name
-
-    return run
-
-
 # ----------------------------------------------------------------------------------------------- what it is and costs
-
-
 @pytest.mark.parametrize(("pixels", "patch"), BY_HAND)
 def test_counts_by_hand(pixels, patch, capsys):
     parameters, macs = BY_HAND[pixels, patch]
@@ -111,21 +97,6 @@ def test_a_hybrids_backbone_counts_too(name):
     assert vit_macs(model) == embedding + tokens * linear + 2 * tokens**2 * dim + model.head.weight.numel()
 
 
-def test_tokens_and_all_behind_them_stay():
-    plain, conv = (VisionTransformer(**GEOMETRY, stem=stem) for stem in ("patch", "conv"))
-    images = torch.randn(2, 3, 16, 16)
-    assert conv.patch_embed(images).shape == plain.patch_embed(images).shape == (2, 16, 24)
-    for name in ("num_patches", "grid_size", "img_size", "patch_size"):
-        assert getattr(conv.patch_embed, name) == getattr(plain.patch_embed, name)
-    behind = [
-        [(name, tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(STEM)]
-        for model in (plain, conv)
-    ]
-    assert behind[0] == behind[1]
-    with pytest.raises(ValueError, match=r"12x12.*16"):
-        conv(images[..., :12, :12])
-
-
 def test_it_is_timms_by_name_and_value():
     ours, theirs = refreshed(VisionTransformer(**GEOMETRY, stem="conv")), timm_vit(**GEOMETRY).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -134,6 +105,8 @@ def test_it_is_timms_by_name_and_value():
     found = ours.double()(images)
     assert found.abs().max() > 0.1
     torch.testing.assert_close(found, theirs.double()(images), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"12x12.*16"):
+        ours(images[..., :12, :12])
 
 
 def test_fresh_weights_are_pytorchs():
@@ -156,8 +129,6 @@ def test_weights_know_their_stem():
 
 
 # ------------------------------------------------------------------------------------------------ how it is trained
-
-
 def test_kernels_decay_and_the_stem_is_the_first_layer(house):
     model = vit_micro(stem="conv")
     groups = parameter_groups(entry.parse_args([*MICRO, "--layer_decay", "0.5", "--weight_decay", "0.1"]), model)
@@ -193,9 +164,9 @@ def test_a_small_network_trains_as_the_masked_one_and_statistics_rewind(float64,
 
 
 @pytest.mark.parametrize("flags", [UNITS, "--struct imp --prune_patch_embed --rate 0.4"])
-def test_what_a_run_exports_reloads_here_and_in_plain_timm(flags, run_micro, monkeypatch):
+def test_what_a_run_exports_reloads_here_and_in_plain_timm(flags, train, monkeypatch):
     base = [flag for flag in MICRO if flag != "--no-export"]
-    folder = run_micro(f"{flags} --stem conv --pruning_times 2", base=base)
+    folder = train(f"{flags} --stem conv --pruning_times 2", base=base)
     proof = json.loads((folder / "model" / "parity.json").read_text())
     assert proof["max_difference_float64"] < 1e-12
     small, config = export.load(folder / "model"), json.loads((folder / "model" / "config.json").read_text())
@@ -242,8 +213,6 @@ def test_a_checkpoint_that_knows_no_stem_teaches_a_run_with_one(house, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- pretrained starts
-
-
 def test_pretrained_blocks_transfer_and_the_stem_starts_anew(tmp_path, caplog):
     source = refreshed(VisionTransformer(**{**GEOMETRY, "patch_size": 2}))
     torch.save(source.state_dict(), tmp_path / "plain.pth")
@@ -271,20 +240,14 @@ def test_pretrained_weights_with_a_stem_transfer_whole(tmp_path, caplog):
 
 
 # ------------------------------------------------------------------------------------------------------ said no early
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--img_size 28 --patch_size 7", "patch_size 7; 28 pixels; --patch_size 2 or 4"),
-        ("--img_size 27 --patch_size 3", "patch_size 3; 27 pixels; even --img_size"),
-        ("--patch_size 1", "patch_size 1; --patch_size 2 or 4 or 8 or 16"),
-        ("--img_size 20", "20; 8"),
-        ("--arch res20s", "--stem conv; res20s"),
-        ("--arch timm/deit_tiny_patch16_224", "--stem conv; timm/deit_tiny_patch16_224"),
-        ("--stem cnn", "--stem; cnn; conv"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--img_size 28 --patch_size 7", "patch_size 7; 28 pixels; --patch_size 2 or 4"),
+    ("--img_size 27 --patch_size 3", "patch_size 3; 27 pixels; even --img_size"),
+    ("--patch_size 1", "patch_size 1; --patch_size 2 or 4 or 8 or 16"), ("--img_size 20", "20; 8"),
+    ("--arch res20s", "--stem conv; res20s"),
+    ("--arch timm/deit_tiny_patch16_224", "--stem conv; timm/deit_tiny_patch16_224"),
+    ("--stem cnn", "--stem; cnn; conv"),
+])  # fmt: skip
 @pytest.mark.usefixtures("house")
 def test_what_cannot_be_is_refused(flags, words, capsys):
     assert call([*MICRO, "--stem", "conv", *flags.split()]) == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from micro import load
+from micro import load, log_of
 from test_reliable import BASE, MODE, MODES, assert_good, assert_same_bits, ending
 
 from engine.processes import word_of_this_life
@@ -84,8 +84,10 @@ def torchrun(tmp_path_factory):
 def unbroken(torchrun, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     agent = torchrun(folder)
-    _, err = agent.communicate(timeout=300)
+    out, err = agent.communicate(timeout=300)
     assert agent.returncode == 0, err
+    assert out.count("state 0 epoch 1/3  ") == out.count("before cut") == 1  # one table, one log
+    assert "2 processes: each shows 10 of the 20 images" in log_of(folder)
     return ending(folder)
 
 
