@@ -26,8 +26,8 @@ from deployment.folder import (
     foldable,
     load,
     model_folder,
-    proof_line,
     read_config,
+    verification_line,
     write,
     write_folded,
 )
@@ -49,7 +49,7 @@ log = logging.getLogger("export")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
+    what = "The small model that a run ends with: on disk and back, verified to compute what the run's did."
     parser = utils.OneLineParser(description=what)
     parser.add_argument(
         "run_dir",
@@ -298,14 +298,14 @@ def _export(args: argparse.Namespace) -> None:
     if args.run_dir or args.dataset:
         shown = getattr(run, "preprocessing_used", None)
         splits = load_dataset(dataset, data, size, val_fraction, shown=shown)
-        facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
+        facts, comparing = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
-        # without the data, random images prove the same function
+        # without the data, outputs are compared on random images
         facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
-        proving = [(noise, torch.zeros(64, dtype=torch.long))].copy
+        comparing = [(noise, torch.zeros(64, dtype=torch.long))].copy
     name, full = "masked", copy.deepcopy(masked).cpu()
     if args.run_dir and (args.int8 or args.demo is not None):
         name, full = full_network(run_dir, full, run, args.dense)
@@ -313,12 +313,12 @@ def _export(args: argparse.Namespace) -> None:
         runtime = runtime_files(args.ort_web)
     measured = _evaluated(compact(masked, kept)[0], splits, device, workers) if args.evaluate else {}
     classes = class_names(dataset, data, facts.classes) if facts else ()
-    small = write(folder, masked, kept, proving(), facts, provenance, metrics, classes, measured)
-    log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
+    small = write(folder, masked, kept, comparing(), facts, provenance, metrics, classes, measured)
+    log.info(f"{size_table(masked, small)}\n\n{verification_line(folder)}")
     variants = {}
     if args.fold:
-        variants["folded"] = write_folded(folder, masked, kept, proving())
-        log.info(proof_line(folder / FOLDED))
+        variants["folded"] = write_folded(folder, masked, kept, comparing())
+        log.info(verification_line(folder / FOLDED))
     _write_programs(args, folder)
     if args.compile:
         variants["compiled"] = compiled(variants.get("folded", small))

@@ -1,8 +1,4 @@
-"""From the masked model to the physically smaller one, and the measured proof that nothing changed.
-
-A model whose pruned weights are zero and the units it keeps come in; the small copy and how far its logits are from
-the masked one's go out.
-"""
+"""Makes the physically smaller copy of a masked model and measures how far its logits are from the masked one's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model/` on disk and back: a model that was proven to compute the same goes in, `load` gives it back.
+"""Writes a verified model to `model/`, and loads it.
 
 model.safetensors and config.json vouch for one another; no file holds pickled code.
 """
@@ -26,6 +26,7 @@ from dataset import DatasetFacts, preprocessing_of
 from deployment.card import model_card
 from deployment.compaction import compact, macs, parity
 from families import family_of, family_of_config
+from families.cards import LOADER, LOADER_SOURCE, needs_loader
 from models.merging import unmerged
 from pruning.removal import remove_units
 from pruning.units import Kept, count_parameters
@@ -41,14 +42,14 @@ FOLLOWING = (  # made from a model/ that is there
     "model_aot.pt2",
     "latency.txt",
 )
-OWN = ("README.md", "config.json", "parity.json", "model.safetensors", *FOLLOWING, FOLDED)
+OWN = ("README.md", "config.json", LOADER, "parity.json", "model.safetensors", *FOLLOWING, FOLDED)
 SECTION = "\n## ONNX\n"  # what a call with --int8 adds to the card starts with it
 # in JSON with indents: a list without lists or objects in it, and what separates its values; strings hold no line ends
 LIST, BREAK = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]"), re.compile(r",\n\s*")
 log = logging.getLogger("export")
 
 
-class NotProvenError(RunError):
+class VerificationError(RunError):
     """The small model computes something else than the masked one."""
 
 
@@ -68,7 +69,7 @@ def write(
     Args:
         masked: the dense-shaped model with pruned weights at zero.
         kept: as in `compact`.
-        batches: validation images for the proof.
+        batches: images on which both models are compared.
         provenance, metrics: plain values for config.json and the card.
         classes: their names, in the order of the logits; empty where they are not known.
         measured: metrics too, measured just now; `metrics` give way to what an earlier call measured on these weights.
@@ -77,12 +78,12 @@ def write(
         RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float64.
     """
     small, kept = compact(masked, kept)
-    proof = _proven("removed", masked, small, batches)
+    check = _verified("removed", masked, small, batches)
     config = describe(small, kept, facts, classes)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(unmerged(masked)), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
-    _write_files(folder, small, config, proof, measured)
+    _write_files(folder, small, config, check, measured)
     return small
 
 
@@ -99,9 +100,9 @@ def write_folded(
     """
     folded, config = compact(masked, kept)[0], read_config(folder)
     config["folded"] = foldable(folded, in_place=True)
-    proof = _proven("folded", masked, folded, batches)
+    check = _verified("folded", masked, folded, batches)
     config["parameters"]["removed"], config["macs"]["removed"] = count_parameters(folded), macs(folded)
-    _write_files(folder / FOLDED, folded, config, proof, config["metrics"])
+    _write_files(folder / FOLDED, folded, config, check, config["metrics"])
     return folded
 
 
@@ -117,20 +118,20 @@ def foldable(model: nn.Module, in_place: bool = False) -> list[str]:
     return names
 
 
-def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
-    proof = parity(masked, model, batches)
-    if not proof["max_difference_float64"] <= proof["bound"]:
-        raise NotProvenError(
-            f"the {what} model differs from the masked one by {proof['max_difference_float64']:.2g} in float64 "
-            f"(allowed: {proof['bound']:.2g}); not exported",
+def _verified(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    check = parity(masked, model, batches)
+    if not check["max_difference_float64"] <= check["bound"]:
+        raise VerificationError(
+            f"the {what} model differs from the masked one by {check['max_difference_float64']:.2g} in float64 "
+            f"(allowed: {check['bound']:.2g}); not exported",
             code=1,
         )
-    if not math.isfinite(proof["max_difference_float32"]):
-        raise NotProvenError(f"the {what} model's logits are not finite in float32; not exported", code=1)
-    return proof
+    if not math.isfinite(check["max_difference_float32"]):
+        raise VerificationError(f"the {what} model's logits are not finite in float32; not exported", code=1)
+    return check
 
 
-def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping, measured: Mapping | None = None) -> None:
+def _write_files(folder: Path, model: nn.Module, config: dict, check: Mapping, measured: Mapping | None = None) -> None:
     """The files of a model. What was made from the model that is there, such as model.onnx, stays where weights and
     config are still the same, and so does what was measured on it; else it goes, and a line says so."""
     before = _config_of_same(folder, model.state_dict(), config)
@@ -151,8 +152,12 @@ def _write_files(folder: Path, model: nn.Module, config: dict, proof: Mapping, m
     sections = _sections(folder) if before is not None else ""
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
     utils.write_text(folder / "config.json", as_json(config))
-    utils.write_text(folder / "parity.json", as_json(proof))
-    utils.write_text(folder / "README.md", model_card(config, proof) + sections)
+    utils.write_text(folder / "parity.json", as_json(check))
+    utils.write_text(folder / "README.md", model_card(config, check) + sections)
+    if needs_loader(config):
+        utils.write_text(folder / LOADER, LOADER_SOURCE.read_text("utf-8"))
+    else:
+        (folder / LOADER).unlink(missing_ok=True)
 
 
 def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping) -> dict | None:
@@ -278,13 +283,13 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def proof_line(folder: Path) -> str:
+def verification_line(folder: Path) -> str:
     """What parity.json says, in a sentence."""
-    proof = json.loads((folder / "parity.json").read_text())
+    check = json.loads((folder / "parity.json").read_text())
     merged = ""
-    if proof.get("merged_otherwise"):
-        merged = f" (of {proof['merged_otherwise']:,}, for which rounding let other tokens merge, given the same ones)"
+    if check.get("merged_otherwise"):
+        merged = f" (of {check['merged_otherwise']:,}, for which rounding let other tokens merge, given the same ones)"
     return (
-        f"{folder}: the removed model differs from the masked one by {proof['max_difference_float32']:.2g} in float32, "
-        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images{merged}"
+        f"{folder}: the removed model differs from the masked one by {check['max_difference_float32']:.2g} in float32, "
+        f"{check['max_difference_float64']:.2g} in float64 over {check['images']:,} validation images{merged}"
     )

@@ -21,6 +21,7 @@ from deployment.card import is_pruned
 from deployment.folder import as_json, read_config, seal
 from deployment.quantise import INT8_FILES
 from families import family_of_config
+from families.cards import LOADER
 from utils import RunError, cause, disk_advice
 
 # the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
@@ -64,7 +65,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
             (draft / "config.json").write_text(as_json(config), "utf-8")
             card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
             (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
-            for name in ("parity.json", "model.onnx", *INT8_FILES.values()):
+            for name in ("parity.json", LOADER, "model.onnx", *INT8_FILES.values()):
                 if (model / name).exists():
                     shutil.copyfile(model / name, draft / name)
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,13 @@ def metadata(config: Mapping, dataset: str | None) -> str:
     """
     cards = importlib.import_module("huggingface_hub")
     family, arch = family_of_config(config), config["architecture"]
-    timm = "import timm" in family.card(config)[1]
+    timm = "with timm" in family.card(config)[1]
     accuracy = config["metrics"].get("test_accuracy")
     pruned = is_pruned(config)
-    results, name = [], f"{arch.rpartition('/')[2]}{'-pruned' * pruned}"
+    results, name = [], arch.rpartition("/")[2] + ("-pruned" if pruned else "")
+    tags = ["image-classification"]
+    tags += ["pruning", "structured-pruning"] if pruned else []
+    tags += ["safetensors", "timm"] if timm else ["safetensors"]
     if accuracy is not None and dataset is not None:
         results = [
             cards.EvalResult(
@@ -117,12 +121,7 @@ def metadata(config: Mapping, dataset: str | None) -> str:
         "license": "mit",
         "library_name": "timm" if timm else "pytorch",
         "pipeline_tag": "image-classification",
-        "tags": [
-            "image-classification",
-            *["pruning", "structured-pruning"][: 2 * pruned],
-            "safetensors",
-            *["timm"][:timm],
-        ],
+        "tags": tags,
         "datasets": [HUB_NAMES[dataset]] if dataset in HUB_NAMES else None,
         "metrics": ["accuracy"],
         "model_name": name,

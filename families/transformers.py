@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from families.cards import loading_section
 from families.depth import branch_units, bypass_empty_, layer_scale
 from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
@@ -39,13 +40,13 @@ def find_working(branches: Branches) -> dict[str, list[int]]:
     """
     alive = {}
     for key, module, branch in branches:
-        silent, constant = branch.silent_units(module)
+        constant, value = branch.constant_units(module)
         output, columns = _columns(module, branch)
-        heard = columns.any(0).any(1)
-        counted = branch.norm_between(module) is not None
-        if output.bias is None or counted:
-            silent = silent & ~constant.any(1)  # there is nothing to fold a constant into
-        works = ~silent | heard if counted else ~silent & heard
+        used = columns.any(0).any(1)
+        normed = branch.norm_between(module) is not None
+        if output.bias is None or normed:
+            constant = constant & ~value.any(1)  # no bias can take over what they add
+        works = ~constant | used if normed else ~constant & used
         alive[key] = works.nonzero().flatten().tolist()
     return alive
 
@@ -61,8 +62,8 @@ def fold_dead_(branches: Branches, alive: Kept) -> None:
         dead = [unit for unit in range(branch.count(module)) if unit not in working]
         output, columns = _columns(module, branch)
         if dead and output.bias is not None and branch.norm_between(module) is None:
-            _, constant = branch.silent_units(module)
-            output.bias += torch.einsum("duw,uw->d", columns[:, dead], constant[dead])
+            _, value = branch.constant_units(module)
+            output.bias += torch.einsum("duw,uw->d", columns[:, dead], value[dead])
 
 
 def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
@@ -129,7 +130,7 @@ class TransformerFamily:
     """What a `families.Family` of heads and neurons answers alike; a subclass adds what it finds in its own modules.
 
     `prunable_suffixes(model)` are what the names of its prunable layers end with, `find_units(model, kinds)` its units,
-    `branches(model)` its attentions and MLPs, `loading_lines(config)` the lines that load an exported model.
+    `branches(model)` its attentions and MLPs.
     """
 
     kinds = ("head", "neuron")
@@ -175,4 +176,7 @@ class TransformerFamily:
         left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
         if "blocks" in config:
             left = f"Blocks of the dense model that are left, counted from 0: {config['blocks']}\n{left}"
-        return left, f"## Loading it with timm alone\n\n```python\n{self.loading_lines(config)}```\n"
+        if "token_merge" in config:
+            left += f"\n\nEvery block merges {config['token_merge']} tokens of an image, at most half of its patches "
+            left += "(token merging, ToMe)."
+        return left, loading_section(config)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families.cards import MERGING_CARD, loading_lines, traits_of
+from families.cards import traits_of
 from families.depth import drop_empty_blocks_
 from families.parts import (
     BRANCHES,
@@ -332,20 +332,11 @@ class VitFamily(TransformerFamily):
     prunable_suffixes = staticmethod(prunable_suffixes)
     find_units = staticmethod(vit_units)
     branches = staticmethod(_branches)
-    loading_lines = staticmethod(loading_lines)
 
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         alive = find_working_units(model)
         fold_dead_units_(model, alive)
         return alive
-
-    def card(self, config: Mapping) -> tuple[str, str]:
-        left, loading = super().card(config)
-        if "token_merge" not in config:
-            return left, loading
-        count, folder = config["token_merge"], "model/folded" if "folded" in config else "model"
-        left += f"\n\nEvery block merges {count} tokens of an image, at most half of its patches (token merging, ToMe)."
-        return left, MERGING_CARD.format(count=count, folder=folder) + loading
 
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         drop_empty_blocks_(model, self.branches(model))

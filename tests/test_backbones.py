@@ -302,6 +302,7 @@ def test_the_card_of_a_folded_model_loads_it(name, tmp_path, add_noise, monkeypa
     export.write(tmp_path, zeroed, kept, batches, None, {"arch": model.arch_name}, {})
     folded = export.write_folded(tmp_path, zeroed, kept, batches)
     monkeypatch.chdir(tmp_path / "folded")
+    monkeypatch.syspath_prepend(tmp_path / "folded")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
     space = {}
     exec(code, space)

@@ -214,7 +214,7 @@ def test_folder_holds_the_model(tmp_path, kept):
     assert_same_tensors(loaded.state_dict(), small.state_dict())
     proof = json.loads((folder / "parity.json").read_text())
     assert (proof["images"], proof["top1_agreement"]) == (8, 1.0)
-    assert f"{proof['max_difference_float32']:.2g} in float32" in export.proof_line(folder)
+    assert f"{proof['max_difference_float32']:.2g} in float32" in export.verification_line(folder)
     if kept is SOME:
         assert_same_function(masked, loaded, pictures())
     else:  # what the block adds is a sum rounded to float32; tests/test_depth.py has the law in float64
@@ -271,7 +271,7 @@ class Tf32(torch.nn.Conv2d):
 
 
 @torch.no_grad()
-def test_what_a_gpus_convolutions_round_fails_no_proof(tmp_path):
+def test_what_a_gpus_convolutions_round_fails_no_verification(tmp_path):
     """Float64 says whether models are the same; float32 is reported."""
     torch.manual_seed(0)
     masked = models.build_model("res20s", 10)
@@ -562,7 +562,7 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert config["provenance"] == {**made_by, "vit_prune_target": "both", "mlp_prune_ratio": 0.5}
     assert [config["mean"], config["std"]] == [list(DATASETS["digits"].mean) * 3, list(DATASETS["digits"].std) * 3]
     assert json.loads((folder / "parity.json").read_text())["images"] == 144  # a tenth of 1,438 and what balance adds
-    assert export.proof_line(folder) in out
+    assert export.verification_line(folder) in out
 
     table = (folder / "latency.txt").read_text()
     assert table.strip() in out
