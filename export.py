@@ -30,7 +30,7 @@ from deployment.command import main
 from deployment.compaction import compact, macs, parity
 from deployment.compiled import aot_package, compiled, torch_export
 from deployment.demo import class_names
-from deployment.folder import check_folder, describe, load, read_config, verification_line, write, write_folded
+from deployment.exported import check_folder, describe, load, read_config, verification_line, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
 from deployment.predict import image_files, predict
 from deployment.semi_structured import semi_structured_

@@ -38,7 +38,7 @@ from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
 from cli.plan import notes_on_steps, plan
 from dataset import DataError, Splits, load_dataset, preprocessing_of
-from deployment.folder import VerificationError
+from deployment.exported import VerificationError
 from engine import journal
 from engine.capture import check_compile
 from engine.checkpoint import check_same_data, check_same_start

@@ -1,6 +1,6 @@
 """Heads and neurons together for scripts: Refill in one call, and the ranking in two pools or in one by cost.
 
-The ranking rule is written in `pruning/ranking.py`; what it did is told by `pruning/reports.py`.
+The ranking rule is written in `pruning/ranking.py`; its effect is reported by `pruning/reports.py`.
 """
 
 from __future__ import annotations

@@ -103,14 +103,22 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
     }
 
 
+def _with_choices(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and which tokens each block chose to merge."""
+    made: list[Tensor] = []
+
+    def note(_, choice: Tensor) -> Tensor:
+        made.append(choice)
+        return choice
+
+    with choices(model, note):
+        return model(images), made
+
+
 def _side_by_side(masked: nn.Module, small: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Logits of both; the small model's with the masked one's choice of tokens that merge; images that need that."""
-    chosen: list[Tensor] = []
-    own: list[Tensor] = []
-    with choices(masked, lambda _, choice: chosen.append(choice) or choice):
-        expected = masked(images)
-    with choices(small, lambda _, choice: own.append(choice) or choice):
-        found = small(images)
+    expected, chosen = _with_choices(masked, images)
+    found, own = _with_choices(small, images)
     different = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     for first, second in zip(chosen, own, strict=True):
         different |= (first != second).flatten(1).any(1)

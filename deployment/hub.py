@@ -1,16 +1,15 @@
-"""A folder as the Hugging Face hub expects it: an exported model in; config.json, model.safetensors, README.md out.
+"""Writes an exported model as a folder that the Hugging Face hub expects.
 
     write_hub(Path("results/NAME/model"), Path("out"), "digits", 16)
 
 Nothing is uploaded. `export.load` and the lines of the card load the folder as they load `model/`; the hub reads the
-metadata at the head of README.md.
+metadata at the top of README.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from safetensors.torch import load_file
 
 from dataset import Preprocessing
 from deployment.card import is_pruned
-from deployment.folder import as_json, read_config, seal
+from deployment.exported import as_json, read_config, seal, whole_folder
 from deployment.quantise import INT8_FILES
 from families import family_of_config
 from families.cards import LOADER
-from utils import RunError, cause, disk_advice
+from utils import RunError
 
 # the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
 HUB_NAMES = {
@@ -56,22 +55,14 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
     """
     config = hub_config(read_config(model), size)
     config, blob = seal(config, load_file(str(model / "model.safetensors")))
-    try:
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
-            draft = Path(staging) / folder.name
-            draft.mkdir()
-            (draft / "model.safetensors").write_bytes(blob)
-            (draft / "config.json").write_text(as_json(config), "utf-8")
-            card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
-            (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
-            for name in ("parity.json", LOADER, "model.onnx", *INT8_FILES.values()):
-                if (model / name).exists():
-                    shutil.copyfile(model / name, draft / name)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            draft.rename(folder)
-    except OSError as error:
-        raise RunError(f"--hf {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
+    with whole_folder("--hf", folder) as draft:
+        (draft / "model.safetensors").write_bytes(blob)
+        (draft / "config.json").write_text(as_json(config), "utf-8")
+        card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
+        (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
+        for name in ("parity.json", LOADER, "model.onnx", *INT8_FILES.values()):
+            if (model / name).exists():
+                shutil.copyfile(model / name, draft / name)
 
 
 def hub_config(config: Mapping, size: int) -> dict:

@@ -1,4 +1,4 @@
-"""ONNX: a model in, a file with a dynamic batch and the operator set asked for out, checked under ONNX Runtime."""
+"""Writes a model as ONNX, with a dynamic batch, and checks it under ONNX Runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""int8: an ONNX file in, ONNX files whose weights are 8-bit integers out, by ONNX Runtime's own tools.
+"""Makes ONNX files with 8-bit integer weights, by ONNX Runtime's own tools.
 
     to_int8(Path("model.onnx"), Path("model_int8.onnx"), "static", images)      images: batches of float32 [B, 3, H, W]
     to_int8(Path("model.onnx"), Path("model_int8_dynamic.onnx"), "dynamic")
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import utils
 from dataset import Splits, make_batches
-from deployment.folder import add_section
+from deployment.exported import add_section
 from deployment.onnx_file import label, labels_of, open_session, quiet
 from deployment.onnx_table import onnx_rows, onnx_section
 from utils import RunError

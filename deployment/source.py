@@ -1,4 +1,4 @@
-"""Where a model to export comes from: the folder of a finished run or a foreign checkpoint in, the masked model out."""
+"""Loads the masked model to export, from the folder of a finished run or from a checkpoint of another program."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import utils
 from dataset import dataset_facts
-from deployment.folder import load
+from deployment.exported import load
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights

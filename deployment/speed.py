@@ -1,4 +1,4 @@
-"""How fast models are, side by side: models in, images per second and tables of them out."""
+"""Measures how fast models are, by turns, and makes tables of it."""
 
 from __future__ import annotations
 

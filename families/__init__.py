@@ -1,10 +1,10 @@
-"""Families of models: what the rest of the program asks of any model, and the table of those that answer.
+"""Families of models: the interface that the rest of the program uses for any model, and the table of families.
 
     family = family_of(model)
     units, cost = family.units(model), family.cost(model, kept)
 
-A new family is one file beside vit.py and resnet.py that answers `Family`, and one line in `FAMILIES`. Nothing outside
-this package asks which family a model has.
+A new family is one file beside vit.py and resnet.py that implements `Family`, and one line in `FAMILIES`. Nothing
+outside this package checks which family a model has.
 """
 
 from __future__ import annotations

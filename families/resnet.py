@@ -1,9 +1,9 @@
-"""ResNets of `models.resnet`: their filters, what these cost, which work, how they are saved.
+"""ResNets of `models.resnet`: filters, their cost, which of them are dead, and how to save them.
 
     units = filter_units(model)                                 # {"layer1.0.conv1": Units(...), ...}
     CNN.cost(model, kept)                                       # filters, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. `CNN` is the family's entry in `families.FAMILIES`.
+`CNN` is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NARROW = 64  # channels of a residual stream; see fold_norms_
 
 def prunable_convolutions(model: nn.Module, conv1: bool = False) -> dict[str, nn.Conv2d]:
     """All convolutions by name, in the model's order, without the first one unless `conv1`."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    return dict(list(found.items())[0 if conv1 else 1 :])
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return dict(found if conv1 else found[1:])
 
 
 def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:

@@ -1,10 +1,10 @@
-"""timm's Swin and SwinV2: their heads and neurons, what these cost, which work, how they are saved.
+"""timm's Swin and SwinV2: heads and neurons, their cost, and how to save them.
 
     units = swin_units(model)                                   # {"layers.0.blocks.0.attn": Units(...), ...}
     SWIN.cost(model, kept)                                      # heads, neurons, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. Stages have widths and depths of their own; what merges patches
-between them stays whole, as does the residual stream. `SWIN` is the family's entry in `families.FAMILIES`.
+Stages have widths and depths of their own; the layers that merge patches between them are not pruned, nor is the
+residual stream. `SWIN` is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What families of transformers share: units, branches and counts in; cost, working units and plain values out.
+"""What families of transformers share: cost, dead units, folding, saving.
 
-A branch here is (units key, its module, what its units own), as `families/parts.py` describes attention and MLPs.
+A branch here is (units key, its module, its `families.parts.Branch`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from families.branches import branch_units, bypass_empty_, layer_scale
 from families.cards import loading_section
-from families.depth import branch_units, bypass_empty_, layer_scale
 from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
 from utils import RunError

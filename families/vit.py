@@ -1,10 +1,10 @@
-"""Vision Transformers, ours and timm's: their heads and neurons, what these cost, which work, how they are saved.
+"""Vision Transformers, ours and timm's: heads and neurons, their cost, which of them are dead, and how to save them.
 
     units = vit_units(model)                                    # {"blocks.0.attn": Units(...), "blocks.0.mlp": ...}
     VIT.cost(model, kept)                                       # heads, neurons, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. What a head or neuron of each class of attention and MLP owns
-is written in `families/parts.py`. `VIT` is the family's entry in `families.FAMILIES`.
+Which rows and columns a head or neuron of each class of attention and MLP owns is written in `families/parts.py`. `VIT`
+is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from families.branches import drop_empty_blocks_
 from families.cards import traits_of
-from families.depth import drop_empty_blocks_
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
-    HEADS,
-    NEURONS,
     PARALLEL_BLOCKS,
     PARALLEL_HEADS,
     PARALLEL_NEURONS,
@@ -99,16 +97,6 @@ def _modules_of(block: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
     else:
         yield "attn", getattr(block, "attn", None)
         yield "mlp", getattr(block, "mlp", None)
-
-
-def heads_of(attn: nn.Module, prefix: str, layer: int) -> Units:
-    """The heads of one attention module; `prefix` is what its parameters' names start with."""
-    return BRANCHES.get(class_name(attn), HEADS).units(attn, prefix, layer)
-
-
-def neurons_of(mlp: nn.Module, prefix: str, layer: int) -> Units:
-    """The neurons of one MLP; `prefix` is what its parameters' names start with."""
-    return BRANCHES.get(class_name(mlp), NEURONS).units(mlp, prefix, layer)
 
 
 def layout_problem(model: nn.Module) -> str | None:

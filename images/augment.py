@@ -1,8 +1,7 @@
-"""Augmentation as batched tensor code, on the device where the pixels live.
+"""Augmentation as batched tensor code, on the device that holds the pixels.
 
-In come the data set's uint8 images, kept with a border, and what was drawn for each image of a batch; out go
-float32 pixels. A new augmentation is a field of `Draws`, its lines in `draw` (behind those that are there, whose
-random numbers must not move), a function here, and its place in `Batches.batch`.
+A new augmentation is a field of `Draws`, its lines in `draw` (after the existing ones, whose random numbers must not
+change), a function here, and a call in `Batches.batch`.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Batches of a split, made on the device out of pixels that live there.
+"""Batches of a small data set, whose pixels stay on the device.
 
-In come a split, its facts, the batch size, the seed and the augmentation; out go float32 [B, 3, H, W] images,
-normalised, and int64 [B] labels. `make_batches` chooses between these batches and those of image files.
+A batch is images, normalised float32 [B, 3, H, W], and labels, int64 [B]. `make_batches` chooses between these batches
+and those of image files.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,7 @@
-"""How the small data sets are read: scikit-learn's digits, CIFAR and Fashion-MNIST, downloaded when missing.
+"""Reads the small data sets: scikit-learn's digits, CIFAR and Fashion-MNIST, downloaded when missing.
 
-In come a name and the data folder; out go the official training and test sets as `Split`s, checked against the
-facts. A failed download leaves the folder as it was.
+A reader returns the official training and test sets as `Split`s, checked against the facts. A failed download leaves
+the data folder as it was.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""Folders of images (imagenet, tiny-imagenet, one's own) as they lie on the disk, listed without opening any.
-
-In come a name and the data folder; out goes a `Tree`: the paths and labels of its parts, which part is which, and what
-lies there that is not read.
-"""
+"""Lists folders of images (imagenet, tiny-imagenet, the user's own) without opening any of them."""
 
 import dataclasses
 import os

@@ -1,7 +1,6 @@
-"""Token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023): a Vision Transformer in, one whose
-blocks join the most similar tokens out.
+"""Token merging in Vision Transformers (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023).
 
-    merge_tokens_(model, 8)                    # from now on 8 tokens of each image go in every block
+    merge_tokens_(model, 8)                    # from now on every block merges 8 tokens of each image
     token_counts(model)                        # [(197, 189), (189, 181), ...]: tokens that attention and MLP see
 
 Between attention and MLP of a block, r tokens become part of others. Tokens belong to two sets in turn, A and B; each

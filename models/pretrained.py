@@ -1,4 +1,4 @@
-"""The weights that a model starts from: a model and a source in, a report of what went where out.
+"""Loads the weights that a model starts from, and reports which tensors came from where.
 
     report = load_pretrained_weights(model, "weights.safetensors")
 

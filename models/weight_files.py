@@ -1,4 +1,4 @@
-"""Weights out of files: a path or a timm name in, {name: tensor} out, whatever the containers that held them.
+"""Reads weights from files, or from timm by name, as {name: tensor}.
 
     weights = read_weights("results/NAME", "--init")        # a run's folder, a model/ folder, or any file of weights
 

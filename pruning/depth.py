@@ -1,4 +1,4 @@
-"""Which branches and blocks stay: scores of whole attentions and MLPs in, the ids of heads and neurons that stay out.
+"""Depth pruning: which attentions, MLPs or blocks are kept, by the scores of whole branches.
 
     kept = rank_branches(branches, scores, "block", 0.5, kept)      # every key's ids as they were, or none of them
 

@@ -1,4 +1,4 @@
-"""N:M sparsity: of every M consecutive weights of a row at most N stay. Weights and masks in, masks out.
+"""N:M sparsity: of every M consecutive weights of a row at most N are kept.
 
     masks = nm_step(weights, masks, 2, 4)                       # each contained in the old one
 

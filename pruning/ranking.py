@@ -1,7 +1,7 @@
-"""Which units stay: quotas of a state, and one ranking rule, layer by layer or over all layers.
+"""Which units are kept: the quotas of a state, and one ranking rule, layer by layer or over all layers.
 
-Scores come in, float64 [count] per units key, -inf for units that are gone already; ids that stay go out, ascending.
-Selection happens once, by a stable sort, and feeds masks, plan and surgery alike.
+Scores are float64 [count] per units key, -inf for units that are pruned already; kept ids are ascending. Selection
+happens once, by a stable sort, and masks, plan and removal all use it.
 """
 
 from __future__ import annotations

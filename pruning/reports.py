@@ -1,4 +1,4 @@
-"""What a pruning step did, as text: masks, units and scores in, lines for log and terminal out."""
+"""What a pruning step did, as text for log and terminal."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from families.cards import LOADER, LOADER_SOURCE, needs_loader
 from models.merging import unmerged
 from pruning.removal import remove_units
 from pruning.units import Kept, count_parameters
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 FOLDED = "folded"  # the folder of that variant inside of model/
 FOLLOWING = (  # made from a model/ that is there
@@ -198,12 +200,39 @@ def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
 
 def check_folder(folder: Path, flag: str = "--out") -> None:
     """Raise early when `folder` could not be made or written, or holds files of others that would be replaced."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RunError(f"{flag} {folder}: {there} is not a folder that can be written; choose another")
+    check_writable(flag, folder, folder)
     in_the_way = [name for name in OWN if (folder / name).exists()]
     if in_the_way and not _is_export(folder):
         raise RunError(f"{flag} {folder}: holds {in_the_way[0]}, which this program did not write; choose another")
+
+
+def check_writable(flag: str, path: Path, *first: Path) -> None:
+    """Raise where `path` could not be made: the first folder that exists, of `first` and its parents, must be
+    writable."""
+    there = next(parent for parent in (*first, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"{flag} {path}: {there} is not a folder that can be written; choose another")
+
+
+@contextmanager
+def whole_folder(flag: str, folder: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to write in, which becomes `folder` at the end of the block, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written, or there are files in `folder` that are not to be replaced.
+    """
+    try:
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
+            draft = Path(staging) / folder.name
+            draft.mkdir()
+            yield draft
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if replace and folder.exists():
+                folder.rename(Path(staging) / "old")
+            draft.rename(folder)
+    except OSError as error:
+        raise RunError(f"{flag} {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
 def _is_export(folder: Path) -> bool:

@@ -1,11 +1,11 @@
-"""Depth of a transformer: its attentions and MLPs as whole units, and blocks that do nothing taken out.
+"""Pruning of whole attentions and MLPs of a transformer, and removal of blocks that are empty.
 
     branches = branch_units(model, units, family.branches(model))   # {"blocks.0.attn": Units of kind "branch", ...}
     drop_empty_blocks_(model, known)                                # fewer blocks, the same function
     bypass_empty_(model, known)                                     # no layer of width zero, the same function
 
-A model, its units and its branches come in. A branch without units adds the same to every token, whatever it sees: its
-output bias, times the factors of a LayerScale. What a block of such branches adds goes into what stands before it.
+A branch without units adds a constant to every token: its output bias, times the factors of a LayerScale. The constant
+of an empty block is added to a bias before it.
 """
 
 from __future__ import annotations
