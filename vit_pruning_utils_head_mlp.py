@@ -58,14 +58,14 @@ def prune_model_custom_fillback_vit_head_and_mlp(
     Args:
         model: a plain ViT, ours or timm's; its own device is used.
         mask_dict: element-wise masks (`X` or `X.weight_mask`); criterion `remain` counts in them, and a unit all zero
-            in them stays away.
+            in them stays pruned.
         train_loader: any iterable of (images, labels); None where the criterion scores weights.
         trained_weight: state dict that is scored; may carry weight_orig and weight_mask.
         init_weight: state dict that the returned model's weights come from.
-        head_prune_ratio, mlp_prune_ratio: fractions of all heads and neurons that go, in [0, 1); 0 leaves a kind alone.
+        head_prune_ratio, mlp_prune_ratio: fractions of heads and neurons to prune, in [0, 1); 0 prunes none.
 
     Returns:
-        {layer: mask} when `return_mask_only` (the model stays as it was), else the model with `init_weight` under
+        {layer: mask} when `return_mask_only` (the model is unchanged), else the model with `init_weight` under
         the masks, by `torch.nn.utils.prune`.
     """
     ratios = target_ratios("both", head_prune_ratio, mlp_prune_ratio)

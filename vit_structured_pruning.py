@@ -1,7 +1,7 @@
 """Heads and neurons of a Vision Transformer for scripts: scored, removed, counted, planned.
 
     scores = compute_vit_head_importance(model, "magnitude")     # {layer index: float64 [num_heads]}
-    kept   = structured_prune_vit_heads(model, scores, 0.33)     # {layer index: ids that stay}, in place
+    kept   = structured_prune_vit_heads(model, scores, 0.33)     # {layer index: kept ids}, in place
     check_vit_structure(model)
 
 What a unit is, is written in `pruning/units.py` and, for ViTs, in `families/vit.py`; criteria and scorer in
@@ -154,10 +154,10 @@ def structured_prune_vit_heads(
     Args:
         head_importance: {layer index: scores [num_heads]} of the layers to prune.
         prune_ratio: fraction of the heads that are there, for all layers or {layer index: fraction}; the nearest
-            whole number goes (ties down), at least one head stays.
+            whole number is pruned (ties down), at least one head is kept.
 
     Returns:
-        {layer index: ids that stay}, counted in the model as it was.
+        {layer index: kept ids}, counted in the model as it was.
     """
     return _prune_once(model, "head", head_importance, prune_ratio)
 

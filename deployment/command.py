@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,10 @@ _SWITCHES = {
     "overwrite": "replace the page of an earlier --demo, or the CSV file of --predict",
 }
 _VALUES = {
-    "out": (None, "where the model goes, RUN_DIR/model when not given; with --predict, the CSV file of the answers"),
+    "out": (
+        None,
+        "where to write the model (RUN_DIR/model when not given), or with --predict the CSV file of answers",
+    ),
     "ort_web": ("DIR", "unpacked npm package onnxruntime-web for --demo; npm fetches it when not given"),
     "dense": (
         "FILE",
@@ -242,26 +246,28 @@ def _export(args: argparse.Namespace) -> None:
     if args.run_dir or args.dataset:
         shown = getattr(run, "preprocessing_used", None)
         splits = load_dataset(dataset, data, size, val_fraction, shown=shown)
-        facts, comparing = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
+        facts, compared = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
         # without the data, outputs are compared on random images
         facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
-        comparing = [(noise, torch.zeros(64, dtype=torch.long))].copy
-    name, full = "masked", copy.deepcopy(masked).cpu()
-    if args.run_dir and (args.int8 or args.demo is not None):
-        name, full = full_network(run_dir, full, run, args.dense)
+        compared = partial(iter, [(noise, torch.zeros(64, dtype=torch.long))])
+    shows_full = args.int8 or args.demo is not None
+    if shows_full:
+        name, full = "masked", copy.deepcopy(masked).cpu()
+        if args.run_dir:
+            name, full = full_network(run_dir, full, run, args.dense)
     if args.demo is not None:
         runtime = runtime_files(args.ort_web)
     measured = _evaluated(compact(masked, kept)[0], splits, device, workers) if args.evaluate else {}
     classes = class_names(dataset, data, facts.classes) if facts else ()
-    small = write(folder, masked, kept, comparing(), facts, provenance, metrics, classes, measured)
+    small = write(folder, masked, kept, compared(), facts, provenance, metrics, classes, measured)
     log.info(f"{size_table(masked, small)}\n\n{verification_line(folder)}")
     variants = {}
     if args.fold:
-        variants["folded"] = write_folded(folder, masked, kept, comparing())
+        variants["folded"] = write_folded(folder, masked, kept, compared())
         log.info(verification_line(folder / FOLDED))
     _write_programs(args, folder)
     if args.compile:
@@ -271,7 +277,7 @@ def _export(args: argparse.Namespace) -> None:
         tables += [semi_structured_table(masked, small)] if "nm" in provenance else []
         log.info("\n".join(tables))
         utils.write_text(folder / "latency.txt", "\n".join([*tables, ""]))
-    if args.int8 or args.demo is not None:
+    if shows_full:
         with tempfile.TemporaryDirectory(prefix="full-") as drafts:
             shown = Shown(name, full, Path(drafts) / "full.onnx")
             to_onnx(full, shown.file, args.opset)
@@ -295,13 +301,13 @@ def _evaluated(model: torch.nn.Module, splits: Splits, device: torch.device, wor
 
 
 def _write_report(args: argparse.Namespace, folder: Path) -> None:
-    """The run's report anew, where it has one, with what was measured on the model beside it."""
+    """Write the run's report again, where it has one, with what was measured on the model in its folder."""
     run_dir = Path(args.run_dir or "")
     if not args.run_dir or not (run_dir / "report.md").exists() or folder.resolve() != (run_dir / "model").resolve():
         return
     try:
         report.write(run_dir)
-    except RunError as error:  # everything asked for is written
+    except RunError as error:  # everything else is written
         log.warning(f"report: {error}; python report.py {run_dir} tries again")
 
 
@@ -322,7 +328,7 @@ def _write_page(
     data: str,
     facts: DatasetFacts,
 ) -> None:
-    """The folder of --demo: `full` beside the exported model of `folder`, and with --int8 its int8 file."""
+    """Write the folder of --demo: `full`, the exported model of `folder`, and with --int8 its int8 file."""
     small, arch = load(folder), read_config(folder)["provenance"]["arch"]
     shown = [dataclasses.replace(full, name=TITLES[full.name])]
     shown += [Shown("Pruned", small, folder / "model.onnx" if args.onnx else None)]

@@ -19,10 +19,10 @@ EXACT_IMAGES, EXACT_MACS = 2000, 256 * 10**9  # that are compared in float64, wh
 
 
 def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict[str, list[int]]]:
-    """The physically smaller copy of a masked model, and the ids of the units that it keeps; empty blocks are gone.
+    """The physically smaller copy of a masked model, and the ids of the units that it keeps; without empty blocks.
 
     Args:
-        kept: units that stay; None finds the dead ones among weights that were pruned one by one and first folds what
+        kept: the units to keep; None finds the dead ones among weights that were pruned one by one and first folds what
             biases of dead heads and neurons emit into their branch's output bias.
     """
     small = copy.deepcopy(model)

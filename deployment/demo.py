@@ -203,11 +203,8 @@ def _described(names: list[str]) -> list[str]:
         known = importlib.import_module("timm.data").ImageNetInfo()
     except (AssertionError, AttributeError, ImportError, OSError):
         return names
-    return [_first_words(known, name) for name in names]
-
-
-def _first_words(known, name: str) -> str:
-    try:
-        return known.label_name_to_description(name).partition(",")[0]
-    except KeyError:
-        return name
+    words = list(names)
+    for number, name in enumerate(names):
+        with contextlib.suppress(KeyError):
+            words[number] = known.label_name_to_description(name).partition(",")[0]
+    return words

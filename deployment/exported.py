@@ -134,8 +134,8 @@ def _verified(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[
 
 
 def _write_files(folder: Path, model: nn.Module, config: dict, check: Mapping, measured: Mapping | None = None) -> None:
-    """The files of a model. What was made from the model that is there, such as model.onnx, stays where weights and
-    config are still the same, and so does what was measured on it; else it goes, and a line says so."""
+    """Write the files of a model. Files made from an earlier model in the folder, such as model.onnx, and the metrics
+    measured on it are kept if weights and config are the same; otherwise they are deleted, and a line says so."""
     before = _config_of_same(folder, model.state_dict(), config)
     if before is not None:
         config["metrics"] = {**config["metrics"], **before["metrics"]}
@@ -174,13 +174,13 @@ def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping
 
 
 def _sections(folder: Path) -> str:
-    """What was added behind the card that is there: the table of its ONNX files."""
+    """What was appended to the present card: the table of its ONNX files."""
     _, heading, text = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
     return heading + text
 
 
 def add_section(folder: Path, text: str) -> None:
-    """Put text behind the card, in the place of what an earlier call put there."""
+    """Append text to the card, in place of what an earlier call appended."""
     card, _, _ = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
     utils.write_text(folder / "README.md", f"{card}{SECTION}{text}")
 
@@ -191,8 +191,7 @@ def as_json(content: Mapping) -> str:
 
 
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
-    """config.json's and model.safetensors' content, each vouching for the other: the weights carry the config's digest,
-    the config theirs."""
+    """config.json's and model.safetensors' content, each with the digest of the other."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     blob = save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)})
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
@@ -267,7 +266,7 @@ def _digest(config: Mapping) -> str:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The exported model, in eval mode on the CPU; how it wants its images stands in `preprocessing` of config.json.
+    """The exported model, in eval mode on the CPU; `preprocessing` in config.json says how it expects its images.
 
     Args:
         folder: `model/`, or the folder of the run that it is in.

@@ -46,7 +46,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
 
     Args:
         model: an exported `model/`.
-        folder: where it goes; it must not be there yet.
+        folder: where to write it; it must not exist yet.
         dataset: key of DATASETS, None where the weights came without one.
         size: pixels a side of its images.
 
@@ -76,9 +76,8 @@ def hub_config(config: Mapping, size: int) -> dict:
         mean, std, kind = list(shown.mean), list(shown.std), shown.interpolation
         known |= {"mean": mean, "std": std, "interpolation": kind, "crop_pct": shown.crop / shown.resize}
         known |= {"crop_mode": "squash"} if shown.resize_mode == "square" else {}
-    classes = config.get("class_names", ())
     added = {"architecture": config["provenance"].get("arch", ""), "pretrained_cfg": known}
-    if classes:
+    if classes := config.get("class_names"):
         added |= {"num_classes": len(classes), "label_names": list(classes)}
     return {**{key: value for key, value in config.items() if key != "sha256"}, **added}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 from collections.abc import Mapping
@@ -58,7 +57,7 @@ def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn
 def full_network(
     run_dir: Path, masked: nn.Module, args: argparse.Namespace, dense: str | None
 ) -> tuple[str, nn.Module]:
-    """The network of full size that stands beside the small one, and "dense" or "masked", which it is.
+    """The network of full size to compare the small one with, and which it is, "dense" or "masked".
 
     Dense is what `--dense` names, or the selected model of state 0 where the run has kept it as its teacher. Other runs
     have kept no dense weights: their network of full size is the masked one, which computes what the small one does.
@@ -68,7 +67,7 @@ def full_network(
     """
     kept = run_dir / "teacher.pt"
     if dense is None and not kept.exists():
-        return "masked", copy.deepcopy(masked).cpu()
+        return "masked", masked
     named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0, "kd_features": None})
     facts = dataset_facts(args.dataset, args.data, getattr(args, "preprocessing_used", None))
     try:

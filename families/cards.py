@@ -1,7 +1,7 @@
 """How a model card says to load an exported transformer: a few lines of plain timm, or a file beside the card.
 
     text = loading_section(config)                               # config.json of an exported model, as a mapping
-    needs_loader(config)                                         # whether load_model.py has to lie beside the weights
+    needs_loader(config)                                         # whether load_model.py has to be in the folder
 
 `traits_of` notes what differs from a plain ViT when the model is described, so that the card needs no model.
 """
@@ -106,7 +106,7 @@ longer averaged; its accuracy has to be measured.
 
 
 def traits_of(model: nn.Module) -> dict[str, list[str]]:
-    """{"modules": what a loader has to know besides the timm name}; nothing for plain attention and plain MLPs."""
+    """{"modules": what differs from plain attention and plain MLPs}; empty where nothing does."""
     found = {"parallel" for block in model.blocks if hasattr(block, "attns")}
     found |= {"mixed RoPE"} if getattr(model, "rope_mixed", False) else set()
     for module in model.modules():

@@ -139,7 +139,7 @@ def _head_macs(block: nn.Module, model: nn.Module, group: Units) -> int:
     """MACs per image of one head of this block: N' d D for each of q, k, v and the projection, 2 N' W d for attention.
 
     W tokens are in a window, N' in all windows: timm pads what does not fill them. SwinV2 makes its table of relative
-    positions anew in each forward pass; it counts as if for one image.
+    positions in each forward pass again; it counts as if for one image.
     """
     (height, width), sides = block.window_size, block.input_resolution
     window = height * width
@@ -177,7 +177,7 @@ def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
 
 
 def swin_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     return cost_of(model, swin_units(model), kept, swin_macs)
 
 
@@ -198,7 +198,7 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
 
 
 class SwinFamily(TransformerFamily):
-    """timm's Swin and SwinV2 as `families.Family` asks for them."""
+    """timm's Swin and SwinV2 as a `families.Family`."""
 
     title = "Swin"
     config_keys = ("swin",)

@@ -20,7 +20,7 @@ from utils import RunError
 def cost_of(
     model: nn.Module, units: Mapping[str, Units], kept: Kept, macs: Callable[[nn.Module, Mapping[str, int]], int]
 ) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
     gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
     return {
@@ -55,7 +55,7 @@ def find_working(branches: Branches) -> dict[str, list[int]]:
 def fold_dead_(branches: Branches, alive: Kept) -> None:
     """Add what dead units still emit, the constant of their biases, to the output bias of their branch, in place.
 
-    A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
+    A head whose v rows are zero emits its v bias wherever it attends, a neuron with a zero row act(bias).
     """
     for key, module, branch in branches:
         working = set(alive.get(key, range(branch.count(module))))
@@ -67,7 +67,7 @@ def fold_dead_(branches: Branches, alive: Kept) -> None:
 
 
 def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
-    """The layer that hears the units of a branch, and its columns [D, count, width]."""
+    """The layer that reads the units of a branch, and its columns [D, count, width]."""
     output = getattr(module, branch.output_name(module))
     layout = branch.units(module, "", 0).parts[f"{branch.output_name(module)}.weight"]
     return output, layout.split(output.weight)[:, 0]
@@ -75,7 +75,7 @@ def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
 
 @torch.no_grad()
 def fold_layer_scale_(model: nn.Module, branches: Branches) -> list[str]:
-    """Multiply the factors at the end of each branch into its output layer, in place; the names of what is gone.
+    """Multiply the factors at the end of each branch into its output layer, in place; the names of these factors.
 
     timm's blocks hold them as a module `ls1` (`ls` in parallel branches) or a parameter `gamma_1`; without it, a block
     has an identity or None.
@@ -159,7 +159,7 @@ class TransformerFamily:
         return alive
 
     def fold_(self, model: nn.Module) -> list[str]:
-        """LayerScale goes into the output layer of its branch. The scale of queries and keys stays where it is: fused
+        """LayerScale is multiplied into the output layer of its branch. The scale of queries and keys is kept: fused
         attention multiplies by it inside its kernel, in no measurable time, and takes none but its own in timm."""
         return fold_layer_scale_(model, self.branches(model))
 

@@ -157,7 +157,7 @@ def _mlp_problem(where: str, mlp: nn.Module | None) -> str | None:
 
 
 def _norm_problem(what: str, norm: nn.Module | None, units: str) -> str | None:
-    # a LayerNorm can count what is gone as the zeros that it was
+    # a LayerNorm can still count removed units, as the zeros that they were
     known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ in ("LayerNorm", "NarrowLayerNorm")
     if norm is None or (known and norm.weight is not None and norm.bias is not None):
         return None
@@ -194,7 +194,7 @@ _STEM_MACS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # a ResNet'
 
 
 def _stem_macs(embed: nn.Module) -> int:
-    """What convolutions cost that stand before the patches, in a stem or a hybrid's backbone."""
+    """The cost of convolutions before the patches, in a stem or a hybrid's backbone."""
     if not hasattr(embed, "backbone"):
         return 0
     if embed not in _STEM_MACS:
@@ -226,7 +226,7 @@ def _pool_macs(model: nn.Module) -> int:
 
 
 def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     return cost_of(model, vit_units(model), kept, vit_macs)
 
 
@@ -261,7 +261,7 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
     `timm.create_model`; `stem` the channels into and out of each convolution of a stem; `token_merge` how many tokens
-    each block merges; `blocks`, where some are gone, the numbers that those left had in the dense model.
+    each block merges; `blocks`, where some were removed, the numbers of the others in the dense model.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -307,7 +307,7 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
 
 
 class VitFamily(TransformerFamily):
-    """ViTs as `families.Family` asks for them."""
+    """ViTs as a `families.Family`."""
 
     title = "ViT"
     config_keys = ("vit", "timm")

@@ -48,7 +48,7 @@ class Draws:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension; a single part stays the view that it is."""
+    """Concatenated along the first dimension; a single part is returned as it is, without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -107,10 +107,10 @@ class Batches:
             yield self._normalise_(pixels).expand(-1, 3, -1, -1), self.labels[part]
 
     def note(self, broken: Iterable[tuple[int, str]]) -> None:
-        """Nothing can be broken; `FolderBatches` hears here of files that others could not read."""
+        """Nothing can be broken; to `FolderBatches` other processes report files that they could not read."""
 
     def close(self) -> None:
-        """Nothing to give back; `FolderBatches` ends its worker processes here."""
+        """Nothing to close; `FolderBatches` ends its worker processes here."""
 
     def _positions(self, step: int) -> list[slice]:
         return self.share.of_step(step_positions(step, self.batch_size, len(self)))

@@ -92,7 +92,7 @@ def dataset_facts(name: str, data_dir: str | Path | None = None, shown: Mapping 
 
 
 def joined(first: Split | FolderSplit, second: Split | FolderSplit) -> Split | FolderSplit:
-    """The images of both, of one data set, those of `second` behind those of `first`."""
+    """The images of both, of one data set, those of `first` before those of `second`."""
     labels = torch.cat([first.labels, second.labels])
     if isinstance(first, FolderSplit):
         return dataclasses.replace(first, paths=np.concatenate([first.paths, second.paths]), labels=labels)

@@ -174,7 +174,7 @@ def _add(left_out: dict[str, list[str]], reason: str, paths: list[str]) -> None:
 
 
 def _left_out(by_reason: dict[str, list[str]]) -> list[str]:
-    """One line for all files that lie beside the images."""
+    """One line about all files that are not images."""
     if not by_reason:
         return []
     kinds = "; ".join(f"{len(paths):,} {reason} ({some(paths)})" for reason, paths in by_reason.items())

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 
 def queries_keys_values(attn: nn.Module, x: Tensor) -> Tensor:
-    """[..., D] -> [..., 3 * heads * head_dim], from one layer or three, with biases in the layer or beside it."""
+    """[..., D] -> [..., 3 * heads * head_dim], from one layer or three, with biases in the layer or apart from it."""
     if attn.qkv is None:
         return torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], dim=-1)
     if getattr(attn, "q_bias", None) is None:
@@ -143,7 +143,7 @@ class NarrowParallelScalingBlock(ParallelScalingBlock):
 class NarrowLayerNorm(nn.LayerNorm):
     """The LayerNorm over `normalized_shape` values of which only the first are given: the others are zeros.
 
-    A masked head or neuron gives zero, and mean and variance count it. So do they once it is gone.
+    A masked head or neuron outputs zero, and mean and variance count it; they still do after its removal.
     """
 
     def forward(self, x: Tensor) -> Tensor:

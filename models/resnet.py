@@ -4,8 +4,8 @@
     logits = model(images)                  # [B, 3, H, W] -> [B, classes]; any H and W
 
 res20s, res32s and res56s are section 4.2's networks for CIFAR: three stages of 16, 32 and 64 channels, shortcuts
-without parameters (option A). res18 is the ImageNet network with a 3x3 stem and no pooling in front. Parameter names
-are torchvision's. What differs is that a block's convolutions may hold fewer filters than its stage has channels.
+without parameters (option A). res18 is the ImageNet network with a 3x3 stem and no pooling before the blocks. Parameter
+names are torchvision's. What differs is that a block's convolutions may hold fewer filters than its stage has channels.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class PaddedShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut.
 
-    `out_index` places the filters of a shortened `conv2` in the block's residual stream, whose width stays; None when
-    it has them all.
+    `out_index` places the filters of a shortened `conv2` in the block's residual stream, whose width is unchanged; None
+    when it has them all.
     """
 
     out_index: Tensor | None

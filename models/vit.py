@@ -5,7 +5,7 @@
     logits = model(images)                                  # [B, 3, H, W] -> [B, classes]
 
 Parameter names, shapes and values are timm's (`timm.models.vision_transformer.VisionTransformer`), so a state
-dict goes either way with `strict=True`. What differs is that a block may hold fewer heads than dim / head_dim,
+dict loads in both directions with `strict=True`. What differs is that a block may hold fewer heads than dim / head_dim,
 any number of MLP neurons, or none of either: an empty branch is exactly its output bias.
 """
 
@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1 + patches, D] behind the last block and its norm; named as timm's, as is `forward_head`."""
+        """Tokens [B, 1 + patches, D] after the last block and its norm; named as timm's, as is `forward_head`."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
@@ -175,7 +175,7 @@ class VitConfig:
     timm_name: str | None
 
 
-CONFIGS = {  # behind each: its parameters with so many classes
+CONFIGS = {  # the comments count parameters
     "vit_mini": VitConfig(32, 4, 96, 6, 3, 2.0, 10, None),  # 460,906, for small studies
     "vit_tiny": VitConfig(32, 4, 192, 9, 3, 2.0, 10, None),  # 2,697,610
     "vit_small": VitConfig(32, 4, 384, 12, 6, 4.0, 10, "vit_small_patch16_224"),  # 21,342,346

@@ -56,7 +56,7 @@ def units_report(
 
     Args:
         model: the dense one.
-        scores: [count] per key, or [1] where a layer's units go as one.
+        scores: [count] per key, or [1] where a layer's units are pruned as one.
         cost: counts the units of each kind and the parameters, as a family's `cost` does.
     """
     lines = []

@@ -212,7 +212,7 @@ def _float64(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def captured(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
-    """Record the tapped activations of each forward pass; the hooks are gone when the block is left."""
+    """Record the tapped activations of each forward pass; the hooks are removed at the end of the block."""
     found: dict[str, Tensor] = {}
     handles = []
     for key, tap in taps.items():
