@@ -5,16 +5,14 @@ The ranking rule is written in `pruning/ranking.py`; its effect is reported by `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from families.vit import vit_cost, vit_units
-from pruning import reports
-from pruning.masks import Masks, check_masks, load_and_mask, structured_masks
+from families.vit import vit_units
+from pruning.masks import check_masks, load_and_mask, structured_masks
 from pruning.ranking import KINDS, mark_removed, rank_units, target_ratios
 from pruning.scores import score_units
-from pruning.units import Kept, Units
 from vit_pruning_utils import prunable_weights
 
 __all__ = [
@@ -23,22 +21,7 @@ __all__ = [
     "prune_model_custom_fillback_vit_head_and_mlp",
     "rank_units",
     "target_ratios",
-    "units_report",
 ]
-
-
-def units_report(
-    model: nn.Module,
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    kept_before: Mapping[str, list[int]],
-    kept_after: Mapping[str, list[int]],
-    masks_before: Masks,
-    masks_after: Masks,
-    cost: Callable[[nn.Module, Kept], dict[str, int]] = vit_cost,
-) -> str:
-    """What a step did to the units of a ViT, as text; see `pruning.reports.units_report`."""
-    return reports.units_report(model, units, scores, kept_before, kept_after, masks_before, masks_after, cost)
 
 
 def prune_model_custom_fillback_vit_head_and_mlp(

@@ -273,10 +273,8 @@ def _export(args: argparse.Namespace) -> None:
     if args.compile:
         variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
-        tables = [latency_table(masked, small, variants=variants)]
-        tables += [semi_structured_table(masked, small)] if "nm" in provenance else []
-        log.info("\n".join(tables))
-        utils.write_text(folder / "latency.txt", "\n".join([*tables, ""]))
+        text = latency_table(masked, small, variants=variants)
+        _write_latency(folder, f"{text}\n{semi_structured_table(masked, small)}" if "nm" in provenance else text)
     if shows_full:
         with tempfile.TemporaryDirectory(prefix="full-") as drafts:
             shown = Shown(name, full, Path(drafts) / "full.onnx")
@@ -317,6 +315,11 @@ def _check_model(args: argparse.Namespace, masked: torch.nn.Module) -> None:
         raise RunError("--int8: ONNX Runtime's quantiser cannot follow the shapes of merged tokens; leave it out")
     if args.fold:
         foldable(masked)
+
+
+def _write_latency(folder: Path, text: str) -> None:
+    log.info(text)
+    utils.write_text(folder / "latency.txt", f"{text}\n")
 
 
 def _write_page(

@@ -158,8 +158,6 @@ def _write_files(folder: Path, model: nn.Module, config: dict, check: Mapping, m
     utils.write_text(folder / "README.md", model_card(config, check) + sections)
     if needs_loader(config):
         utils.write_text(folder / LOADER, LOADER_SOURCE.read_text("utf-8"))
-    else:
-        (folder / LOADER).unlink(missing_ok=True)
 
 
 def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping) -> dict | None:
