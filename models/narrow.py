@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -155,8 +155,7 @@ class NarrowLayerNorm(nn.LayerNorm):
 # ------------------------------------------------------------------------------------------ an exported model
 
 NARROW: dict[type[nn.Module], type[nn.Module]] = {
-    Attention: Attention,
-    vision_transformer.Attention: vision_transformer.Attention,
+    vision_transformer.Attention: vision_transformer.Attention,  # computes with any number as it is
     AttentionRope: NarrowAttentionRope,
     EvaAttention: NarrowEvaAttention,
     beit.Attention: NarrowBeitAttention,
