@@ -191,8 +191,17 @@ def as_json(content: Mapping) -> str:
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
     """config.json's and model.safetensors' content, each with the digest of the other."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    blob = save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)})
+    blob = _with_sorted_metadata(save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)}))
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
+
+
+def _with_sorted_metadata(blob: bytes) -> bytes:
+    """The same safetensors file with the keys of its metadata in order; `save` writes them in a random one."""
+    size = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return blob[:8] + text.ljust(size) + blob[8 + size :]
 
 
 def check_folder(folder: Path, flag: str = "--out") -> None:

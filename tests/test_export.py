@@ -15,12 +15,14 @@ import torch
 import yaml
 from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, assert_one_line, linked, rows_of, vit_micro
 from references import assert_same_function, assert_same_tensors, clones, masked_by_hand, masks_by_hand, vit_places
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 import export
 import models
 from dataset import DATASETS, load_dataset
+from deployment.exported import seal
 from families import family_of
 from utils import RunError
 from vit_structured_pruning import count_vit_parameters
@@ -466,6 +468,12 @@ def test_one_changed_byte_or_config_value_is_refused(tmp_path):
     assert_refused(tmp_path)
     weights.write_bytes(whole)
     export.load(tmp_path)
+
+
+def test_equal_models_give_equal_files():
+    files = [seal({"arch": "micro"}, {"weight": torch.arange(3.0)}) for _ in range(20)]
+    assert files == files[:1] * 20  # safetensors writes its metadata in a random order
+    assert torch.equal(load_tensors(files[0][1])["weight"], torch.arange(3.0))
 
 
 DAMAGES = {
