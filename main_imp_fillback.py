@@ -209,7 +209,7 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         if content:
             run.go_on()
         else:
-            run.write(write_run_facts, save_dir, args, device)
+            run.write(write_run_facts, save_dir, args, device, splits.counts)
             run.start()
         try:
             with run.signals:
@@ -232,7 +232,7 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
         f"{args.struct} on {args.arch}: {parameters:,} parameters, {pixels} pixels, {device}, {precision}, "
         f"seed {args.seed}"
     )
-    train_images, val, test = (len(split.labels) for split in (splits.train, splits.val, splits.test))
+    train_images, val, test = splits.counts.values()
     data = args.dataset if args.dataset != "folder" else f"folder {args.data}"
     log.info(f"{data}: {train_images:,} train, {val:,} val, {test:,} test images, {splits.facts.classes} classes")
     if report := getattr(model, "pretrained_report", None):  # a resumed run loads none

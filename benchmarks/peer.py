@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch_pruning()
         folder.mkdir(parents=True, exist_ok=True)
         peer = Peer(args, own.pruner, own.heads, Path(own.like))
-        write_run_facts(folder, args, peer.device)
+        write_run_facts(folder, args, peer.device, {"test": len(peer.test)})
         write_csv(folder / "states.csv", peer.run())
     except RunError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -87,10 +87,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
     milestones_of(args)  # raises
     if args.min_lr is not None and args.sched != "cosine":
         raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
-    lowest = [("lr", args.lr), *([("finish_lr", args.finish_lr)] if args.finish_epochs else [])]
-    for name, rate in lowest:
-        fits = args.min_lr is None or args.min_lr <= rate
-        require(fits, f"--{name}", rate, f"must not lie below --min_lr {args.min_lr}, where the cosine ends")
+    if args.min_lr is not None:
+        require(args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
+        fits = not args.finish_epochs or args.min_lr <= args.finish_lr
+        require(fits, "--finish_lr", args.finish_lr, f"must not lie below --min_lr {args.min_lr}, where it ends")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
     _check_teacher(args)

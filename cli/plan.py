@@ -35,7 +35,8 @@ def plan(args: argparse.Namespace) -> str:
         _check_weights(args)
     with torch.device("meta"):
         model = make_model(args, weights=False)
-    family, (units, allocation) = family_of(model), units_of_run(args, model)
+    units, allocation = units_of_run(args, model)
+    family = family_of(model)
     states, epochs, _ = run_length(args)
     finish = ""
     train_images, val_images = split_sizes(args.dataset, args.val_fraction, args.train_limit, args.data)
@@ -113,7 +114,8 @@ def planned_states(args: argparse.Namespace) -> list[dict]:
     """A row a state: density and what its model costs."""
     with torch.device("meta"):
         model = make_model(args, weights=False)
-    return _rows(args, model, family_of(model), *units_of_run(args, model))
+    units, allocation = units_of_run(args, model)
+    return _rows(args, model, family_of(model), units, allocation)
 
 
 def _prunable(args: argparse.Namespace, model: nn.Module, family: Family) -> int:

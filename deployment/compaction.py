@@ -69,16 +69,17 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
     small model merges what the masked one does.
 
     Returns:
-        largest absolute differences, the largest logit, the bound that float64 has to meet, and top-1 agreement; where
-        tokens merge also the images that are "merged_otherwise".
+        largest absolute differences, the largest logit, the bound that float64 has to meet, top-1 agreement and the
+        small model's accuracy by the labels of `batches`; where tokens merge also the images that are
+        "merged_otherwise".
     """
     parameter = next(masked.parameters())
     left = min(EXACT_IMAGES, max(affordable(masked), EXACT_MACS // max(1, macs(masked))))
     doubles = [copy.deepcopy(model).cpu().double() for model in (masked, small)]
-    images_seen = agreed = otherwise = exact_images = 0
+    images_seen = agreed = right = otherwise = exact_images = 0
     difference = largest = exact = 0.0
     with evaluating(masked), evaluating(small), evaluating(doubles[0]), evaluating(doubles[1]):
-        for images, _ in batches:
+        for images, labels in batches:
             for part in images[: left - exact_images].split(affordable(masked)):
                 expected, _, compared, _ = _side_by_side(*doubles, part.cpu().double())
                 exact = worst_of(exact, (expected - compared).abs().max())
@@ -89,6 +90,7 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
             otherwise += different
             largest = max(largest, float(expected.abs().max()))
             agreed += int((expected.argmax(1) == found.argmax(1)).sum())
+            right += int((found.argmax(1).cpu() == labels.cpu()).sum())
             images_seen += len(images)
     merging = {"merged_otherwise": otherwise} if merged_tokens(masked) else {}
     return {
@@ -99,6 +101,7 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
         "largest_logit": largest,
         "bound": BOUND * max(1.0, largest),
         "top1_agreement": agreed / images_seen,
+        "accuracy": right / images_seen,
         **merging,
     }
 

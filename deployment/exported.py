@@ -72,7 +72,8 @@ def write(
         masked: the dense-shaped model with pruned weights at zero.
         kept: as in `compact`.
         batches: images on which both models are compared.
-        provenance, metrics: plain values for config.json and the card.
+        provenance, metrics: plain values for config.json and the card. A `val_accuracy` gives way to that of the small
+            model on `batches`: the one that selected it was measured in the precision of training.
         classes: their names, in the order of the logits; empty where they are not known.
         measured: metrics too, measured just now; `metrics` give way to what an earlier call measured on these weights.
 
@@ -133,9 +134,12 @@ def _verified(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[
     return check
 
 
-def _write_files(folder: Path, model: nn.Module, config: dict, check: Mapping, measured: Mapping | None = None) -> None:
+def _write_files(folder: Path, model: nn.Module, config: dict, check: dict, measured: Mapping | None = None) -> None:
     """Write the files of a model. Files made from an earlier model in the folder, such as model.onnx, and the metrics
     measured on it are kept if weights and config are the same; otherwise they are deleted, and a line says so."""
+    accuracy = check.pop("accuracy")
+    if "val_accuracy" in config["metrics"]:
+        measured = {"val_accuracy": accuracy, **(measured or {})}
     before = _config_of_same(folder, model.state_dict(), config)
     if before is not None:
         config["metrics"] = {**config["metrics"], **before["metrics"]}
@@ -188,20 +192,19 @@ def as_json(content: Mapping) -> str:
     return LIST.sub(lambda found: f"[{BREAK.sub(', ', found[1])}]", json.dumps(content, indent=2)) + "\n"
 
 
+def _ordered(blob: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in any, and equal models differ then."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    return blob[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(end - 8) + blob[end:]
+
+
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
     """config.json's and model.safetensors' content, each with the digest of the other."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    blob = _with_sorted_metadata(save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)}))
+    blob = _ordered(save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)}))
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
-
-
-def _with_sorted_metadata(blob: bytes) -> bytes:
-    """The same safetensors file with the keys of its metadata in order; `save` writes them in a random one."""
-    size = int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return blob[:8] + text.ljust(size) + blob[8 + size :]
 
 
 def check_folder(folder: Path, flag: str = "--out") -> None:

@@ -178,10 +178,11 @@ def write_flags(save_dir: Path, args) -> None:
     write_text(save_dir / "args.yaml", yaml.safe_dump(fresh, sort_keys=False))
 
 
-def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
-    """args.yaml and environment.json."""
+def write_run_facts(save_dir: Path, args, device: torch.device, images: Mapping[str, int]) -> None:
+    """args.yaml and environment.json, which has the number of `images` of each part of the data, too."""
     write_flags(save_dir, args)
-    write_text(save_dir / "environment.json", json.dumps(environment(device, args.amp), indent=2) + "\n")
+    facts = {**environment(device, args.amp), "images": images}
+    write_text(save_dir / "environment.json", json.dumps(facts, indent=2) + "\n")
 
 
 def write_metrics(save_dir: Path, history: Sequence[Mapping]) -> None:

@@ -109,6 +109,11 @@ class Splits:
     identity: dict = field(default_factory=dict)
     lines: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each part."""
+        return {"train": len(self.train.labels), "val": len(self.val.labels), "test": len(self.test.labels)}
+
 
 def known_facts(name: str) -> DatasetFacts:
     if name not in DATASETS:

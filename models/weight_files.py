@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import check_finite, plain_weights, seal_broken
+from utils import RunError, check_finite, plain_weights, seal_broken
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,10 @@ def read_weights(source: str | Path, flag: str, public: bool = False) -> dict[st
         tensors = {name: value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
         raise PretrainedError(f"{said}: not a dictionary of tensors; give a file of weights")
-    check_finite(tensors, said)
+    try:
+        check_finite(tensors, said)
+    except RunError as error:
+        raise PretrainedError(str(error)) from error
     try:
         return plain_weights(tensors)
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from functools import partial
 
 from reporting.flags import has_filters
 from reporting.runs import Run
-from reporting.words import duration, giga, md_table, percent, thousands
+from reporting.words import duration, giga, md_table, percent, thousands, wilson
 
 
 def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
@@ -41,9 +41,11 @@ def legend(run: Run) -> str:
     counts = ""
     if run.method != "dense" and not run.args.get("vit_structured") and (run.method == "imp" or not has_filters(run)):
         counts = " Parameters are those not zero; single zeros do not make the model faster, so MACs count whole units."
+    precision = run.environment.get("precision", "float32")
+    measured = "" if precision == "float32" else f" (computed in {precision} on validation, in float32 on test images)"
     return (
-        f"Accuracy is on validation images, but for the test column. {cut}Trained: after the last epoch; selected: "
-        f"after the epoch that is best on validation, the model whose test accuracy is shown.{top5}{counts}"
+        f"Accuracy is on validation images, but for the test column{measured}. {cut}Trained: after the last epoch; "
+        f"selected: after the epoch that is best on validation, the model whose test accuracy is shown.{top5}{counts}"
         f"{_finish(run)}"
     )
 
@@ -59,7 +61,7 @@ def _finish(run: Run) -> str:
 
 
 def key_results(run: Run) -> list[str]:
-    parts = [_dense_and_last(run) if len(run.states) > 1 else _dense_alone(run)]
+    parts = [_dense_and_last(run) if len(run.states) > 1 else _dense_alone(run), *_interval(run)]
     cuts, from_start = [], False
     for row in run.states:
         before, after = row.get("accuracy_before_cut", math.nan), row.get("accuracy_after_cut", math.nan)
@@ -85,6 +87,18 @@ def key_results(run: Run) -> list[str]:
     if run.proof:
         parts.append(_proof(run))
     return parts
+
+
+def _interval(run: Run) -> list[str]:
+    """How well the test images know the last accuracy; nothing for runs of older versions, which noted no count."""
+    share, counts = run.states[-1].get("test_accuracy", math.nan), run.environment.get("images")
+    images = counts.get("test") if isinstance(counts, dict) else None
+    if not (isinstance(images, int) and images > 0 and 0 <= share <= 1):
+        return []
+    low, high = wilson(share, images)
+    return [
+        f"Test accuracy {percent(share)} of {images:,} images: 95% interval {percent(low)} to {percent(high)} (Wilson)."
+    ]
 
 
 def _dense_and_last(run: Run) -> str:

@@ -12,6 +12,13 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
 
 
+def wilson(share: float, images: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share that was measured on so many images: the score interval of Wilson, Probable
+    inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212."""
+    middle, spread = share + z**2 / (2 * images), z * math.sqrt(share * (1 - share) / images + (z / (2 * images)) ** 2)
+    return tuple(max(0.0, min(1.0, end / (1 + z**2 / images))) for end in (middle - spread, middle + spread))
+
+
 def thousands(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{round(value):,}"
 

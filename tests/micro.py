@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,25 @@ def linked(run, folder):
     for name in ("args.yaml", "metrics.jsonl", "states.csv", "best.pt", "checkpoint.pt"):
         os.link(run / name, folder / name)  # whoever changes one writes a new file
     return folder
+
+
+def touch(root, *names):
+    """Empty files: whoever opens one as an image finds out."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def card_model(folder):
+    """The model that the lines of the folder's card load there, and the lines."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    space = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        exec(code, space)
+    return space["model"], code
 
 
 def assert_one_line(result, *words, code=2):

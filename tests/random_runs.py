@@ -434,28 +434,12 @@ def try_seed(seed: int, kills: bool, work: Path) -> str:
 
 def kinds_of(flags: list[str]) -> list[str]:
     """What a draw counts as in the summary."""
-    names = [
-        "--nm",
-        "--teacher",
-        "--finish_epochs",
-        "--token_merge",
-        "--ema_decay",
-        "--drop_path",
-        "--stem",
-        "--min_units",
-    ]
-    names += [
-        "--target_macs",
-        "--target_params",
-        "--target_latency_ms",
-        "--pretrained",
-        "--compile",
-        "--mixup",
-        "--cutmix",
-    ]
-    found = [
-        value_of(flags, name) for name in ("--struct", "--opt", "--arch", "--vit_prune_target", "--ratio_allocation")
-    ]
+    names = words(
+        "--nm --teacher --finish_epochs --token_merge --ema_decay --drop_path --stem --min_units --target_macs "
+        "--target_params --target_latency_ms --pretrained --compile --mixup --cutmix"
+    )
+    shown = words("--struct --opt --arch --vit_prune_target --ratio_allocation")
+    found = [value_of(flags, name) for name in shown]
     return [kind for kind in found if kind] + [name for name in names if name in flags]
 
 

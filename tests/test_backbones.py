@@ -3,7 +3,6 @@ blocks. Each class of attention and MLP once, in a model of depth 2 from timm's 
 
 import copy
 import json
-import re
 import subprocess
 import sys
 from functools import partial
@@ -11,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from micro import call, runner
+from micro import call, card_model, runner
 from references import kept_by, masked_copy
 from timm.layers import Attention, AttentionRope, GluMlp, LayerNorm, SwiGLU
 from timm.models.beit import Beit
@@ -32,15 +31,9 @@ MICRO = {"img_size": SIZE, "patch_size": 8, "embed_dim": DIM, "depth": 2, "num_h
 eva = partial(Eva, **MICRO, mlp_ratio=2, use_rot_pos_emb=True)
 vit = partial(VisionTransformer, **MICRO, mlp_ratio=2)
 dinov3 = partial(
-    eva,
-    rope_type="dinov3",
-    rope_rotate_half=True,
-    num_reg_tokens=2,
-    use_abs_pos_emb=False,
-    use_fc_norm=False,
-    global_pool="token",
-    init_values=0.5,
-)
+    eva, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=2, use_abs_pos_emb=False, use_fc_norm=False,
+    global_pool="token", init_values=0.5,
+)  # fmt: skip
 
 
 def parallel(**options):
@@ -295,55 +288,45 @@ def test_the_lines_of_the_card_load_the_model_with_timm_alone(tmp_path, add_nois
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
-def test_the_card_of_a_folded_model_loads_it(name, tmp_path, add_noise, monkeypatch):
+def test_the_card_of_a_folded_model_loads_it(name, tmp_path, add_noise):
     model = add_noise(tiny(name), scale=0.2).eval()
     units = family_of(model).units(model)
     kept, batches = kept_by(KEPT, units, "random"), [(images_of(model).float(), torch.zeros(3))]
     zeroed = masked_copy(model, units, kept)
     export.write(tmp_path, zeroed, kept, batches, None, {"arch": model.arch_name}, {})
     folded = export.write_folded(tmp_path, zeroed, kept, batches)
-    monkeypatch.chdir(tmp_path / "folded")
-    monkeypatch.syspath_prepend(tmp_path / "folded")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folded" / "README.md").read_text(), re.DOTALL)
-    space = {}
-    exec(code, space)
-    for found in (export.load(tmp_path / "folded"), space["model"]):
+    for found in (export.load(tmp_path / "folded"), card_model(tmp_path / "folded")[0]):
         assert not any("gamma" in parameter for parameter, _ in found.named_parameters())
         assert (found(batches[0][0]) - folded(batches[0][0])).abs().max() < 1e-6
 
 
-DIGITS = "--dataset digits --arch tiny --pruning_times 2 --epochs 1 --train_limit 200 --batch_size 50 --device cpu"
+DIGITS = "--dataset digits --arch tiny --pruning_times 2 --epochs 1 --train_limit 100 --batch_size 50 --device cpu"
+UNITS = "--vit_structured --vit_prune_target both --rate 0.34 --mlp_prune_ratio 0.5 --struct"
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "eva02_base_patch16_clip_224"])
-@pytest.mark.parametrize("method", ["rsst", "refill"])
-def test_the_command_prunes_and_exports_them(name, method, house, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("name", "flags"), [
+    ("vit_small_patch16_dinov3", f"{UNITS} rsst"), ("vit_small_patch16_dinov3", f"{UNITS} refill"),
+    ("eva02_base_patch16_clip_224", f"{UNITS} rsst"), ("eva02_base_patch16_clip_224", f"{UNITS} refill"),
+    ("vit_small_patch16_rope_mixed_224", "--struct imp --rate 0.97"),
+    ("eva02_base_patch16_clip_224", "--struct imp --rate 0.97"),
+])  # fmt: skip
+def test_the_command_prunes_and_exports_them(name, flags, house, tmp_path, capsys, monkeypatch):
+    """Units, or single weights and the units that die of it."""
     monkeypatch.setitem(models.BUILDERS, "tiny", partial(tiny, name))
-    base = f"{DIGITS} --vit_structured --vit_prune_target both --rate 0.34 --mlp_prune_ratio 0.5"
-    run = runner(tmp_path, capsys, base.split())("--struct", method)
-    config = json.loads((run.dir / "model" / "config.json").read_text())
-    assert (config["heads"], config["neurons"]) == ([1, 1], [DIM, DIM])
-    proof = json.loads((run.dir / "model" / "parity.json").read_text())
+    run = runner(tmp_path, capsys, DIGITS.split())(*flags.split())
+    config, proof = (json.loads((run.dir / "model" / f"{file}.json").read_text()) for file in ("config", "parity"))
     assert proof["max_difference_float64"] < 1e-12
     assert count_parameters(export.load(run.dir / "model")) == config["parameters"]["removed"]
-
-
-@pytest.mark.parametrize("name", ["vit_small_patch16_rope_mixed_224", "eva02_base_patch16_clip_224"])
-def test_the_command_prunes_single_weights_and_the_units_that_die_of_it(name, house, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(models.BUILDERS, "tiny", partial(tiny, name))
-    run = runner(tmp_path, capsys, DIGITS.split())("--struct", "imp", "--rate", "0.97")
-    config = json.loads((run.dir / "model" / "config.json").read_text())
+    if UNITS in flags:
+        assert (config["heads"], config["neurons"]) == ([1, 1], [DIM, DIM])
+        return
     assert sum(config["neurons"]) < 2 * 2 * DIM
-    proof = json.loads((run.dir / "model" / "parity.json").read_text())
-    assert proof["max_difference_float64"] < 1e-12
     model = tiny(name)
     layers = set(family_of(model).prunable_layers(model))
     assert layers == {name for name, module in model.blocks.named_modules(prefix="blocks") if type(module) is nn.Linear}
 
 
 # ------------------------------------------------------------------------------------------ scores and dead units
-
-
 def seen_by_hand(model, units, images):
     """What l1 looks at, [images, tokens, streams, count, width]: rows times the module's input, and their biases."""
     found, handles = {}, []
@@ -433,8 +416,6 @@ def test_units_that_a_norm_counts_die_only_as_zeros(add_noise):
 
 
 # ------------------------------------------------------------------------------------------ --list_archs
-
-
 @pytest.fixture
 def listed(monkeypatch, tmp_path, capsys):
     """listed("PATTERN", ...) -> (exit code, out, err, names that were built), with a cache folder of its own."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import yaml
@@ -31,6 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from micro import vit_micro
 from safetensors.torch import save_file
+from test_cnn import res_micro
 
 import main_imp_fillback as entry
 import models
@@ -83,7 +85,8 @@ def assert_refused(argv, *named, folder="."):
     assert_one_line(err)
     assert all(part in err for part in named), err
     assert content_of(folder) == before
-    assert os.listdir() == []
+    assert os.listdir() == []  # nothing is left behind, and no code of a file has run
+    return err
 
 
 class Payload:
@@ -95,46 +98,125 @@ class Payload:
 
 # --------------------------------------------------------------------------------------------------------- the table
 
+BOTH = "--vit_structured --vit_prune_target both"
+FILES = {
+    "counts.json": '{"blocks.1.mlp": 7}', "other.json": '{"blocks.9.mlp": 7}', "many.json": '{"blocks.0.attn": 5}',
+    "few.json": '{"blocks.0.attn": 0}', "half.json": '{"blocks.0.attn": 0.5}', "text.json": "heads: 3",
+    "empty.csv": "state,layer,kept\n", "plain.txt": "a file, no folder", "flat/a.jpg": "", "empty/empty/x": "",
+    "damaged.pt": "PK\x03\x04 not a checkpoint",
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--accum_steps 0", "--accum_steps -2", "--reg_form gradient --reg_finish nan", "--opt lion", "--sched step",
-        *(f"--checkpoint_every={value}" for value in ("0", "-5", "0m", "m", "10s", "1.5", "")),
-        *(f"--decreasing_lr {value}" for value in (",", "1,,2", "1,2,2")),
-        *(f"--{name} nan" for name in ("weight_decay", "clip_grad", "val_fraction")),
-        "--wandb_mode sometimes", "--device tpu", "--arch res20s --patch_size 4", "--arch res20s --pretrained",
-        "--arch res20s --vit_structured", "--vit_structured --arch vit_odd", "--resume --checkpoint none.pt",
-        "--resume --save_dir none", "--config none.yaml", "--config .", "--save_dir /proc/run", "--init .",
-    ],
-)  # fmt: skip
-def test_bad_flags_are_one_line_that_names_them(flags, monkeypatch):
+
+@pytest.fixture
+def files(tmp_path):
+    """Files that a bad command may name."""
+    folder = tmp_path / "files"
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    torch.save({"head.weight": torch.ones(1)}, folder / "other.pt")
+    torch.save([torch.ones(1)], folder / "list.pt")
+    torch.save(vit_micro(num_classes=10).state_dict() | {"norm.bias": torch.ones(25)}, folder / "shape.pt")
+    for name in ("damaged", "other"):
+        (folder / name).mkdir()
+        for file in ("checkpoint.pt", "checkpoint.prev.pt"):
+            shutil.copy(folder / f"{name}.pt", folder / name / file)
+    return folder
+
+
+# flags -> what the one line has to name when that is not all of them | and this | ! and not this
+BAD = """--rate 1; --rate -0.1; --rate nan; --rate much; --mlp_prune_ratio 1; --fillback_rate 1.5; --momentum 1;
+--label_smoothing 1; --decreasing_lr 8,4; --decreasing_lr 4,4; --decreasing_lr 0,4; --decreasing_lr 1.5; --lr 0; --lr
+nan; --lr inf; --decreasing_lr half; --epochs 0; --epochs 1.5; --batch_size 0; --pruning_times 0; --print_freq 0;
+--workers -1; --score_batches 0; --train_limit 0; --val_fraction 0; --val_fraction 1; --val_fraction 0.9999; --gpu -1;
+--seed -1; --seed 99999999999999999999; --weight_decay -1; --warmup -1; --clip_grad 0; --reg_granularity_prune 0;
+--exponents 0; --reg_finish 0; --reg_finish 1.1; --prune_type rewind_lt --rewind_epoch 2 -> --rewind_epoch 2;
+--rewind_epoch -1; --vit_structured --min_units 5 -> --min_units 5; --min_units -1; --dataset mnist; --arch vit_huge;
+--criteria taylor; --vit_structured --vit_prune_target mlp --min_units 49 -> --min_units 49; --img_size 17 -> img_size
+17; --img_size 0; --patch_size 5 -> patch_size 5; --patch_size 0; --struct hard; --prune_type nothing; --RST_schedule y;
+--struct oneshot; --prune_type pt; --reg_clock state; --vit_structured --rank_by score_per_mac -> --rank_by
+score_per_mac; --round_to 0; --round_to -8; --vit_structured --vit_prune_target mlp --round_to 49 -> --round_to 49;
+--vit_structured --vit_prune_target mlp --round_to 20 --min_units 41 -> --round_to 20 and --min_units 41; --arch res20s
+--round_to 17 -> --round_to 17; --device cuda; --amp fp16; --resume; --frobnicate 3 -> --frobnicate; --epoch 3 ->
+--epoch; --checkpoint_every 0; --accum_steps 0; --accum_steps -2; --opt lion; --sched step; --reg_form gradient
+--reg_finish nan -> nan; --checkpoint_every -5 -> -5; --checkpoint_every 0m -> 0m; --checkpoint_every m ->
+--checkpoint_every; --checkpoint_every 10s -> 10s; --checkpoint_every 1.5 -> 1.5; --checkpoint_every= ->
+--checkpoint_every; --decreasing_lr , -> ,; --decreasing_lr 1,,2; --decreasing_lr 1,2,2; --weight_decay nan; --clip_grad
+nan; --val_fraction nan; --wandb_mode sometimes -> sometimes; --device tpu; --arch res20s --patch_size 4 -> 4; --arch
+res20s --pretrained -> --pretrained; --arch res20s --pretrained {files} -> takes weights of a file by --init | ! public;
+--arch res20s --vit_structured -> --vit_structured | filters | ! add --vit_structured; --arch res20s --struct oneshot ->
+--struct | filters | ! add --vit_structured; --arch res20s --vit_structured --struct oneshot --dry_run ->
+--vit_structured | filters | ! add --vit_structured; --vit_structured --arch vit_odd -> dim 24 | 5 heads; --resume
+--checkpoint none.pt -> none.pt; --resume --save_dir none -> none; --config none.yaml -> --config none.yaml: No such
+file or directory | give a YAML file of flags; --config . -> .; --save_dir /proc/run -> /proc/run; --init . -> .;
+--resume --save_dir {files}/none -> {files}/none | is no folder | ! --overwrite; --resume --save_dir {files} -> has no
+checkpoint | ! --overwrite; --resume --save_dir {files}/damaged -> {files}/damaged; --resume --save_dir {files}/other ->
+{files}/other; --checkpoint {files}/none.pt -> {files}/none.pt; --checkpoint {files}/damaged.pt -> {files}/damaged.pt;
+--checkpoint {files}/other.pt -> {files}/other.pt; --init {files}/none.pt; --init {files}/damaged.pt ->
+{files}/damaged.pt; --init {files}/list.pt -> {files}/list.pt; --init {files}/other.pt; --init {files}/shape.pt; --init
+{files}/plain.txt -> {files}/plain.txt; --init {files}/none.safetensors -> {files}/none.safetensors; --pretrained
+{files}/none.pt; --pretrained {files}/damaged.pt -> {files}/damaged.pt; --pretrained {files}/shape.pt; --save_dir
+{files}/plain.txt; --exp_name ../../x; --exp_name a/b -> --exp_name; --exp_name . -> --exp_name; --exp_name .. ->
+--exp_name; --exp_name= -> --exp_name; --save_dir {files}/plain.txt/below; --dataset fashionmnist --data {files}/none ->
+{files}/none; --dataset cifar10 --data {files}/plain.txt -> {files}/plain.txt; --dataset cifar100 -> --dataset cifar100;
+--dataset cifar10 --data {files}/none -> --dataset cifar10; --dataset imagenet --data {files}/none -> imagenet |
+train/CLASS; --dataset imagenet --data {files}/empty -> imagenet | train/CLASS; --dataset imagenet --data {files}/flat
+-> imagenet | train/CLASS; --dataset tiny-imagenet --data {files}/flat -> tiny-imagenet | train/CLASS; --dataset folder
+--data {files}/flat -> folder | train/CLASS; --img_size 32x16 -> 32x16 is a rectangle | ! int value; --patch_size 4x2 ->
+4x2 is a rectangle | ! int value; --img_size 32y16 -> invalid int value: '32y16' | ! rectangle; --vit_structured
+--target_macs 0.5 --pruning_times 1 -> --pruning_times 1 has state 0 alone | ! leave it; --pretrained none.pth --dry_run
+-> --pretrained none.pth: no such file | ! architecture; --init none --dry_run -> --init none: no such file | !
+architecture; --finish_epochs 0 -> --finish_epochs 0 | 1 or more; --finish_lr 0.1 -> --finish_lr 0.1 | --finish_epochs;
+--finish_on_all -> --finish_on_all | --finish_epochs; --finish_epochs 2 --finish_lr inf -> --finish_lr inf | above 0;
+--finish_epochs 2 --finish_lr 0.001 --sched cosine --min_lr 0.01 -> --finish_lr 0.001 | --min_lr 0.01; --img_size 32
+--token_merge -1 -> --token_merge -1 | must be 0 or more; --img_size 32 --token_merge 9 -> --token_merge 9 | half of the
+patches, here 8; --token_merge 2 --arch res20s -> --token_merge 2 | ResNet | not a plain ViT; --token_merge 2 --arch
+timm/beit_base_patch16_224 --dry_run -> --token_merge 2 | Beit | not a plain ViT; --arch timm/convnext_atto --struct
+rsst {both} --dry_run -> no transformer blocks; --arch timm/naflexvit_base_patch16_gap --struct rsst {both} --dry_run ->
+patch embedding; --arch timm/vit_relpos_small_patch16_224 --struct rsst {both} --dry_run -> RelPosAttention; {both}
+--target_macs 0 -> --target_macs 0.0; {both} --target_macs 1 -> --target_macs 1.0; {both} --target_params nan ->
+--target_params nan; {both} --target_latency_ms 0 -> --target_latency_ms 0.0; {both} --target_macs 0.5 --target_params
+0.6 -> --target_params 0.6: a run has one target; {both} --target_macs 0.5 --latency_batch 4 -> --latency_batch 4;
+{both} --latency_batch 0 -> --latency_batch 0; --target_macs 0.5 -> --target_macs 0.5: counts whole units | add
+--vit_structured; --arch res_micro --struct imp --target_macs 0.5 -> --struct refill or rsst; --arch res_micro
+--criteria remain --target_macs 0.5 -> --criteria remain; {both} --target_macs 0.05 -> --target_macs 0.05: 0.3799 of the
+MACs stay at least; {both} --min_units 3 --target_params 0.5 -> of the parameters stay at least; --vit_structured
+--target_macs 0.5 -> of the MACs stay at least; {both} --ratio_allocation global --sorting_mode layer-wise ->
+contradicts --sorting_mode layer-wise; {both} --ratio_allocation none.json -> --ratio_allocation none.json: No such
+file; {both} --ratio_allocation {files}/counts.json --target_macs 0.5 -> leave no choice to --target_macs; {both}
+--ratio_allocation {files}/other.json -> blocks.9.mlp is no layer; --vit_structured --ratio_allocation
+{files}/counts.json -> blocks.1.mlp is no layer; {both} --ratio_allocation {files}/many.json -> blocks.0.attn keeps 1;
+{both} --ratio_allocation {files}/few.json -> 4 units, not 0; {both} --ratio_allocation {files}/half.json -> whole
+numbers; {both} --ratio_allocation {files}/text.json -> neither JSON nor; {both} --ratio_allocation {files}/empty.csv ->
+neither; --vit_structured --vit_prune_target block --struct refill --target_macs 0.5 --dry_run -> --target_macs"""
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def blocked(*_, **__):
+        raise OSError("the test has no network")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, blocked)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("case", re.split("; ", " ".join(BAD.split())))
+def test_bad_input_is_one_line_that_names_it(case, files, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(models.BUILDERS, "vit_odd", lambda **given: vit_micro(**{**given, "num_heads": 5}))
-    argv = flags.split()
-    named = ["dim 24", "5 heads"] if "vit_odd" in flags else [argv[-1].split("=")[0]]
-    assert_refused(argv if "--resume" in argv else [*BASE, *argv], *named)
-
-
-@pytest.mark.parametrize(
-    ("flags", "named", "never"),
-    [
-        ("--resume --save_dir {here}/none", "is no folder", "--overwrite"),
-        ("--resume --save_dir {here}", "has no checkpoint", "--overwrite"),
-        ("--img_size 32x16", "32x16 is a rectangle", "int value"),
-        ("--patch_size 4x2", "4x2 is a rectangle", "int value"),
-        ("--img_size 32y16", "invalid int value: '32y16'", "rectangle"),
-        ("--arch res20s --pretrained {here}", "takes weights of a file by --init", "public"),
-        ("--vit_structured --target_macs 0.5 --pruning_times 1", "--pruning_times 1 has state 0 alone", "leave it"),
-        ("--pretrained none.pth --dry_run", "--pretrained none.pth: no such file", "architecture"),
-        ("--init none --dry_run", "--init none: no such file", "architecture"),
-    ],
-)
-def test_the_way_out_fits_the_cause(flags, named, never, tmp_path):
-    (tmp_path / "here").mkdir()
-    argv = flags.format(here=tmp_path / "here").split()
-    argv = argv if "--resume" in argv else [*BASE, *argv]
-    assert_refused(argv, named)
-    assert never not in call(argv)[2]
+    monkeypatch.setitem(models.BUILDERS, "res_micro", res_micro)
+    flags, _, named = case.format(files=files, both=BOTH).partition("->")
+    arch = re.search(r"--arch timm/(\S+)", flags)
+    if arch and arch[1] not in timm.list_models():
+        pytest.skip(f"this timm has no {arch[1]}")
+    named = [part.strip() for part in named.split("|")] if named else []
+    base = () if "--resume" in flags or "--checkpoint " in flags else BASE
+    fits, never = [part for part in named if part[0] != "!"], [part[2:] for part in named if part[0] == "!"]
+    err = assert_refused([*base, *words(flags)], *fits, folder=files)
+    assert not any(part in err for part in never), err
+    # numbers may be shown as they were read: -0.1, 1.5, 1
+    assert named or re.search(".*".join(re.escape(part) + r"\b" for part in words(flags)), err), err
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -161,16 +243,7 @@ def write_fashion(folder, labels, truncate=None):
 )
 def test_damaged_data_is_one_line(labels, truncate, named, tmp_path):
     write_fashion(tmp_path / "data", labels, truncate)
-    flags = [
-        "--dataset",
-        "fashionmnist",
-        "--data",
-        tmp_path / "data",
-        "--device",
-        "cpu",
-        "--save_dir",
-        tmp_path / "run",
-    ]
+    flags = words(f"--dataset fashionmnist --data {tmp_path / 'data'} --device cpu --save_dir {tmp_path / 'run'}")
     assert_refused(flags, named, str(tmp_path / "data"), folder=tmp_path)
 
 
@@ -194,12 +267,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(flags, broken, monkeypatch,
     folder = broken if flags else tmp_path / "new"
     argv = [*([] if "--resume" in flags else BASE), *flags, "--save_dir", folder]
     assert_refused(argv, f"--save_dir {folder}", "Read-only file system", folder=folder)
-
-
-@pytest.mark.parametrize("name", ["../../x", "a/b", ".", "..", ""])
-def test_a_run_is_named_by_one_plain_folder_name(name, tmp_path):
-    assert_refused([*BASE, "--exp_name", name], "--exp_name", folder=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["cwd"]
 
 
 @contextlib.contextmanager
@@ -263,6 +330,11 @@ CONFIGS = {
     "unknown flag": (b"epoch: 3", "'epoch'"),
     "flag with dashes": (b"--epochs: 3", "'--epochs'"),
     "number as flag": (b"3: epochs", "unknown flag 3"),
+    "switch with number": (b"verbose: 1", "verbose"),
+    "switch with text": (b"verbose: 'yes'", "verbose"),
+    "switch with zero": (b"compact_training: 0", "compact_training"),
+    "group of flags": (b"training:\n  epochs: 3", "'training'"),
+    "list": (b"- epochs", "must hold flags"),
     "config in config": (b"config: other.yaml", "'config'"),
     "help": (b"help: true", "'help'"),
     "fraction for count": (b"epochs: 2.5", "2.5"),
@@ -310,8 +382,6 @@ def test_no_config_file_ends_in_a_traceback(content, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ any flags whatever
-
-
 @functools.cache
 def flags_in_help():
     """(spellings, choices, whether it takes a value) of each flag, from --help."""
@@ -359,8 +429,6 @@ def test_any_flags_plan_or_are_refused_in_one_line(argv):
 
 
 # -------------------------------------------------------------------------------------------------- damaged checkpoints
-
-
 @pytest.fixture(scope="session")
 def broken_once(tmp_path_factory):
     """The folder of a structured run that SIGTERM stopped in state 1, after its cut, within an epoch."""
@@ -465,16 +533,12 @@ def test_wrong_entries_in_a_sound_file_are_one_line(value, sealed, broken):
         assert_refused(["--resume", "--save_dir", broken], folder=broken)
 
 
-@pytest.mark.parametrize(
-    ("error", "named"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has none."), "(CUDA out of memory.)"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: no"), "can't allocate memory"),
-        (AttributeError("'NoneType' object has no attribute 'size'"), None),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("error", "named"), [
+    (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has none."), "(CUDA out of memory.)"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: no"), "can't allocate memory"),
+    (AttributeError("'NoneType' object has no attribute 'size'"), None),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+], ids=str)  # fmt: skip
 def test_what_fails_while_a_run_resumes_is_not_taken_for_a_foreign_checkpoint(error, named, broken, monkeypatch):
     """Building the state's training reads nothing of the checkpoint: its errors are those of the machine, or bugs."""
 
@@ -498,20 +562,14 @@ REDUCTION = "Expected to have finished reduction in the prior iteration. Distrib
 SIZES = "[enforce fail at third_party/gloo/gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"
 
 
-@pytest.mark.parametrize(
-    ("error", "named"),
-    [
-        (RuntimeError(PEER), ["another process cannot be reached (", "Connection closed by peer"]),
-        (dist.DistNetworkError("the store is gone"), ["another process cannot be reached (the store is gone)"]),
-        (dist.DistBackendError(NCCL), ["out of memory with"]),
-        (RuntimeError(REDUCTION), None),
-        (RuntimeError(SIZES), None),
-        (ValueError(PEER), None),
-        (OSError(28, "No space left on device"), ["cannot write", "free the disk"]),
-        (OSError(5, "Input/output error"), ["cannot write", "Input/output error"]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("error", "named"), [
+    (RuntimeError(PEER), ["another process cannot be reached (", "Connection closed by peer"]),
+    (dist.DistNetworkError("the store is gone"), ["another process cannot be reached (the store is gone)"]),
+    (dist.DistBackendError(NCCL), ["out of memory with"]), (RuntimeError(REDUCTION), None),
+    (RuntimeError(SIZES), None), (ValueError(PEER), None),
+    (OSError(28, "No space left on device"), ["cannot write", "free the disk"]),
+    (OSError(5, "Input/output error"), ["cannot write", "Input/output error"]),
+], ids=str)  # fmt: skip
 def test_another_process_is_lost_only_where_a_message_to_it_failed(error, named, tmp_path):
     group = SimpleNamespace(several=True, lost=lambda: "another process cannot be reached")
     args = entry.parse_args([*BASE, "--save_dir", str(tmp_path)])
@@ -554,16 +612,12 @@ def test_every_other_flag_is_refused_by_name_on_resume(sealed, broken):
     assert checked > 50
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("", ["--resume auto", "--save_dir", "--exp_name"]),
-        ("--exp_name ../x", ["--exp_name ../x"]),
-        ("--save_dir {run} --overwrite", ["--overwrite", "{run}"]),
-        ("--save_dir {run} --checkpoint {run}/checkpoint.pt", ["--checkpoint {run}/checkpoint.pt"]),
-        ("--save_dir {run} --lr 0.5 --seed 7", ["--lr 0.5 --seed 7;", "args.yaml"]),
-    ],
-)
+@pytest.mark.parametrize(("flags", "named"), [
+    ("", ["--resume auto", "--save_dir", "--exp_name"]), ("--exp_name ../x", ["--exp_name ../x"]),
+    ("--save_dir {run} --overwrite", ["--overwrite", "{run}"]),
+    ("--save_dir {run} --checkpoint {run}/checkpoint.pt", ["--checkpoint {run}/checkpoint.pt"]),
+    ("--save_dir {run} --lr 0.5 --seed 7", ["--lr 0.5 --seed 7;", "args.yaml"]),
+])  # fmt: skip
 def test_auto_is_refused_where_it_is_not_clear_what_goes_on(flags, named, broken):
     argv = [*BASE, *STRUCTURED, "--resume", "auto", *flags.format(run=broken).split()]
     assert_refused(argv, *(name.format(run=broken) for name in named), folder=broken)

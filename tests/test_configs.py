@@ -122,8 +122,6 @@ def refused(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ the ready ones
-
-
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
     assert {path.name for path in CONFIGS.glob("*")} == {f"{known}.yaml" for known in READY}
@@ -175,64 +173,42 @@ def test_the_check_runs_and_ends_with_its_table(capsys):
 
 
 # -------------------------------------------------------------------------------------------------- what a file means
-
-
-@pytest.mark.parametrize(
-    ("text", "argv", "expected"),
-    [
-        ("save_dir: results/dense", "--exp_name new", {"save_dir": None, "exp_name": "new"}),
-        ("save_dir: results/dense", "--epochs 4", {"save_dir": "results/dense"}),
-        (
-            "pretrained: true\npretrained_tag: dino",
-            "--pretrained a.pth",
-            {"pretrained": "a.pth", "pretrained_tag": None},
-        ),
-    ],
-)
-def test_flags_by_hand_win_over_what_would_contradict_them(parse, text, argv, expected):
-    found = parse(f"{text}\narch: vit_small", *words(argv))
-    assert {flag: found[flag] for flag in expected} == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "argv", "expected"),
-    [
-        ("epochs: 3", "--epochs 4", {"epochs": 4}),
-        ("epochs: 3", "--lr 0.5", {"epochs": 3, "lr": 0.5}),
-        ("refill: true", "--no-refill --vit_structured", {"refill": False}),
-        ("compact_training: false", "--compact_training --vit_structured", {"compact_training": True}),
-        ("compact_training: true", "--no-compact_training --vit_structured", {"compact_training": False}),
-        ("pretrained: a.pth", "--pretrained=b.pth", {"pretrained": "b.pth"}),
-        ("decreasing_lr: [60, 90]", "--decreasing_lr 7,8", {"decreasing_lr": "7,8"}),
-    ],
-)
+@pytest.mark.parametrize(("text", "argv", "expected"), [
+    ("save_dir: results/dense", "--exp_name new", {"save_dir": None, "exp_name": "new"}),
+    ("save_dir: results/dense", "--epochs 4", {"save_dir": "results/dense"}),
+    ("pretrained: true\npretrained_tag: dino\narch: vit_small", "--pretrained a.pth --arch vit_small",
+     {"pretrained": "a.pth", "pretrained_tag": None}),
+    ("epochs: 3", "--epochs 4", {"epochs": 4}), ("epochs: 3", "--lr 0.5", {"epochs": 3, "lr": 0.5}),
+    ("refill: true", "--no-refill --vit_structured", {"refill": False}),
+    ("compact_training: false", "--compact_training --vit_structured", {"compact_training": True}),
+    ("compact_training: true", "--no-compact_training --vit_structured", {"compact_training": False}),
+    ("pretrained: a.pth", "--pretrained=b.pth", {"pretrained": "b.pth"}),
+    ("decreasing_lr: [60, 90]", "--decreasing_lr 7,8", {"decreasing_lr": "7,8"}),
+])  # fmt: skip
 def test_flags_by_hand_win_wherever_they_stand(parse, text, argv, expected):
     for found in (parse(text, *words(argv)), parse(text, front=words(argv))):
         assert {flag: found[flag] for flag in expected} == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("verbose: true\nno-export: true\nno-refill: true", {"verbose": True, "export": False, "refill": False}),
-        ("verbose: false\nno-export: false\nno-refill: false", {"verbose": False, "export": True, "refill": True}),
-        ("export: false\nrefill: false\nconv1: true", {"export": False, "refill": False, "prune_patch_embed": True}),
-        ("export: true\nrefill: true\nconv1: false", {"export": True, "refill": True, "prune_patch_embed": False}),
-        ("compact_training: false", {"compact_training": False}),
-        ("no-compact_training: true", {"compact_training": False}),
-        ("no-compact_training: false", {"compact_training": True}),
-        ("pretrained: true\ncompile: true\narch: vit_small", {"pretrained": True, "compile": "default"}),
-        ("pretrained: false\ncompile: false", {"pretrained": False, "compile": None}),
-        ("vit_pretrained: some where/a.pth\ncompile: max-autotune", {"pretrained": "some where/a.pth"}),
-        ("compile: max-autotune\ncheckpoint_every: 10m", {"compile": "max-autotune", "checkpoint_every": "10m"}),
-        ("decreasing_lr: [60, 90]\nseed: 0\nlr: 1e-3", {"decreasing_lr": "60,90", "seed": 0, "lr": 0.001}),
-        ("decreasing_lr: 60\ncheckpoint_every: 10", {"decreasing_lr": "60", "checkpoint_every": "10"}),
-        ("decreasing_lr: []\nweight_decay: 0", {"decreasing_lr": "", "weight_decay": 0.0}),
-        ("exp_name: -x\nRST_schedule: x^2", {"exp_name": "-x", "RST_schedule": "x^2"}),
-        ("exp_name: two  words=1\nepochs: 60", {"exp_name": "two  words=1", "warmup": 10}),  # a sixth
-        ("exp_name: null\nwarmup: 0\nepochs: 60\nrate: null", {"exp_name": None, "warmup": 0, "rate": 0.2}),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    ("verbose: true\nno-export: true\nno-refill: true", {"verbose": True, "export": False, "refill": False}),
+    ("verbose: false\nno-export: false\nno-refill: false", {"verbose": False, "export": True, "refill": True}),
+    ("export: false\nrefill: false\nconv1: true", {"export": False, "refill": False, "prune_patch_embed": True}),
+    ("export: true\nrefill: true\nconv1: false", {"export": True, "refill": True, "prune_patch_embed": False}),
+    ("compact_training: false", {"compact_training": False}),
+    ("no-compact_training: true", {"compact_training": False}),
+    ("no-compact_training: false", {"compact_training": True}),
+    ("pretrained: true\ncompile: true\narch: vit_small", {"pretrained": True, "compile": "default"}),
+    ("pretrained: false\ncompile: false", {"pretrained": False, "compile": None}),
+    ("vit_pretrained: some where/a.pth\ncompile: max-autotune", {"pretrained": "some where/a.pth"}),
+    ("compile: max-autotune\ncheckpoint_every: 10m", {"compile": "max-autotune", "checkpoint_every": "10m"}),
+    ("decreasing_lr: [60, 90]\nseed: 0\nlr: 1e-3", {"decreasing_lr": "60,90", "seed": 0, "lr": 0.001}),
+    ("decreasing_lr: 60\ncheckpoint_every: 10", {"decreasing_lr": "60", "checkpoint_every": "10"}),
+    ("decreasing_lr: []\nweight_decay: 0", {"decreasing_lr": "", "weight_decay": 0.0}),
+    ("exp_name: -x\nRST_schedule: x^2", {"exp_name": "-x", "RST_schedule": "x^2"}),
+    ("exp_name: two  words=1\nepochs: 60", {"exp_name": "two  words=1", "warmup": 10}),  # a sixth
+    ("exp_name: null\nwarmup: 0\nepochs: 60\nrate: null", {"exp_name": None, "warmup": 0, "rate": 0.2}),
+])  # fmt: skip
 def test_values_mean_what_the_flag_means(parse, text, expected):
     found = parse(text, *(["--arch", "vit_small"] if "arch" in text else []))
     assert [(type(found[flag]), found[flag]) for flag in expected] == [(type(v), v) for v in expected.values()]
@@ -256,34 +232,3 @@ def test_args_of_a_run_are_a_config_that_repeats_it_and_a_resumed_run_refuses_ot
     assert "--epochs" not in err
     Path("same.yaml").write_text("rate: 0.3\nprint_freq: 7\n")
     assert call(["--resume", "--save_dir", "run", "--config", "same.yaml"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("epoch: 3", "'epoch'"),
-        ("help: true", "'help'"),
-        ("config: b.yaml", "'config'"),
-        ("--epochs: 3", "'--epochs'"),
-        ("5: 3", "5"),
-        ("epochs: 1.5", "--epochs"),
-        ("epochs: true", "--epochs"),
-        ("verbose: 1", "verbose"),
-        ("verbose: 'yes'", "verbose"),
-        ("compact_training: 0", "compact_training"),
-        ("training:\n  epochs: 3", "'training'"),
-        ("epochs:\n  first: 3", "epochs"),
-        ("decreasing_lr: [60, [90]]", "--decreasing_lr"),
-        ("- epochs", "must hold flags"),
-        ("", "must hold flags"),
-        ("a: [", "not a YAML file"),
-    ],
-)
-def test_what_is_no_flag_or_no_value_is_one_line(refused, text, named):
-    assert named in refused(text)
-
-
-def test_a_file_that_is_missing_is_one_line(capsys):
-    assert call(["--config", "no such.yaml"]) == 2
-    told = "--config no such.yaml: No such file or directory; give a YAML file of flags\n"
-    assert capsys.readouterr().err.endswith(told)

@@ -13,34 +13,19 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from micro import touch
 from PIL import Image, ImageFile
 
 import images.folders
-from dataset import (
-    DATASETS,
-    Batches,
-    DataError,
-    FolderBatches,
-    FolderSplit,
-    Split,
-    dataset_facts,
-    load_dataset,
-    make_batches,
-    split_sizes,
-)
+from dataset import DATASETS, Batches, DataError, FolderBatches, FolderSplit, Split, dataset_facts, load_dataset
+
+# isort: split
+from dataset import make_batches, split_sizes
 from images.files import EXTENSIONS
 
 IMAGENET = DATASETS["imagenet"]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 KINDS = ("b.JPG", "a.jpeg", "c.PNG", "d.bmp", "e.webp", "f.ppm", "g.pgm", "h.tif", "i.Tiff", "j.jpg")
-
-
-def touch(root, *names):
-    """Empty files: whoever opens one as an image finds out."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
 
 
 def touch_classes(root, part, *counts):
@@ -106,9 +91,7 @@ def no_worker_outlives_its_test():
     assert multiprocessing.active_children() == []
 
 
-# Listing
-
-
+# --------------------------------------------------------------------------------------------- listing
 def test_images_are_listed_by_sorted_class_and_name_and_other_files_named(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     odd = os.fsdecode(b"\xff\xe9 \xc3\xa9.jpg")  # no text in any encoding
@@ -149,17 +132,14 @@ def test_val_of_imagenet_is_the_test_set_and_validation_is_cut_stratified_from_t
     assert (names(again.val), names(again.train)) == (names(splits.val), names(splits.train)[:10])
 
 
-@pytest.mark.parametrize(
-    ("parts", "sizes", "line"),
-    [
-        (("val", "test"), (40, 6, 8), "val/ validates (6 images), test/ tests (8 images)"),
-        (("val",), (36, 4, 6), "val/ is the test set (6 images), as there is no test/; 4 images {cut}"),
-        (("valid",), (36, 4, 6), "valid/ is the test set (6 images), as there is no test/; 4 images {cut}"),
-        (("validation", "test"), (40, 6, 8), "validation/ validates (6 images), test/ tests (8 images)"),
-        (("test",), (36, 4, 8), "test/ is the test set (8 images), as there is no val/; 4 images {cut}"),
-        ((), (29, 3, 8), "a fixed fifth of train/, stratified by class, is the test set (8 images); 3 images {cut}"),
-    ],
-)
+@pytest.mark.parametrize(("parts", "sizes", "line"), [
+    (("val", "test"), (40, 6, 8), "val/ validates (6 images), test/ tests (8 images)"),
+    (("val",), (36, 4, 6), "val/ is the test set (6 images), as there is no test/; 4 images {cut}"),
+    (("valid",), (36, 4, 6), "valid/ is the test set (6 images), as there is no test/; 4 images {cut}"),
+    (("validation", "test"), (40, 6, 8), "validation/ validates (6 images), test/ tests (8 images)"),
+    (("test",), (36, 4, 8), "test/ is the test set (8 images), as there is no val/; 4 images {cut}"),
+    ((), (29, 3, 8), "a fixed fifth of train/, stratified by class, is the test set (8 images); 3 images {cut}"),
+])  # fmt: skip
 def test_roles_of_the_parts_of_a_folder(tmp_path, caplog, parts, sizes, line):
     caplog.set_level(logging.INFO)
     touch_classes(tmp_path, "train", 20, 20)
@@ -202,6 +182,9 @@ def test_tiny_imagenet_in_both_layouts(tmp_path, caplog, annotations):
     assert load_dataset("tiny-imagenet", tmp_path, image_size=32).val.image_size == 32
     if annotations:
         assert names(splits.test) == [f"val/images/v{i}.JPEG" for i in range(3)]
+        plain = load_dataset("tiny-imagenet", write_tiny(tmp_path / "plain", None))
+        orders = [[os.path.basename(path) for path in names(train)] for train in (plain.train, splits.train)]
+        assert orders[0] == orders[1]  # whichever layout, training sees the same images in the same order
         assert not caplog.records
         write_tiny(tmp_path, annotations="v0.JPEG\tn2\t0\t0\t1\t1\n")
         assert names(load_dataset("tiny-imagenet", tmp_path).test) == ["val/images/v0.JPEG"]
@@ -229,9 +212,7 @@ def test_facts_are_official_without_data_and_counted_with_it(tmp_path, caplog):
     assert DATASETS["folder"].classes == DATASETS["folder"].train_images == 0
 
 
-# One line for each wrong tree
-
-
+# ------------------------------------------------------------------------ one line for each wrong tree
 @pytest.mark.parametrize("call", [dataset_facts, split_sizes, load_dataset])
 def test_folder_without_a_tree_says_how_it_should_look(tmp_path, call):
     missing = tmp_path / "nowhere"
@@ -241,28 +222,23 @@ def test_folder_without_a_tree_says_how_it_should_look(tmp_path, call):
         assert "train/CLASS/*.jpg" in refused(call, "folder")
 
 
-@pytest.mark.parametrize(
-    ("name", "files", "words"),
-    [
-        ("imagenet", "val/a/1.jpg", "no folder train/"),
-        ("imagenet", "train/a/1.jpg", "no folder val/"),
-        ("folder", "train", "no folder train/"),
-        ("folder", "train/1.jpg", "train' holds no class folders"),
-        ("folder", "train/a/1.txt", "train/a' holds no images"),
-        ("folder", "train/a/1.jpg train/b/deeper/1.heic", "train/b' holds no images"),
-        ("folder", "train/a/1.jpg train/b/2.jpg", "2 images, too few"),
-        ("folder", "train/a/1.jpg train/a/2.jpg", "holds one class only (a)"),
-        ("folder", "train/a/1.jpg train/b/1.jpg val/a/1.jpg valid/a/1.jpg", "holds val/ and valid/; keep one"),
-        ("imagenet", "train/a/1.jpg val/a/1.txt", "val' holds no class folders with images"),
-        ("imagenet", "train/a/1.jpg val/a/1.jpg val/b/1.jpg", "val/b' is not among those of train/"),
-        ("folder", "train/a/1.jpg test/b/1.jpg", "test/b' is not among those of train/"),
-        ("tiny-imagenet", "train/a/1.jpg val/images/1.jpg", "val_annotations.txt' is missing"),
-        ("v0.JPEG\tn2\t0\nv9.JPEG\tn1\t0\n", "", "val_annotations.txt' names 'v9.JPEG', which is not in val/images/"),
-        ("v0.JPEG\tn2\t0\nv1.JPEG\tn3\t0\n", "", "val_annotations.txt' line 2: class 'n3' is not among those of"),
-        ("v0.JPEG\n", "", "val_annotations.txt' line 1: class '' is not among those of train/"),
-        ("", "", "val_annotations.txt' is empty"),
-    ],
-)
+@pytest.mark.parametrize(("name", "files", "words"), [
+    ("imagenet", "val/a/1.jpg", "no folder train/"), ("imagenet", "train/a/1.jpg", "no folder val/"),
+    ("folder", "train", "no folder train/"), ("folder", "train/1.jpg", "train' holds no class folders"),
+    ("folder", "train/a/1.txt", "train/a' holds no images"),
+    ("folder", "train/a/1.jpg train/b/deeper/1.heic", "train/b' holds no images"),
+    ("folder", "train/a/1.jpg train/b/2.jpg", "2 images, too few"),
+    ("folder", "train/a/1.jpg train/a/2.jpg", "holds one class only (a)"),
+    ("folder", "train/a/1.jpg train/b/1.jpg val/a/1.jpg valid/a/1.jpg", "holds val/ and valid/; keep one"),
+    ("imagenet", "train/a/1.jpg val/a/1.txt", "val' holds no class folders with images"),
+    ("imagenet", "train/a/1.jpg val/a/1.jpg val/b/1.jpg", "val/b' is not among those of train/"),
+    ("folder", "train/a/1.jpg test/b/1.jpg", "test/b' is not among those of train/"),
+    ("tiny-imagenet", "train/a/1.jpg val/images/1.jpg", "val_annotations.txt' is missing"),
+    ("v0.JPEG\tn2\t0\nv9.JPEG\tn1\t0\n", "", "val_annotations.txt' names 'v9.JPEG', which is not in val/images/"),
+    ("v0.JPEG\tn2\t0\nv1.JPEG\tn3\t0\n", "", "val_annotations.txt' line 2: class 'n3' is not among those of"),
+    ("v0.JPEG\n", "", "val_annotations.txt' line 1: class '' is not among those of train/"),
+    ("", "", "val_annotations.txt' is empty"),
+])  # fmt: skip
 def test_a_wrong_tree_is_one_line(tmp_path, name, files, words):
     """Without files, `name` is what val_annotations.txt says."""
     touch(tmp_path, *files.split()) if files else write_tiny(tmp_path, name)
@@ -292,9 +268,7 @@ def test_bad_arguments_come_before_the_listing_and_what_leaves_nothing_after_it(
     assert "--val_fraction 0.9: leaves nothing to train on of 2 images" in message
 
 
-# Evaluation
-
-
+# ------------------------------------------------------------------------------------------ evaluation
 def by_hand(path, size, shorter):
     """Pillow alone: shorter side to `shorter`, then the middle."""
     image = Image.open(path).convert("RGB")
@@ -343,9 +317,7 @@ def test_every_mode_of_pillow_becomes_rgb_without_a_warning_and_is_normalised(tm
         assert np.abs(image - ((np.array(pixel) / 255 - MEAN) / STD)[:, None, None]).max() < 1e-5, name
 
 
-# Training
-
-
+# -------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(("aug", "seed"), [("none", 2**32 + 1), ("basic", 9), ("strong", -1)])
 def test_a_training_image_equals_torchvisions_functional_transforms(tmp_path, aug, seed):
     """Order and images are seeded by NumPy's SeedSequence, spawn keys (state, epoch) and (state, epoch, position)."""
@@ -440,9 +412,7 @@ def test_the_factory_chooses_by_the_kind_of_split(tmp_path):
         made.close()
 
 
-# What is read, and when
-
-
+# ------------------------------------------------------------------------------ what is read, and when
 def test_loading_opens_no_image_and_a_batch_only_its_own(tmp_path, monkeypatch):
     opened, really_open = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: (opened.append(os.path.basename(path)), really_open(path))[1])
@@ -484,9 +454,7 @@ def test_workers_stay_over_the_epochs_leave_ctrl_c_alone_and_end_when_closed(tmp
     assert multiprocessing.active_children() == []
 
 
-# Images that cannot be read
-
-
+# -------------------------------------------------------------------------- images that cannot be read
 def spoil(path, how="junk"):
     content = path.read_bytes()
     path.unlink()
@@ -562,22 +530,17 @@ def test_a_class_without_a_readable_image_is_named(tmp_path, caplog):
     assert caplog.messages[1:] == [f"{tmp_path / 'rare'}: no image of this class can be read"]
 
 
-# Workers that fail
-
-
+# ----------------------------------------------------------------------------------- workers that fail
 def fail(error):
     raise error
 
 
-@pytest.mark.parametrize(
-    ("place", "act", "reason"),
-    [
-        ("PIL.Image.open", lambda _: os._exit(3), "exited unexpectedly"),
-        ("PIL.Image.open", lambda _: time.sleep(1.5), "no batch in 0.3 seconds"),
-        ("PIL.Image.open", lambda _: fail(OSError(errno.EMFILE, "Too many open files")), "Too many open files"),
-        ("torch.Tensor.share_memory_", lambda _: fail(RuntimeError("no shm\nNo space (28)")), "(No space (28))"),
-    ],
-)
+@pytest.mark.parametrize(("place", "act", "reason"), [
+    ("PIL.Image.open", lambda _: os._exit(3), "exited unexpectedly"),
+    ("PIL.Image.open", lambda _: time.sleep(1.5), "no batch in 0.3 seconds"),
+    ("PIL.Image.open", lambda _: fail(OSError(errno.EMFILE, "Too many open files")), "Too many open files"),
+    ("torch.Tensor.share_memory_", lambda _: fail(RuntimeError("no shm\nNo space (28)")), "(No space (28))"),
+])  # fmt: skip
 def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, place, act, reason):
     monkeypatch.setattr(images.folders, "WORKER_CHECK", 0.1)
     monkeypatch.setattr(images.folders, "WORKER_PATIENCE", 0.3 if "no batch" in reason else 60)
@@ -632,15 +595,3 @@ def test_spawned_workers_make_the_same_bits(tmp_path):
         batches.close()
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cuda_makes_the_same_bits(tmp_path, workers):
-    split = write_images(tmp_path, 8)
-    here = in_order(FolderBatches(split, IMAGENET, 4, aug="strong"))
-    state = torch.cuda.get_rng_state()
-    there = FolderBatches(split, IMAGENET, 4, device="cuda", aug="strong", workers=workers)
-    assert all(same([t.cpu() for t in batch], here[key]) for key, batch in in_order(there).items())
-    assert torch.equal(torch.cuda.get_rng_state(), state)
-    there.close()

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from micro import MICRO, call, runner
+from micro import MICRO, call, runner, touch
 from PIL import Image
 
 import main_imp_fillback as entry
-from dataset import DataError, FolderBatches, difference, folder_identity, load_dataset, read_rgb
+from dataset import FolderBatches, difference, folder_identity, load_dataset, read_rgb
 from deployment.demo import PAGE
 from images.files import list_images
 from reporting import flags as flags_of_reports
@@ -52,23 +52,18 @@ def make_unsigned(path):
     return path
 
 
-# What pixels a file becomes
-
-
-@pytest.mark.parametrize(
-    ("dtype", "values", "seen"),
-    [
-        ("uint16", [[0, 255, 256, 65535]], [[0, 0, 1, 255]]),
-        ("int32", [[0, 1, 128, 255]], [[0, 1, 128, 255]]),
-        ("int32", [[0, 255, 256, 65535]], [[0, 0, 1, 255]]),
-        ("int32", [[0, 2**23, 2**30, 2**31 - 1]], [[0, 1, 128, 255]]),
-        ("float32", [[0, 0.25, 0.5, 1]], [[0, 64, 128, 255]]),  # 63.75 and 127.5, to even
-        ("float32", [[0, 0.1, 1.02, -0.01]], [[0, 26, 255, 0]]),  # 25.5; filters overshoot
-        ("float32", [[0, 1.4, 128, 255]], [[0, 1, 128, 255]]),
-        ("float32", [[0, 257, 32896, 65535]], [[0, 1, 128, 255]]),
-        ("float32", [[0, 0, 0, 0]], [[0, 0, 0, 0]]),
-    ],
-)
+# -------------------------------------------------------------------------- what pixels a file becomes
+@pytest.mark.parametrize(("dtype", "values", "seen"), [
+    ("uint16", [[0, 255, 256, 65535]], [[0, 0, 1, 255]]),
+    ("int32", [[0, 1, 128, 255]], [[0, 1, 128, 255]]),
+    ("int32", [[0, 255, 256, 65535]], [[0, 0, 1, 255]]),
+    ("int32", [[0, 2**23, 2**30, 2**31 - 1]], [[0, 1, 128, 255]]),
+    ("float32", [[0, 0.25, 0.5, 1]], [[0, 64, 128, 255]]),  # 63.75 and 127.5, to even
+    ("float32", [[0, 0.1, 1.02, -0.01]], [[0, 26, 255, 0]]),  # 25.5; filters overshoot
+    ("float32", [[0, 1.4, 128, 255]], [[0, 1, 128, 255]]),
+    ("float32", [[0, 257, 32896, 65535]], [[0, 1, 128, 255]]),
+    ("float32", [[0, 0, 0, 0]], [[0, 0, 0, 0]]),
+])  # fmt: skip
 def test_numbers_of_more_than_8_bits_become_the_8_bits_worked_out_by_hand(tmp_path, dtype, values, seen):
     assert grey(write(tmp_path / "deep.tif", values, dtype)) == seen
 
@@ -81,17 +76,13 @@ def test_unsigned_and_sixteen_bit_numbers_keep_their_own_range(tmp_path):
         assert grey(write(tmp_path / name, dark, np.uint16)) == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "values", "reason"),
-    [
-        ("int32", [[0, -1, 5, 9]], "from -1 to 9: what is black is not known"),
-        ("int32", [[0, 70000, 5, 9]], "end at 70000: what is white is not known"),
-        ("float32", [[-1, 0, 0.5, 1]], "from -1 to 1: what is black is not known"),
-        ("float32", [[0, 1e6, 0.5, 1]], r"from 0 to 1e\+06: what is white is not known"),
-        ("float32", [[0, np.nan, 0.5, 1]], "not finite"),
-        ("float32", [[0, np.inf, 0.5, 1]], "not finite"),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "values", "reason"), [
+    ("int32", [[0, -1, 5, 9]], "from -1 to 9: what is black is not known"),
+    ("int32", [[0, 70000, 5, 9]], "end at 70000: what is white is not known"),
+    ("float32", [[-1, 0, 0.5, 1]], "from -1 to 1: what is black is not known"),
+    ("float32", [[0, 1e6, 0.5, 1]], r"from 0 to 1e\+06: what is white is not known"),
+    ("float32", [[0, np.nan, 0.5, 1]], "not finite"), ("float32", [[0, np.inf, 0.5, 1]], "not finite"),
+])  # fmt: skip
 def test_numbers_without_a_meaning_as_pixels_are_refused(tmp_path, dtype, values, reason):
     with pytest.raises(ValueError, match=reason):
         read_rgb(write(tmp_path / "odd.tif", values, dtype))
@@ -100,15 +91,12 @@ def test_numbers_without_a_meaning_as_pixels_are_refused(tmp_path, dtype, values
 ALPHA = [[0, 255, 51, 255]]
 
 
-@pytest.mark.parametrize(
-    ("colour", "seen"),
-    [
-        (0, [[255, 0, 204, 0]]),  # black on white: 255 - alpha
-        (100, [[255, 100, 224, 100]]),  # 255 + (100 - 255) * 51 / 255
-        (255, [[0, 255, 51, 255]]),  # white would vanish on white
-        (250, [[0, 250, 50, 250]]),
-    ],
-)
+@pytest.mark.parametrize(("colour", "seen"), [
+    (0, [[255, 0, 204, 0]]),  # black on white: 255 - alpha
+    (100, [[255, 100, 224, 100]]),  # 255 + (100 - 255) * 51 / 255
+    (255, [[0, 255, 51, 255]]),  # white would vanish on white
+    (250, [[0, 250, 50, 250]]),
+])  # fmt: skip
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_a_shape_told_by_alpha_alone_is_seen(tmp_path, colour, seen, mode):
     shape = Image.merge("LA", [Image.new("L", (4, 1), colour), Image.fromarray(np.array(ALPHA, dtype=np.uint8))])
@@ -188,15 +176,7 @@ def test_the_demo_page_makes_transparent_images_opaque_in_the_same_way(tmp_path)
         assert np.abs(found[..., :3] - image).max() <= 1  # Pillow rounds twice
 
 
-# Which files are listed
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
+# ------------------------------------------------------------------------------ which files are listed
 def test_files_are_listed_or_named_with_the_reason(tmp_path):
     touch(tmp_path, "b.JFIF", "a/x.gif", "a/deep.er/y.avif", "a.jpg", ".hidden.jpg", ".dir/z.jpg")
     touch(tmp_path, "notes.txt", "a/IMG.HEIC", "a/more.heic", "README")
@@ -215,9 +195,7 @@ def test_files_are_listed_or_named_with_the_reason(tmp_path):
     }
 
 
-# By what a run knows its data again
-
-
+# ------------------------------------------------------------------ by what a run knows its data again
 def picture(path, seed, size=12):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
@@ -377,13 +355,3 @@ def test_a_checkpoint_without_an_identity_is_accepted_with_a_note(folder, tmp_pa
         torch.save(content, path)
         assert call(["--save_dir", tmp_path / "run", "--resume"]) == 2
         assert "the checkpoint does not fit this run (data: " in capsys.readouterr().err
-
-
-def test_one_class_is_refused_in_one_line(folder, capsys):
-    for path in (folder / "train" / "dog").iterdir():
-        path.unlink()
-    (folder / "train" / "dog").rmdir()
-    with pytest.raises(DataError, match=r"holds one class only \(cat\), a classifier needs two"):
-        load_dataset("folder", folder)
-    assert call([*RUN, "--data", folder]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -11,10 +11,8 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -201,10 +199,6 @@ def test_the_command_itself_refuses_in_one_line_with_its_exit_code(tmp_path):
     assert list(here.iterdir()) == []
 
 
-def test_these_tests_set_a_policy_for_threads_that_wait():
-    assert os.environ["OMP_WAIT_POLICY"]  # by conftest.py where the user has not
-
-
 def test_threads_that_wait_do_not_spin_unless_the_user_wants_it(tmp_path):
     """The variable is read when torch loads; here its place is taken by a file that tells what it finds and ends."""
     (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(os.environ['OMP_WAIT_POLICY'])\n")
@@ -255,6 +249,7 @@ def test_a_run_leaves_whole_files_with_each_epoch_once(name, done):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
     assert "commit" in environment
+    assert environment["images"] == {"train": 60, "val": 144, "test": 359}
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     assert "model name" not in cpuinfo or f": {environment['device_name']}\n" in cpuinfo
     precision = {"off": "float32", "bf16": "bf16"}[args["amp"]]
@@ -306,8 +301,6 @@ def test_the_terminal_gets_a_line_per_kind_of_layer_and_the_log_one_per_mask(don
 
 
 # ------------------------------------------------------------------------------------------------ bits and seeds
-
-
 def outcome(folder):
     """All that a run ends with but the times."""
     checkpoint, best = load(folder / "checkpoint.pt"), load(folder / "best.pt")
@@ -344,8 +337,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(seen, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- break and resume
-
-
 @pytest.fixture
 def broken(run, around):
     """Run until (state, epoch, batch) is about to train, as if Ctrl-C came there; exit code 130."""
@@ -480,8 +471,6 @@ def test_save_dir_of_another_run_needs_overwrite(run, copied):
 
 
 # ------------------------------------------------------------------------------------------------------------ top-5
-
-
 def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
     """20 classes of six small pictures; the same shares counted by sorting logits image by image."""
     image = pytest.importorskip("PIL.Image")
@@ -519,8 +508,6 @@ def test_data_with_many_classes_gets_top5_accuracy_too(run, tmp_path, done):
 
 
 # ------------------------------------------------------------------------------------------------------ names of runs
-
-
 def test_a_run_starts_where_only_the_log_of_a_failed_start_is_and_without_git(monkeypatch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.log").write_text("failed\n")
@@ -607,107 +594,7 @@ def test_the_seconds_of_a_state_hold_its_choice_and_its_test(run, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-class Explosive:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Files that a bad command may name."""
-    folder = tmp_path / "files"
-    folder.mkdir()
-    (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    (folder / "code.pt").write_bytes(pickle.dumps({"run": Explosive()}, protocol=2))
-    torch.save({"head.weight": torch.ones(1)}, folder / "other.pt")
-    torch.save([torch.ones(1)], folder / "list.pt")
-    torch.save(vit_micro(num_classes=10).state_dict() | {"norm.bias": torch.ones(25)}, folder / "shape.pt")
-    (folder / "plain.txt").write_text("a file, no folder")
-    for name in ("damaged", "code", "other"):
-        (folder / name).mkdir()
-        for file in ("checkpoint.pt", "checkpoint.prev.pt"):
-            shutil.copy(folder / f"{name}.pt", folder / name / file)
-    return folder
-
-
-# flags, and what the one line has to name when that is not all of them
-BAD = """--rate 1; --rate -0.1; --rate nan; --rate much; --mlp_prune_ratio 1; --fillback_rate 1.5; --momentum 1;
---label_smoothing 1; --decreasing_lr 8,4; --decreasing_lr 4,4; --decreasing_lr 0,4; --decreasing_lr 1.5; --lr 0;
---lr nan; --lr inf; --decreasing_lr half; --epochs 0; --epochs 1.5; --batch_size 0; --pruning_times 0; --print_freq 0;
---workers -1; --score_batches 0; --train_limit 0; --val_fraction 0; --val_fraction 1; --val_fraction 0.9999; --gpu -1;
---seed -1; --seed 99999999999999999999; --weight_decay -1; --warmup -1; --clip_grad 0; --reg_granularity_prune 0;
---exponents 0; --reg_finish 0; --reg_finish 1.1; --prune_type rewind_lt --rewind_epoch 2 -> --rewind_epoch 2;
---rewind_epoch -1; --vit_structured --min_units 5 -> --min_units 5; --min_units -1; --dataset mnist; --arch vit_huge;
---criteria taylor; --vit_structured --vit_prune_target mlp --min_units 49 -> --min_units 49;
---img_size 17 -> img_size 17; --img_size 0; --patch_size 5 -> patch_size 5; --patch_size 0; --struct hard;
---prune_type nothing; --RST_schedule y; --struct oneshot; --prune_type pt; --reg_clock state;
---vit_structured --rank_by score_per_mac -> --rank_by score_per_mac; --round_to 0; --round_to -8;
---vit_structured --vit_prune_target mlp --round_to 49 -> --round_to 49;
---vit_structured --vit_prune_target mlp --round_to 20 --min_units 41 -> --round_to 20 and --min_units 41;
---arch res20s --round_to 17 -> --round_to 17; --device cuda; --amp fp16; --resume;
---frobnicate 3 -> --frobnicate; --epoch 3 -> --epoch; --checkpoint_every 0; --accum_steps 0;
---resume --save_dir {files}/none -> {files}/none; --resume --save_dir {files}/damaged -> {files}/damaged;
---resume --save_dir {files}/code -> {files}/code; --resume --save_dir {files}/other -> {files}/other;
---checkpoint {files}/none.pt -> {files}/none.pt; --checkpoint {files}/damaged.pt -> {files}/damaged.pt;
---checkpoint {files}/code.pt -> {files}/code.pt; --checkpoint {files}/other.pt -> {files}/other.pt;
---init {files}/none.pt; --init {files}/damaged.pt -> {files}/damaged.pt; --init {files}/code.pt -> {files}/code.pt;
---init {files}/list.pt -> {files}/list.pt; --init {files}/other.pt; --init {files}/shape.pt;
---init {files}/plain.txt -> {files}/plain.txt; --init {files}/none.safetensors -> {files}/none.safetensors;
---pretrained {files}/none.pt -> pretrained {files}/none.pt;
---pretrained {files}/damaged.pt -> pretrained {files}/damaged.pt;
---pretrained {files}/shape.pt -> pretrained {files}/shape.pt; --save_dir {files}/plain.txt; --exp_name ../../x;
---save_dir {files}/plain.txt/below; --data {files}/none --dataset fashionmnist -> {files}/none;
---data {files}/plain.txt --dataset cifar10 -> {files}/plain.txt"""
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def blocked(*_, **__):
-        raise OSError("the test has no network")
-
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, blocked)
-
-
-def tree(folder):
-    return {str(path): path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-
-
-@pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("case", [case.strip() for case in BAD.split(";")])
-def test_bad_input_is_one_line_that_names_it(case, files, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags, _, named = case.format(files=files).partition("->")
-    base = () if "--resume" in flags or "--checkpoint " in flags else MICRO
-    before = tree(files)
-    capsys.readouterr()
-    assert call([*base, *words(flags)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    assert err.endswith("\n")
-    # numbers may be shown as they were read: -0.1, 1.5, 1
-    pattern = ".*".join(re.escape(part) + r"\b" for part in words(named or flags))
-    assert re.search(pattern, err), err
-    assert os.listdir() == []  # nothing is left behind, and no code of a checkpoint has run
-    assert tree(files) == before
-
-
-@pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashionmnist"])
-def test_no_network_and_no_data_on_disk(name, capsys):
-    pytest.importorskip("torchvision")
-    started = time.perf_counter()
-    assert call(["--dataset", name, "--device", "cpu", "--save_dir", "out"]) == 2
-    assert time.perf_counter() - started < 20  # at once: no waiting for time-outs or retries
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1, err
-    assert re.search(f"--dataset {name}.*data", err)
-    assert os.listdir() == []
-
-
 # ------------------------------------------------------------------------------------------------- a loss that explodes
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(run):
     done = run("--lr", "1e30", *BOTH, code=1)
     assert done.err.count("\n") == 1, done.err
@@ -748,8 +635,6 @@ def test_weights_that_explode_in_the_last_step_stop_the_run_too(method, run):
 
 
 # ------------------------------------------------------------------------------------------------ the real command line
-
-
 @pytest.mark.parametrize(
     "method", ["rsst", *(pytest.param(method, marks=pytest.mark.slow) for method in
                          ("refill", "imp", "dense", "oneshot --vit_structured"))]

@@ -14,23 +14,16 @@ from hypothesis import strategies as st
 from references import assert_masks, assert_same_tensors, clones, largest, random_masks, unit_scores
 from torch.nn.utils import prune
 
-from vit_pruning_utils import (
-    check_masks,
-    check_sparsity_vit,
-    count_kept,
-    density,
-    elementwise_step,
-    extract_mask_vit,
-    full_masks,
-    prunable_layers,
-    prunable_weights,
-    prune_model_custom_fillback_vit,
-    prune_model_custom_vit,
-    pruning_model_vit,
-    refill_rows,
-    remove_prune_vit,
-    structured_masks,
-)
+from vit_pruning_utils import check_masks, check_sparsity_vit, count_kept, density, elementwise_step, extract_mask_vit
+
+# isort: split
+from vit_pruning_utils import full_masks, prunable_layers, prunable_weights, prune_model_custom_fillback_vit
+
+# isort: split
+from vit_pruning_utils import prune_model_custom_vit, pruning_model_vit, refill_rows, remove_prune_vit
+
+# isort: split
+from vit_pruning_utils import structured_masks
 from vit_structured_pruning import vit_units
 
 DIM, HIDDEN = 12, 24  # of the micro model
@@ -66,8 +59,6 @@ def test_elementwise_step_counts_and_ranks_inside_surviving_units_only(micro_vit
 
 
 # -------------------------------------------------------------------------------- models under torch.nn.utils.prune
-
-
 def current(model):
     return {name: module.weight_mask for name, module in prunable_layers(model).items()}
 
@@ -162,16 +153,13 @@ def test_masks_go_over_masks_and_leave_other_layers_alone(micro_vit):
     assert [name for name, m in prunable_layers(micro_vit).items() if prune.is_pruned(m)] == ["blocks.0.mlp.fc1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "mask", "says"),
-    [
-        ("blocks.0.attn.qkv", torch.full((36, 12), 0.5), "blocks.0.attn.qkv: .*other than 0 and 1"),
-        ("blocks.0.attn.qkv", torch.full((36, 12), math.nan), "blocks.0.attn.qkv: .*other than 0 and 1"),
-        ("blocks.0.attn.qkv.weight_mask", torch.ones(12, 36), r"blocks.0.attn.qkv: shape \(12, 36\)"),
-        ("blocks.2.attn.qkv", torch.ones(36, 12), "blocks.2.attn.qkv: .*no such"),
-        ("patch_embed.proj", torch.ones(12, 3, 4, 4), "patch_embed.proj: .*no such"),
-    ],
-)
+@pytest.mark.parametrize(("name", "mask", "says"), [
+    ("blocks.0.attn.qkv", torch.full((36, 12), 0.5), "blocks.0.attn.qkv: .*other than 0 and 1"),
+    ("blocks.0.attn.qkv", torch.full((36, 12), math.nan), "blocks.0.attn.qkv: .*other than 0 and 1"),
+    ("blocks.0.attn.qkv.weight_mask", torch.ones(12, 36), r"blocks.0.attn.qkv: shape \(12, 36\)"),
+    ("blocks.2.attn.qkv", torch.ones(36, 12), "blocks.2.attn.qkv: .*no such"),
+    ("patch_embed.proj", torch.ones(12, 3, 4, 4), "patch_embed.proj: .*no such"),
+])  # fmt: skip
 def test_masks_from_outside_are_checked(micro_vit, name, mask, says):
     with pytest.raises(ValueError, match=says):
         prune_model_custom_vit(micro_vit, {name: mask})
@@ -185,8 +173,6 @@ def test_check_masks_normalises_names_and_types(micro_vit):
 
 
 # ---------------------------------------------------------------------------------------------------------- refill
-
-
 def refill_reference(mask, scores, rate):
     """Row by row, best first, from the first column on, one weight at a time."""
     flat = mask.double().numpy().reshape(len(mask), -1).copy()
@@ -226,20 +212,10 @@ def test_refill_rows_equals_a_loop(shape, channels_last, seed, rate):
 
 
 @pytest.mark.parametrize("trained_as", ["plain", "pairs"])
-@pytest.mark.parametrize(
-    ("criteria", "with_data", "rate"),
-    [
-        ("remain", True, 0.5),
-        ("magnitude", True, 0.1),
-        ("l1", True, 0.0),
-        ("l1", True, 0.5),
-        ("l2", True, 0.5),
-        ("saliency", True, 0.5),
-        ("saliency", True, 1.0),
-        ("l1", False, 0.1),
-        ("l2", False, 0.5),
-    ],
-)
+@pytest.mark.parametrize(("criteria", "with_data", "rate"), [
+    ("remain", True, 0.5), ("magnitude", True, 0.1), ("l1", True, 0.0), ("l1", True, 0.5), ("l2", True, 0.5),
+    ("saliency", True, 0.5), ("saliency", True, 1.0), ("l1", False, 0.1), ("l2", False, 0.5),
+])  # fmt: skip
 def test_fillback_equals_an_independent_ranking(make_micro_vit, one_batch, criteria, with_data, rate, trained_as):
     model, loader = make_micro_vit(0), one_batch if with_data else None
     scored, init = make_micro_vit(1), make_micro_vit(2).state_dict()

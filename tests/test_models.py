@@ -30,8 +30,6 @@ def gigamacs_by_hand(patches, patch, dim, classes, attention_widths, neurons):
 
 
 # --------------------------------------------------------------------------------------------- the table
-
-
 @pytest.mark.parametrize("name", TABLE)
 def test_geometry_and_counts_are_those_of_the_table(name, capsys):
     img, patch, dim, depth, heads, ratio, classes, parameters, gigamacs, prunable = TABLE[name]
@@ -108,8 +106,6 @@ def test_state_dict_goes_strictly_both_ways_and_logits_are_timms(add_noise):
 
 
 # --------------------------------------------------------------------------------------------- emptied branches
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_branch_without_units_is_its_output_bias(make_micro_vit):
     model, tokens = make_micro_vit(), torch.randn(2, 5, 12)
@@ -134,8 +130,6 @@ def test_width_and_scale_follow_the_head_not_their_number(micro_vit):
 
 
 # --------------------------------------------------------------------------------------------- said no early
-
-
 def test_what_cannot_be_is_refused_with_its_numbers(micro_vit):
     with pytest.raises(ValueError, match=r"30.*7|7.*30"):
         vit_tiny(img_size=30, patch_size=7)

@@ -493,7 +493,7 @@ DAMAGED = {
 }
 TOLD = {
     "code.pth": "more than tensors",
-    "infinite.pth": "norm.weight holds values that are not finite",
+    "infinite.pth": "norm.weight holds NaN or infinity",
     "namespace.pth": "dictionary of tensors",
     "torn grid.npz": "15 positions are not a square",
     "list.pth": "dictionary",

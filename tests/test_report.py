@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
+import scipy.stats
 import yaml
 from micro import rows_of
 
@@ -21,6 +22,7 @@ import report
 import rsst
 from reporting import run_report
 from reporting.compare_paired import paired_comparisons, paired_text
+from reporting.words import wilson
 from utils import RunError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +34,8 @@ FLAGS = {
     "refill": True, "export": True, "compact_training": True, "sorting_mode": "layer-wise", "device": "auto",
 }  # fmt: skip
 ENVIRONMENT = {"python": "3.11.7", "platform": "Linux", "versions": {"torch": "2.15.0"}, "device": "cpu",
-               "device_name": "EPYC", "threads": 2, "commit": "0123456789abcdef", "precision": "bf16"}  # fmt: skip
+               "device_name": "EPYC", "threads": 2, "commit": "0123456789abcdef", "precision": "bf16",
+               "images": {"train": 1294, "val": 144, "test": 360}}  # fmt: skip
 PARITY = {"images": 1440, "max_difference_float32": 9.5e-7, "max_difference_float64": 2e-15, "largest_logit": 3.9,
           "bound": 3.9e-5, "top1_agreement": 1.0}  # fmt: skip
 CONFIG = {"parameters": {"dense": 2_000_000, "removed": 800_000}, "macs": {"dense": 40_000_000, "removed": 10_000_000}}
@@ -188,7 +191,9 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
         "Training took 2 min 02 s", "at worst (state 2: 50.00% before, 48.00% after, residual 0.0001)",
         "The 2 cuts changed accuracy by -2.00 points", "2e-15 in float64 (allowed: 3.9e-05) and 9.5e-07 in float32",
         "100.00% of 1,440 validation images", "800,000 of 2,000,000 parameters (2.50x fewer)",
-        "0.0100 G of 0.0400 G MACs per image (4.00x fewer)", f"python export.py {folder} --onnx",
+        "0.0100 G of 0.0400 G MACs per image (4.00x fewer)",
+        "Test accuracy 55.00% of 360 images: 95% interval 49.84% to 60.06% (Wilson).",
+        "test column (computed in bf16 on validation, in float32 on test images)", f"python export.py {folder} --onnx",
     ):  # fmt: skip
         assert words in text, words
     assert "not finished" not in text
@@ -196,6 +201,19 @@ def test_report_says_what_the_files_hold(tmp_path, figures, monkeypatch):
     for name in ("accuracy", "density", "penalty", "units"):
         assert f"](plots/{name}.png)" in text
         assert (folder / "plots" / f"{name}.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(("right", "images"), [(0, 10), (10, 10), (198, 360), (9_999, 10_000), (1, 1)])
+def test_the_interval_of_an_accuracy_is_that_of_scipy(right, images):
+    expected = scipy.stats.binomtest(right, images).proportion_ci(0.95, "wilson")
+    assert wilson(right / images, images) == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+@pytest.mark.parametrize("images", [None, {}, {"test": None}, {"test": 0}, []])
+def test_a_run_without_a_count_of_test_images_has_no_interval(images, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, "images": images}))
+    assert "95% interval" not in written(folder)
 
 
 @pytest.mark.parametrize(

@@ -377,12 +377,6 @@ def test_a_run_goes_on_in_fp16_that_began_without_it(run, around, monkeypatch):
     assert len(metrics(half.dir)) == 2
 
 
-def test_a_captured_run_goes_on_to_the_same_bits(run, tapes, around):
-    flags = words("--struct rsst --opt adamw --lr 0.002 --pruning_times 2 --compile graph --train_limit 120")
-    assert_goes_on_to_the_same_bits(flags, 1, run, around)
-    assert sum(tape.replays for tape in tapes) > STEPS
-
-
 def test_a_loss_that_breaks_in_a_captured_step_is_named_by_its_step(run, tapes, around):
     def spoil(training):
         if (training.progress.state, training.progress.step) == (0, 10):
