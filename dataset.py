@@ -1,8 +1,8 @@
-"""The door to the data: data sets in splits, and batches of them that can be replayed. The rooms are in `images/`.
+"""Data sets in splits, and batches of them that can be replayed. The code is in `images/`.
 
     splits = load_dataset("digits", "data", image_size=16)
     train = make_batches(splits.train, splits.facts, batch_size=128, device="cpu", seed=42, aug="basic")
-    images, labels = train.batch(state=0, epoch=3, step=7)     # the same bits whenever it is asked for
+    images, labels = train.batch(state=0, epoch=3, step=7)     # the same bits for every call
 
 Images are uint8 until a batch is made; a batch is float32 [B, 3, H, W], normalised once by the mean and standard
 deviation of the data set, or of pretrained weights (`shown`). Which images validate is fixed, whatever the seed.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The small model that a run ends with: on disk and back, with the proof that nothing changed.
+"""Exports the small model that a run ends with, verifies that it computes what the masked one does, and loads it.
 
     python export.py results/NAME                              writes results/NAME/model/
     python export.py results/NAME --predict photo.jpg images/  class names and probabilities; --out FILE.csv keeps them
@@ -30,7 +30,7 @@ from deployment.command import main
 from deployment.compaction import compact, macs, parity
 from deployment.compiled import aot_package, compiled, torch_export
 from deployment.demo import class_names
-from deployment.folder import check_folder, describe, load, proof_line, read_config, write, write_folded
+from deployment.exported import check_folder, describe, load, read_config, verification_line, write, write_folded
 from deployment.onnx_file import check_onnx, to_onnx
 from deployment.predict import image_files, predict
 from deployment.semi_structured import semi_structured_
@@ -57,7 +57,7 @@ __all__ = [
     "model_card",
     "parity",
     "predict",
-    "proof_line",
+    "verification_line",
     "read_config",
     "run_provenance",
     "semi_structured_",

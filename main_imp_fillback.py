@@ -38,7 +38,7 @@ from cli.errors import explain, leave, one_voice, way_on
 from cli.parse import parse_args
 from cli.plan import notes_on_steps, plan
 from dataset import DataError, Splits, load_dataset, preprocessing_of
-from deployment.folder import NotProvenError
+from deployment.exported import VerificationError
 from engine import journal
 from engine.capture import check_compile
 from engine.checkpoint import check_same_data, check_same_start
@@ -91,7 +91,7 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
 
 
 def conclude(run: Run) -> None:
-    """Everything is trained: tables, the small model with its proof, the report."""
+    """Everything is trained: tables, the small model, verified, and the report."""
     run.writer.wait()
     unreadable = set().union(*(data.unreadable_files for data in (run.train_data, run.val_data, run.test_data)))
     if unreadable:
@@ -104,7 +104,7 @@ def conclude(run: Run) -> None:
     failed.unlink(missing_ok=True)
     try:
         hand_over(run)
-    except NotProvenError as error:  # which it would be again
+    except VerificationError as error:  # which it would be again
         utils.write_text(failed, f"{error}\n")
         raise
     finally:  # the run is trained, whatever its export runs into
@@ -112,7 +112,7 @@ def conclude(run: Run) -> None:
 
 
 def hand_over(run: Run) -> None:
-    """The selected model of the last state, or of the finish, physically small, with its proof; see export.py."""
+    """The selected model of the last state, or of the finish, physically small and verified; see export.py."""
     best = utils.load_tensors(run.save_dir / "best.pt", "best.pt")
     run.dense.load_state_dict(best["weights"])
     kept = best["kept"] if run.units else None
@@ -124,7 +124,7 @@ def hand_over(run: Run) -> None:
     metrics = {name: value for name, value in metrics.items() if value != ""}  # a finish on all images has none
     classes = export.class_names(run.args.dataset, run.args.data, run.facts.classes)
     small = export.write(folder, run.dense, kept, run.val_data.sequential(), run.facts, provenance, metrics, classes)
-    log.info(f"{export.size_table(run.dense, small)}\n\n{export.proof_line(folder)}")
+    log.info(f"{export.size_table(run.dense, small)}\n\n{export.verification_line(folder)}")
 
 
 def write_report(run: Run) -> None:

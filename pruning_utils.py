@@ -57,7 +57,7 @@ def prune_model_custom(model: nn.Module, mask_dict: Mapping[str, Tensor], conv1:
 
 
 def remove_prune(model: nn.Module, conv1: bool = False) -> None:
-    """Make pruning permanent, in place: pruned weights become plain zeros and the masks go."""
+    """Make pruning permanent, in place: pruned weights become plain zeros and the masks are removed."""
     make_permanent(prunable_convolutions(model, conv1))
 
 
@@ -80,8 +80,8 @@ def prune_model_custom_fillback(
         init_weight: state dict that the returned model's weights come from.
 
     Returns:
-        {layer: mask} when `return_mask_only` (the model stays as it was), else the model. Its masks are of kernels
-        alone; gain and bias of the batch norm behind a removed filter are zero in it.
+        {layer: mask} when `return_mask_only` (the model is unchanged), else the model. Its masks are of kernels
+        alone; gain and bias of the batch norm after a removed filter are zero in it.
     """
     if not 0 <= fillback_rate <= 1:
         raise ValueError(f"fillback_rate must lie in [0, 1], got {fillback_rate}")

@@ -1,7 +1,7 @@
 """The RSST penalty: how large it is now (pure functions) and what it does to the weights (in place).
 
 Doomed weights are driven to zero while the next state trains and cut once they are small. Parameters and their doomed
-masks come in by name; lambda, dose and residual go out. Two forms:
+masks are given by name. Two forms:
 
 decay (the default), after each optimizer step k = 1..K:
     lambda_k = g * shape(k / K)

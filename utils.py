@@ -1,4 +1,4 @@
-"""What every room needs: the user's errors, seeds, device, precision, signals, logs, tables, files whole or absent."""
+"""What all modules share: user errors, seeds, device, precision, signals, logs, tables, atomic files."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def prune_model_custom_vit(model: nn.Module, mask_dict: Mapping[str, Tensor], pr
 
 
 def remove_prune_vit(model: nn.Module, prune_patch_embed: bool = False) -> None:
-    """Make pruning permanent, in place: pruned weights become plain zeros and the masks go."""
+    """Make pruning permanent, in place: pruned weights become plain zeros and the masks are removed."""
     make_permanent(prunable_layers(model, prune_patch_embed))
 
 
@@ -129,7 +129,7 @@ def prune_model_custom_fillback_vit(
         init_weight: state dict that the returned model's weights come from.
 
     Returns:
-        {layer: mask} when `return_mask_only` (the model stays as it was), else the model.
+        {layer: mask} when `return_mask_only` (the model is unchanged), else the model.
     """
     if not 0 <= fillback_rate <= 1:
         raise ValueError(f"fillback_rate must lie in [0, 1], got {fillback_rate}")
@@ -160,8 +160,8 @@ def prune_model_custom_fillback_vit_by_head(
     """Refill by head: the best heads of each layer are whole, the others zero, the MLPs untouched.
 
     Args:
-        mask_dict: element-wise masks; criterion `remain` counts in them, and a head all zero in them stays away.
-        prune_ratio: fraction of all heads of a layer that goes, in [0, 1).
+        mask_dict: element-wise masks; criterion `remain` counts in them, and a head all zero in them stays pruned.
+        prune_ratio: fraction of all heads of a layer to prune, in [0, 1).
 
     The rest is as in `prune_model_custom_fillback_vit`.
     """

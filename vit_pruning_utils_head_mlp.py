@@ -1,20 +1,18 @@
 """Heads and neurons together for scripts: Refill in one call, and the ranking in two pools or in one by cost.
 
-The ranking rule is written in `pruning/ranking.py`; what it did is told by `pruning/reports.py`.
+The ranking rule is written in `pruning/ranking.py`; its effect is reported by `pruning/reports.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from families.vit import vit_cost, vit_units
-from pruning import reports
-from pruning.masks import Masks, check_masks, load_and_mask, structured_masks
+from families.vit import vit_units
+from pruning.masks import check_masks, load_and_mask, structured_masks
 from pruning.ranking import KINDS, mark_removed, rank_units, target_ratios
 from pruning.scores import score_units
-from pruning.units import Kept, Units
 from vit_pruning_utils import prunable_weights
 
 __all__ = [
@@ -23,22 +21,7 @@ __all__ = [
     "prune_model_custom_fillback_vit_head_and_mlp",
     "rank_units",
     "target_ratios",
-    "units_report",
 ]
-
-
-def units_report(
-    model: nn.Module,
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    kept_before: Mapping[str, list[int]],
-    kept_after: Mapping[str, list[int]],
-    masks_before: Masks,
-    masks_after: Masks,
-    cost: Callable[[nn.Module, Kept], dict[str, int]] = vit_cost,
-) -> str:
-    """What a step did to the units of a ViT, as text; see `pruning.reports.units_report`."""
-    return reports.units_report(model, units, scores, kept_before, kept_after, masks_before, masks_after, cost)
 
 
 def prune_model_custom_fillback_vit_head_and_mlp(
@@ -58,14 +41,14 @@ def prune_model_custom_fillback_vit_head_and_mlp(
     Args:
         model: a plain ViT, ours or timm's; its own device is used.
         mask_dict: element-wise masks (`X` or `X.weight_mask`); criterion `remain` counts in them, and a unit all zero
-            in them stays away.
+            in them stays pruned.
         train_loader: any iterable of (images, labels); None where the criterion scores weights.
         trained_weight: state dict that is scored; may carry weight_orig and weight_mask.
         init_weight: state dict that the returned model's weights come from.
-        head_prune_ratio, mlp_prune_ratio: fractions of all heads and neurons that go, in [0, 1); 0 leaves a kind alone.
+        head_prune_ratio, mlp_prune_ratio: fractions of heads and neurons to prune, in [0, 1); 0 prunes none.
 
     Returns:
-        {layer: mask} when `return_mask_only` (the model stays as it was), else the model with `init_weight` under
+        {layer: mask} when `return_mask_only` (the model is unchanged), else the model with `init_weight` under
         the masks, by `torch.nn.utils.prune`.
     """
     ratios = target_ratios("both", head_prune_ratio, mlp_prune_ratio)

@@ -1,7 +1,7 @@
 """Heads and neurons of a Vision Transformer for scripts: scored, removed, counted, planned.
 
     scores = compute_vit_head_importance(model, "magnitude")     # {layer index: float64 [num_heads]}
-    kept   = structured_prune_vit_heads(model, scores, 0.33)     # {layer index: ids that stay}, in place
+    kept   = structured_prune_vit_heads(model, scores, 0.33)     # {layer index: kept ids}, in place
     check_vit_structure(model)
 
 What a unit is, is written in `pruning/units.py` and, for ViTs, in `families/vit.py`; criteria and scorer in
@@ -17,14 +17,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families.parts import PLAIN_MODULES, unit_macs
+from families.parts import BRANCHES, HEADS, NEURONS, PLAIN_MODULES, Branch, class_name, unit_macs
 from families.vit import (
     PRUNABLE_SUFFIXES,
     find_working_units,
     fold_dead_units_,
-    heads_of,
     layout_problem,
-    neurons_of,
     vit_cost,
     vit_macs,
     vit_units,
@@ -132,15 +130,16 @@ def _importance(model, kind, criteria, mask, trained_weight, batches, loss, seed
 
 def prune_attention_heads_hard(attn_module: nn.Module, heads_to_prune: Iterable[int]) -> None:
     """Physically remove heads, by id, from an attention module with `qkv`, `proj`, `num_heads`, `head_dim`."""
-    _remove_by_id(attn_module, heads_of(attn_module, "", 0), heads_to_prune)
+    _remove_by_id(attn_module, HEADS, heads_to_prune)
 
 
 def prune_mlp_neurons_hard(mlp_module: nn.Module, neurons_to_prune: Iterable[int]) -> None:
     """Physically remove neurons, by id, from an MLP with `fc1` and `fc2`."""
-    _remove_by_id(mlp_module, neurons_of(mlp_module, "", 0), neurons_to_prune)
+    _remove_by_id(mlp_module, NEURONS, neurons_to_prune)
 
 
-def _remove_by_id(module: nn.Module, group: Units, ids: Iterable[int]) -> None:
+def _remove_by_id(module: nn.Module, plain: Branch, ids: Iterable[int]) -> None:
+    group = BRANCHES.get(class_name(module), plain).units(module, "", 0)
     doomed = set(map(int, ids))
     if not doomed <= set(range(group.count)):
         raise ValueError(f"{group.kind} ids must lie in 0..{group.count - 1}, got {sorted(doomed)}")
@@ -155,10 +154,10 @@ def structured_prune_vit_heads(
     Args:
         head_importance: {layer index: scores [num_heads]} of the layers to prune.
         prune_ratio: fraction of the heads that are there, for all layers or {layer index: fraction}; the nearest
-            whole number goes (ties down), at least one head stays.
+            whole number is pruned (ties down), at least one head is kept.
 
     Returns:
-        {layer index: ids that stay}, counted in the model as it was.
+        {layer index: kept ids}, counted in the model as it was.
     """
     return _prune_once(model, "head", head_importance, prune_ratio)
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import models
-from deployment.folder import check_folder
+from deployment.exported import check_folder
 from engine.allocation import read_counts
 from engine.distill import SELF
 from engine.folder import named_dir

@@ -1,4 +1,4 @@
-"""The model card: config.json and parity.json as values in, README.md as text out."""
+"""Writes the model card, README.md of an exported model, from its config.json and parity.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def is_pruned(config: Mapping) -> bool:
     return config["provenance"].get("struct") != "dense"
 
 
-def model_card(config: Mapping, proof: Mapping) -> str:
+def model_card(config: Mapping, check: Mapping) -> str:
     """README.md of an exported model."""
     provenance, metrics, pruned = config["provenance"], config["metrics"], is_pruned(config)
     parameters, macs = config["parameters"], config["macs"]
@@ -36,8 +36,8 @@ def model_card(config: Mapping, proof: Mapping) -> str:
     return (
         f"# {'Pruned ' if pruned else ''}{provenance.get('arch', 'Vision Transformer')}\n\n{table}\n\n{left}\n\n"
         f"The {which} model computes what the {'masked' if pruned else 'trained'} one does: largest difference "
-        f"{proof['max_difference_float32']:.2g} in float32 and {proof['max_difference_float64']:.2g} in float64, top-1 "
-        f"agreement {100 * proof['top1_agreement']:.2f}% of {proof['images']:,} validation images (parity.json).\n\n"
+        f"{check['max_difference_float32']:.2g} in float32 and {check['max_difference_float64']:.2g} in float64, top-1 "
+        f"agreement {100 * check['top1_agreement']:.2f}% of {check['images']:,} validation images (parity.json).\n\n"
         f"{facts}\n\n{images}\n\n{loading}"
     )
 

@@ -1,4 +1,4 @@
-"""The command line of export.py: flags in, files in `model/` and an exit code out."""
+"""The command line of export.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,14 @@ from dataset import DATASETS, DataError, DatasetFacts, Splits, load_dataset, mak
 from deployment.compaction import affordable, compact
 from deployment.compiled import aot_package, check_compiler, compiled, torch_export
 from deployment.demo import TITLES, Shown, check_new_folder, class_names, page_words, runtime_files, write_demo
-from deployment.folder import (
+from deployment.exported import (
     FOLDED,
     check_folder,
     foldable,
     load,
     model_folder,
-    proof_line,
     read_config,
+    verification_line,
     write,
     write_folded,
 )
@@ -48,105 +49,62 @@ from utils import RunError
 log = logging.getLogger("export")
 
 
+_SWITCHES = {
+    "onnx": "write model.onnx too, with a parity check",
+    "int8": "with --onnx: write model_int8.onnx (scales fixed on training images) and model_int8_dynamic.onnx (scales "
+    "from each batch), and onnx.csv: test accuracy, size and milliseconds beside float32",
+    "fold": "write folded/ too, the same function without what inference can do without: batch norms go into the "
+    "convolutions before them, LayerScale into projections; --onnx, --torch_export and --aot then start from it",
+    "torch_export": "write model.pt2, torch.export's program for any batch",
+    "aot": "write model_aot.pt2, machine code by AOTInductor (needs a C++ compiler)",
+    "compile": "with --latency: time torch.compile, too (needs a C++ compiler)",
+    "latency": "time dense against removed",
+    "evaluate": "accuracy on the test images",
+    "overwrite": "replace the page of an earlier --demo, or the CSV file of --predict",
+}
+_VALUES = {
+    "out": (
+        None,
+        "where to write the model (RUN_DIR/model when not given), or with --predict the CSV file of answers",
+    ),
+    "ort_web": ("DIR", "unpacked npm package onnxruntime-web for --demo; npm fetches it when not given"),
+    "dense": (
+        "FILE",
+        "dense network that --int8 and --demo show beside the removed one: a run, an exported model or weights; the "
+        "run's teacher.pt, or else its own network with pruned weights at zero, when not given",
+    ),
+    "hf": ("DIR", "write the model to DIR as the Hugging Face hub expects it; nothing is uploaded"),
+    "dataset": (None, f"one of {', '.join(DATASETS)}; the run's own when not given"),
+    "data": (None, "folder of the data; the run's own when not given"),
+    "from_checkpoint": ("FILE", "a state dict with weight_orig and weight_mask pairs"),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
-    what = "The small model that a run ends with: on disk and back, with the proof that nothing changed."
+    what = "The small model that a run ends with: on disk and back, verified to compute what the masked model does."
     parser = utils.OneLineParser(description=what)
-    parser.add_argument(
-        "run_dir",
-        nargs="?",
-        help="folder of a finished run; of an exported model for --onnx, --torch_export, --aot, --hf and --predict, "
-        "which then need no data set",
-    )
-    parser.add_argument(
-        "--out", help="where the model goes, RUN_DIR/model when not given; with --predict, the CSV file of the answers"
-    )
-    parser.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="FILE",
-        help="print the most probable classes of images, or of all images in folders; with --out FILE.csv every "
-        "class's probability goes there",
-    )
-    parser.add_argument("--onnx", action="store_true", help="write model.onnx too, with a parity check")
-    parser.add_argument(
-        "--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write"
-    )
-    parser.add_argument(
-        "--int8",
-        action="store_true",
-        help="with --onnx: write model_int8.onnx (scales fixed on training images) and model_int8_dynamic.onnx (scales "
-        "from each batch), and onnx.csv: test accuracy, size and milliseconds beside float32",
-    )
-    parser.add_argument(
-        "--demo",
-        nargs="?",
-        const="",
-        metavar="DIR",
-        help="write a folder with a web page (RUN_DIR/demo when DIR is not given) that shows the answers and times of "
-        "the full and the removed network, with --int8 also of the int8 one, on images or drawn digits",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the page of an earlier --demo, or the CSV file of --predict"
-    )
-    parser.add_argument(
-        "--ort_web",
-        metavar="DIR",
-        help="unpacked npm package onnxruntime-web for --demo; npm fetches it when not given",
-    )
-    parser.add_argument(
-        "--dense",
-        metavar="FILE",
-        help="dense network that --int8 and --demo show beside the removed one: a run, an exported model or weights; "
-        "the run's teacher.pt, or else its own network with pruned weights at zero, when not given",
-    )
-    parser.add_argument(
-        "--hf", metavar="DIR", help="write the model to DIR as the Hugging Face hub expects it; nothing is uploaded"
-    )
-    _add_programs(parser)
-    _add_sources(parser)
+    add = parser.add_argument
+    run_dir = "folder of a finished run; of an exported model for --onnx, --torch_export, --aot, --hf and --predict, "
+    add("run_dir", nargs="?", help=f"{run_dir}which then need no data set")
+    for name, text in _SWITCHES.items():
+        add(f"--{name}", action="store_true", help=text)
+    for name, (metavar, text) in _VALUES.items():
+        add(f"--{name}", metavar=metavar, help=text)
+    predict_help = "print the most probable classes of images, or of all images in folders; with --out FILE.csv every "
+    add("--predict", nargs="+", metavar="FILE", help=f"{predict_help}class's probability goes there")
+    demo_help = "write a folder with a web page (RUN_DIR/demo when DIR is not given) that shows the answers and times "
+    demo_help += "of the full and the removed network, with --int8 also of the int8 one, on images or drawn digits"
+    add("--demo", nargs="?", const="", metavar="DIR", help=demo_help)
+    add("--opset", type=int, default=OPSET, help="version of ONNX's operators that --onnx and --demo write")
+    add("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
     return parser
-
-
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--latency", action="store_true", help="time dense against removed")
-    parser.add_argument("--evaluate", action="store_true", help="accuracy on the test images")
-    parser.add_argument("--dataset", help=f"one of {', '.join(DATASETS)}; the run's own when not given")
-    parser.add_argument("--data", help="folder of the data; the run's own when not given")
-    parser.add_argument("--from_checkpoint", metavar="FILE", help="a state dict with weight_orig and weight_mask pairs")
-    parser.add_argument("--arch", choices=list(BUILDERS), help="architecture of --from_checkpoint")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="cpu", help="where to compute")
-
-
-def _add_programs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fold",
-        action="store_true",
-        help="write folded/ too, the same function without what inference can do without: batch norms go into the "
-        "convolutions before them, LayerScale into projections; --onnx, --torch_export and --aot then start from it",
-    )
-    parser.add_argument(
-        "--torch_export", action="store_true", help="write model.pt2, torch.export's program for any batch"
-    )
-    parser.add_argument(
-        "--aot", action="store_true", help="write model_aot.pt2, machine code by AOTInductor (needs a C++ compiler)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="with --latency: time torch.compile, too (needs a C++ compiler)"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
     utils.keep_output_harmless()
     parser = build_parser()
     args = parser.parse_args(argv)
-    if bool(args.run_dir) == bool(args.from_checkpoint):
-        parser.error("give the folder of a finished run, or --from_checkpoint FILE")
-    if args.from_checkpoint and not (args.arch and args.out):
-        parser.error("--from_checkpoint: needs --arch ARCH and --out DIR")
-    if args.run_dir and args.arch:
-        parser.error(f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own")
-    if args.from_checkpoint and not args.dataset and (args.evaluate or args.data):
-        parser.error("--evaluate and --data: need --dataset NAME with --from_checkpoint")
     _check_flags(parser, args)
     utils.start_logging()
     try:
@@ -164,61 +122,51 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what one flag asks of another that is not there."""
-    shows = args.int8 or args.demo is not None
+    """Refuse flags that lack what they need, or that --predict or the folder of an exported model cannot serve."""
+    demo, has_data = args.demo is not None, bool(args.run_dir or args.dataset)
+    compares, sources = args.int8 or demo, bool(args.run_dir) + bool(args.from_checkpoint)
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     wrong = {
+        "give the folder of a finished run, or --from_checkpoint FILE": sources != 1,
+        "--from_checkpoint: needs --arch ARCH and --out DIR": args.from_checkpoint and not (args.arch and args.out),
+        f"--arch {args.arch}: belongs to --from_checkpoint; a run knows its own": args.run_dir and args.arch,
+        "--evaluate and --data: need --dataset NAME with --from_checkpoint": args.from_checkpoint
+        and not args.dataset
+        and (args.evaluate or args.data),
         "--compile: is timed by --latency; add it, or leave this out": args.compile and not args.latency,
         "--int8: belongs to --onnx; give both": args.int8 and not args.onnx,
-        f"--opset {args.opset}: belongs to --onnx or --demo": args.opset != OPSET and not (args.onnx or shows),
+        f"--opset {args.opset}: belongs to --onnx or --demo": args.opset != OPSET and not (args.onnx or compares),
         "--overwrite: belongs to --demo or --predict; a model is replaced anyway": args.overwrite
-        and args.demo is None
-        and not args.predict,
-        f"--ort_web {args.ort_web}: belongs to --demo": args.ort_web and args.demo is None,
-        f"--dense {args.dense}: belongs to --int8 or --demo": args.dense and not shows,
+        and not (demo or args.predict),
+        f"--ort_web {args.ort_web}: belongs to --demo": args.ort_web and not demo,
+        f"--dense {args.dense}: belongs to --int8 or --demo": args.dense and not compares,
         f"--dense {args.dense}: needs the folder of a run": args.dense and args.from_checkpoint,
-        "--int8: calibrates on training images, --dataset NAME says which": args.int8 and not _has_data(args),
-        "--demo: shows images as a data set does, --dataset NAME says which": args.demo is not None
-        and not _has_data(args),
+        "--int8: calibrates on training images, --dataset NAME says which": args.int8 and not has_data,
+        "--demo: shows images as a data set does, --dataset NAME says which": demo and not has_data,
         "--demo: needs a folder, as in --demo DIR, with --from_checkpoint": args.demo == "" and args.from_checkpoint,
     }
-    if args.predict or _is_model(args):
-        wrong |= _foreign_flags(args)
+    if args.predict:
+        alone = [name for name in given if name not in ("run_dir", "predict", "out", "overwrite", "device")]
+        wrong |= {f"--{name}: does not go with --predict; give it in a call of its own": True for name in alone}
+        wrong["--predict: needs the folder of a run or of an exported model"] = not args.run_dir
+    elif _is_model(args):
+        which = f"{args.run_dir} is an exported model"
+        others = [name for name in given if name not in FROM_MODEL]
+        wrong |= {f"--{name}: {which}; this flag needs the folder of its run": True for name in others}
+        wanted = args.onnx or args.torch_export or args.aot or args.hf
+        wrong[f"{which}: say what to make of it, such as --onnx"] = not wanted
     for message, holds in wrong.items():
         if holds:
             parser.error(message)
 
 
-FROM_MODEL = ("run_dir", "onnx", "opset", "torch_export", "aot", "hf", "predict", "out", "overwrite", "device")
-
-
-def _foreign_flags(args: argparse.Namespace) -> dict[str, bool]:
-    """What neither --predict nor the folder of an exported model alone can serve."""
-    default = vars(build_parser().parse_args([]))
-    given = [name for name, value in vars(args).items() if value != default[name]]
-    if args.predict:
-        wrong = {
-            f"--{name}: does not go with --predict; give it in a call of its own": name
-            not in ("run_dir", "predict", "out", "overwrite", "device")
-            for name in given
-        }
-        return wrong | {"--predict: needs the folder of a run or of an exported model": not args.run_dir}
-    wrong = {
-        f"--{name}: {args.run_dir} is an exported model; this flag needs the folder of its run": name not in FROM_MODEL
-        or name == "out"
-        for name in given
-    }
-    asked = args.onnx or args.torch_export or args.aot or args.hf
-    return wrong | {f"{args.run_dir} is an exported model: say what to make of it, such as --onnx": not asked}
+FROM_MODEL = ("run_dir", "onnx", "opset", "torch_export", "aot", "hf", "overwrite", "device")
 
 
 def _is_model(args: argparse.Namespace) -> bool:
     """Whether the folder is that of an exported model, and not of a run."""
     folder = Path(args.run_dir or "")
     return bool(args.run_dir) and (folder / "model.safetensors").is_file() and not (folder / "args.yaml").exists()
-
-
-def _has_data(args: argparse.Namespace) -> bool:
-    return bool(args.run_dir or args.dataset)
 
 
 def _check_places(args: argparse.Namespace) -> None:
@@ -298,35 +246,36 @@ def _export(args: argparse.Namespace) -> None:
     if args.run_dir or args.dataset:
         shown = getattr(run, "preprocessing_used", None)
         splits = load_dataset(dataset, data, size, val_fraction, shown=shown)
-        facts, proving = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
+        facts, compared = splits.facts, make_batches(splits.val, splits.facts, 256, device, workers=workers).sequential
         if facts.classes != masked.num_classes:
             raise RunError(f"--dataset {dataset}: has {facts.classes} classes, the model {masked.num_classes}")
     else:
-        # without the data, random images prove the same function
+        # without the data, outputs are compared on random images
         facts = None
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
-        proving = [(noise, torch.zeros(64, dtype=torch.long))].copy
-    name, full = "masked", copy.deepcopy(masked).cpu()
-    if args.run_dir and (args.int8 or args.demo is not None):
-        name, full = full_network(run_dir, full, run, args.dense)
+        compared = partial(iter, [(noise, torch.zeros(64, dtype=torch.long))])
+    shows_full = args.int8 or args.demo is not None
+    if shows_full:
+        name, full = "masked", copy.deepcopy(masked).cpu()
+        if args.run_dir:
+            name, full = full_network(run_dir, full, run, args.dense)
     if args.demo is not None:
         runtime = runtime_files(args.ort_web)
     measured = _evaluated(compact(masked, kept)[0], splits, device, workers) if args.evaluate else {}
     classes = class_names(dataset, data, facts.classes) if facts else ()
-    small = write(folder, masked, kept, proving(), facts, provenance, metrics, classes, measured)
-    log.info(f"{size_table(masked, small)}\n\n{proof_line(folder)}")
+    small = write(folder, masked, kept, compared(), facts, provenance, metrics, classes, measured)
+    log.info(f"{size_table(masked, small)}\n\n{verification_line(folder)}")
     variants = {}
     if args.fold:
-        variants["folded"] = write_folded(folder, masked, kept, proving())
-        log.info(proof_line(folder / FOLDED))
+        variants["folded"] = write_folded(folder, masked, kept, compared())
+        log.info(verification_line(folder / FOLDED))
     _write_programs(args, folder)
     if args.compile:
         variants["compiled"] = compiled(variants.get("folded", small))
     if args.latency:
-        tables = [latency_table(masked, small, variants=variants)]
-        tables += [semi_structured_table(masked, small)] if "nm" in provenance else []
-        _write_latency(folder, "\n".join(tables))
-    if args.int8 or args.demo is not None:
+        text = latency_table(masked, small, variants=variants)
+        _write_latency(folder, f"{text}\n{semi_structured_table(masked, small)}" if "nm" in provenance else text)
+    if shows_full:
         with tempfile.TemporaryDirectory(prefix="full-") as drafts:
             shown = Shown(name, full, Path(drafts) / "full.onnx")
             to_onnx(full, shown.file, args.opset)
@@ -350,13 +299,13 @@ def _evaluated(model: torch.nn.Module, splits: Splits, device: torch.device, wor
 
 
 def _write_report(args: argparse.Namespace, folder: Path) -> None:
-    """The run's report anew, where it has one, with what was measured on the model beside it."""
+    """Write the run's report again, where it has one, with what was measured on the model in its folder."""
     run_dir = Path(args.run_dir or "")
     if not args.run_dir or not (run_dir / "report.md").exists() or folder.resolve() != (run_dir / "model").resolve():
         return
     try:
         report.write(run_dir)
-    except RunError as error:  # everything asked for is written
+    except RunError as error:  # everything else is written
         log.warning(f"report: {error}; python report.py {run_dir} tries again")
 
 
@@ -382,7 +331,7 @@ def _write_page(
     data: str,
     facts: DatasetFacts,
 ) -> None:
-    """The folder of --demo: `full` beside the exported model of `folder`, and with --int8 its int8 file."""
+    """Write the folder of --demo: `full`, the exported model of `folder`, and with --int8 its int8 file."""
     small, arch = load(folder), read_config(folder)["provenance"]["arch"]
     shown = [dataclasses.replace(full, name=TITLES[full.name])]
     shown += [Shown("Pruned", small, folder / "model.onnx" if args.onnx else None)]

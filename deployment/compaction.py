@@ -1,8 +1,4 @@
-"""From the masked model to the physically smaller one, and the measured proof that nothing changed.
-
-A model whose pruned weights are zero and the units it keeps come in; the small copy and how far its logits are from
-the masked one's go out.
-"""
+"""Makes the physically smaller copy of a masked model and measures how far its logits are from the masked one's."""
 
 from __future__ import annotations
 
@@ -23,10 +19,10 @@ EXACT_IMAGES, EXACT_MACS = 2000, 256 * 10**9  # that are compared in float64, wh
 
 
 def compact(model: nn.Module, kept: Kept | None = None) -> tuple[nn.Module, dict[str, list[int]]]:
-    """The physically smaller copy of a masked model, and the ids of the units that it keeps; empty blocks are gone.
+    """The physically smaller copy of a masked model, and the ids of the units that it keeps; without empty blocks.
 
     Args:
-        kept: units that stay; None finds the dead ones among weights that were pruned one by one and first folds what
+        kept: the units to keep; None finds the dead ones among weights that were pruned one by one and first folds what
             biases of dead heads and neurons emit into their branch's output bias.
     """
     small = copy.deepcopy(model)
@@ -110,14 +106,22 @@ def parity(masked: nn.Module, small: nn.Module, batches: Iterable[tuple[Tensor, 
     }
 
 
+def _with_choices(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and which tokens each block chose to merge."""
+    made: list[Tensor] = []
+
+    def note(_, choice: Tensor) -> Tensor:
+        made.append(choice)
+        return choice
+
+    with choices(model, note):
+        return model(images), made
+
+
 def _side_by_side(masked: nn.Module, small: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """Logits of both; the small model's with the masked one's choice of tokens that merge; images that need that."""
-    chosen: list[Tensor] = []
-    own: list[Tensor] = []
-    with choices(masked, lambda _, choice: chosen.append(choice) or choice):
-        expected = masked(images)
-    with choices(small, lambda _, choice: own.append(choice) or choice):
-        found = small(images)
+    expected, chosen = _with_choices(masked, images)
+    found, own = _with_choices(small, images)
     different = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     for first, second in zip(chosen, own, strict=True):
         different |= (first != second).flatten(1).any(1)

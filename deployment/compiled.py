@@ -1,4 +1,4 @@
-"""Compiled forms of the small model: a model in, `model.pt2` or an ahead-of-time package out, loaded back and checked.
+"""Compiles the small model: torch.export's program, an ahead-of-time package or torch.compile, each compared with it.
 
     torch_export(model, path)          torch.export's program, for any batch; torch.export.load(path).module()
     aot_package(model, path)           machine code by AOTInductor; torch._inductor.aoti_load_package(path)

@@ -1,4 +1,4 @@
-"""A page that shows the small model at work: models and the facts of their data set in, one static folder out.
+"""Writes a web page, one static folder, that runs the full and the small network side by side in the browser.
 
     files = runtime_files(None)            ONNX Runtime for browsers, from its npm package or an unpacked copy
     write_demo(Path("demo"), models, ...)  index.html and what it needs; nothing comes from the network when it is open
@@ -26,9 +26,10 @@ from torch import nn
 
 from dataset import DatasetFacts, preprocessing_of
 from deployment.compaction import macs
+from deployment.exported import check_writable, whole_folder
 from deployment.onnx_file import OPSET, to_onnx
 from pruning.units import count_parameters
-from utils import RunError, cause, disk_advice
+from utils import RunError
 
 PAGE = Path(__file__).parent / "demo_page"
 PAGE_FILES = ("index.html", "style.css", "app.mjs", "image.mjs")
@@ -66,9 +67,7 @@ def check_new_folder(flag: str, folder: Path, overwrite: bool = False) -> None:
         raise RunError(f"{flag} {folder}: is there already; {hint}")
     if folder.exists() and not (folder / "demo.json").is_file():
         raise RunError(f"{flag} {folder}: holds no page of --demo, so --overwrite does not replace it; choose another")
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RunError(f"{flag} {folder}: {there} is not a folder that can be written; choose another")
+    check_writable(flag, folder)
 
 
 def runtime_files(ort_web: str | None) -> dict[str, bytes]:
@@ -136,29 +135,20 @@ def write_demo(
     Raises:
         RunError: a network cannot be written as ONNX, or the disk is full.
     """
-    try:
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
-            draft = Path(staging) / folder.name
-            (draft / "ort").mkdir(parents=True)
-            for name in PAGE_FILES:
-                shutil.copyfile(PAGE / name, draft / name)
-            for name, content in runtime.items():
-                (draft / "ort" / name).write_bytes(content)
-            content = {
-                **about,
-                "draw": dataset == "digits",
-                "classes": list(classes),
-                "image": image_spec(dataset, facts, size),
-                "models": [_network(draft, number, network, opset) for number, network in enumerate(shown)],
-            }
-            (draft / "demo.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if folder.exists():
-                folder.rename(Path(staging) / "old")
-            draft.rename(folder)
-    except OSError as error:
-        raise RunError(f"--demo {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
+    with whole_folder("--demo", folder, replace=True) as draft:
+        (draft / "ort").mkdir()
+        for name in PAGE_FILES:
+            shutil.copyfile(PAGE / name, draft / name)
+        for name, content in runtime.items():
+            (draft / "ort" / name).write_bytes(content)
+        content = {
+            **about,
+            "draw": dataset == "digits",
+            "classes": list(classes),
+            "image": image_spec(dataset, facts, size),
+            "models": [_network(draft, number, network, opset) for number, network in enumerate(shown)],
+        }
+        (draft / "demo.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def page_words(arch: str, dataset: str, name: str) -> dict[str, str]:
@@ -213,11 +203,8 @@ def _described(names: list[str]) -> list[str]:
         known = importlib.import_module("timm.data").ImageNetInfo()
     except (AssertionError, AttributeError, ImportError, OSError):
         return names
-    return [_first_words(known, name) for name in names]
-
-
-def _first_words(known, name: str) -> str:
-    try:
-        return known.label_name_to_description(name).partition(",")[0]
-    except KeyError:
-        return name
+    words = list(names)
+    for number, name in enumerate(names):
+        with contextlib.suppress(KeyError):
+            words[number] = known.label_name_to_description(name).partition(",")[0]
+    return words

@@ -1,16 +1,15 @@
-"""A folder as the Hugging Face hub expects it: an exported model in; config.json, model.safetensors, README.md out.
+"""Writes an exported model as a folder that the Hugging Face hub expects.
 
     write_hub(Path("results/NAME/model"), Path("out"), "digits", 16)
 
 Nothing is uploaded. `export.load` and the lines of the card load the folder as they load `model/`; the hub reads the
-metadata at the head of README.md.
+metadata at the top of README.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from safetensors.torch import load_file
 
 from dataset import Preprocessing
 from deployment.card import is_pruned
-from deployment.folder import as_json, read_config, seal
+from deployment.exported import as_json, read_config, seal, whole_folder
 from deployment.quantise import INT8_FILES
 from families import family_of_config
-from utils import RunError, cause, disk_advice
+from families.cards import LOADER
+from utils import RunError
 
 # the data sets' names on the hub; scikit-learn's digits and folders of one's own have none
 HUB_NAMES = {
@@ -46,7 +46,7 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
 
     Args:
         model: an exported `model/`.
-        folder: where it goes; it must not be there yet.
+        folder: where to write it; it must not exist yet.
         dataset: key of DATASETS, None where the weights came without one.
         size: pixels a side of its images.
 
@@ -55,22 +55,14 @@ def write_hub(model: Path, folder: Path, dataset: str | None, size: int) -> None
     """
     config = hub_config(read_config(model), size)
     config, blob = seal(config, load_file(str(model / "model.safetensors")))
-    try:
-        there = next(parent for parent in folder.absolute().parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
-            draft = Path(staging) / folder.name
-            draft.mkdir()
-            (draft / "model.safetensors").write_bytes(blob)
-            (draft / "config.json").write_text(as_json(config), "utf-8")
-            card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
-            (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
-            for name in ("parity.json", "model.onnx", *INT8_FILES.values()):
-                if (model / name).exists():
-                    shutil.copyfile(model / name, draft / name)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            draft.rename(folder)
-    except OSError as error:
-        raise RunError(f"--hf {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
+    with whole_folder("--hf", folder) as draft:
+        (draft / "model.safetensors").write_bytes(blob)
+        (draft / "config.json").write_text(as_json(config), "utf-8")
+        card = (model / "README.md").read_text("utf-8").replace('export.load("model")', 'export.load(".")')
+        (draft / "README.md").write_text(f"---\n{metadata(config, dataset)}\n---\n\n{card}", "utf-8")
+        for name in ("parity.json", LOADER, "model.onnx", *INT8_FILES.values()):
+            if (model / name).exists():
+                shutil.copyfile(model / name, draft / name)
 
 
 def hub_config(config: Mapping, size: int) -> dict:
@@ -84,9 +76,8 @@ def hub_config(config: Mapping, size: int) -> dict:
         mean, std, kind = list(shown.mean), list(shown.std), shown.interpolation
         known |= {"mean": mean, "std": std, "interpolation": kind, "crop_pct": shown.crop / shown.resize}
         known |= {"crop_mode": "squash"} if shown.resize_mode == "square" else {}
-    classes = config.get("class_names", ())
     added = {"architecture": config["provenance"].get("arch", ""), "pretrained_cfg": known}
-    if classes:
+    if classes := config.get("class_names"):
         added |= {"num_classes": len(classes), "label_names": list(classes)}
     return {**{key: value for key, value in config.items() if key != "sha256"}, **added}
 
@@ -98,10 +89,13 @@ def metadata(config: Mapping, dataset: str | None) -> str:
     """
     cards = importlib.import_module("huggingface_hub")
     family, arch = family_of_config(config), config["architecture"]
-    timm = "import timm" in family.card(config)[1]
+    timm = "with timm" in family.card(config)[1]
     accuracy = config["metrics"].get("test_accuracy")
     pruned = is_pruned(config)
-    results, name = [], f"{arch.rpartition('/')[2]}{'-pruned' * pruned}"
+    results, name = [], arch.rpartition("/")[2] + ("-pruned" if pruned else "")
+    tags = ["image-classification"]
+    tags += ["pruning", "structured-pruning"] if pruned else []
+    tags += ["safetensors", "timm"] if timm else ["safetensors"]
     if accuracy is not None and dataset is not None:
         results = [
             cards.EvalResult(
@@ -117,12 +111,7 @@ def metadata(config: Mapping, dataset: str | None) -> str:
         "license": "mit",
         "library_name": "timm" if timm else "pytorch",
         "pipeline_tag": "image-classification",
-        "tags": [
-            "image-classification",
-            *["pruning", "structured-pruning"][: 2 * pruned],
-            "safetensors",
-            *["timm"][:timm],
-        ],
+        "tags": tags,
         "datasets": [HUB_NAMES[dataset]] if dataset in HUB_NAMES else None,
         "metrics": ["accuracy"],
         "model_name": name,

@@ -1,4 +1,4 @@
-"""ONNX: a model in, a file with a dynamic batch and the operator set asked for out, checked under ONNX Runtime."""
+"""Writes a model as ONNX, with a dynamic batch, and checks it under ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def open_session(path: Path, threads: int | None = None) -> Callable[[np.ndarray
 
 
 def onnx_metadata(config: Mapping) -> dict[str, str]:
-    """How images are prepared and what the logits stand for, of an exported model's config.json, as ONNX keeps it."""
+    """Preprocessing and class names from an exported model's config.json, as metadata of an ONNX file."""
     named = {name: config.get(name) for name in ("preprocessing", "class_names")}
     return {name: json.dumps(value, ensure_ascii=False) for name, value in named.items() if value}
 
@@ -126,7 +126,7 @@ def to_onnx(model: nn.Module, path: Path, opset: int = OPSET, metadata: Mapping[
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks that the tools of ONNX log about what they are told here."""
+    """Without the warnings that ONNX's tools log about this use of them."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,10 +1,9 @@
-"""What ONNX files are worth side by side: files and test images in, rows of accuracy, size and milliseconds out."""
+"""Compares ONNX files: accuracy on test images, size and milliseconds."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from dataset import Batches, FolderBatches
 from deployment.onnx_file import cores, open_session
+from engine.latency import medians
 from reporting.onnx_columns import onnx_columns
 from reporting.words import md_table
 
@@ -41,10 +41,10 @@ def onnx_rows(
         sessions = {name: open_session(path, threads) for name, path in files.items()}
         for batch_size in batch_sizes:
             shown = images[torch.arange(batch_size) % len(images)].contiguous().numpy()
-            times = interleaved(sessions, shown, repeats, seconds)
-            column = f"ms_{threads}_thread{'s' * (threads > 1)}_batch_{batch_size}"
-            for name, spent in times.items():
-                rows[name][column] = round(1000 * statistics.median(spent), 3)
+            calls = {name: partial(session, shown) for name, session in sessions.items()}
+            column = f"ms_{threads}_{'thread' if threads == 1 else 'threads'}_batch_{batch_size}"
+            for name, spent in medians(calls, torch.device("cpu"), repeats, seconds).items():
+                rows[name][column] = round(1000 * spent, 3)
     return list(rows.values())
 
 
@@ -55,24 +55,6 @@ def session_accuracy(session: Session, test: Batches | FolderBatches) -> float:
         logits = torch.from_numpy(session(images.cpu().numpy()))
         right += int((logits.argmax(1) == labels.cpu()).sum())
     return right / len(test)
-
-
-def interleaved(
-    sessions: Mapping[str, Session], images: np.ndarray, repeats: int, seconds: float
-) -> dict[str, list[float]]:
-    """Seconds of each session's passes, in rounds after a warm-up; every session has at least one."""
-    for session in sessions.values():
-        session(images)
-    spent: dict[str, list[float]] = {name: [] for name in sessions}
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        for name, session in sessions.items():
-            started = time.perf_counter()
-            session(images)
-            spent[name].append(time.perf_counter() - started)
-        if time.perf_counter() - begun > seconds:
-            break
-    return spent
 
 
 def onnx_section(rows: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""What a model says of image files: an exported model and paths in, class names with probabilities out.
+"""Classifies image files by an exported model.
 
     rows = predict(Path("results/NAME/model"), image_files([Path("photo.jpg"), Path("more")]))
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset import Preprocessing
-from deployment.folder import load, read_config
+from deployment.exported import load, read_config
 from images.files import EXTENSIONS, list_images, read_rgb
 from images.trees import some
 from utils import RunError

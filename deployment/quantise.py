@@ -1,4 +1,4 @@
-"""int8: an ONNX file in, ONNX files whose weights are 8-bit integers out, by ONNX Runtime's own tools.
+"""Makes ONNX files with 8-bit integer weights, by ONNX Runtime's own tools.
 
     to_int8(Path("model.onnx"), Path("model_int8.onnx"), "static", images)      images: batches of float32 [B, 3, H, W]
     to_int8(Path("model.onnx"), Path("model_int8_dynamic.onnx"), "dynamic")
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import utils
 from dataset import Splits, make_batches
-from deployment.folder import add_section
+from deployment.exported import add_section
 from deployment.onnx_file import label, labels_of, open_session, quiet
 from deployment.onnx_table import onnx_rows, onnx_section
 from utils import RunError
@@ -30,7 +30,7 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 32
 
 
 def write_int8(folder: Path, full: Path, name: str, most: int, splits: Splits, workers: int = 0) -> list[dict]:
-    """Both int8 files beside the model.onnx of an exported model, onnx.csv, and a section in the card.
+    """Write both int8 files next to the model.onnx of an exported model, onnx.csv, and a section in the card.
 
     Args:
         full: the ONNX file of the network of full size, which the table's first row, `name`, is about.
@@ -88,7 +88,7 @@ def better_form(path: Path) -> str:
 
 
 def _prepare(source: Path, target: Path) -> None:
-    """What ONNX Runtime's guide asks for first: shapes inferred, batch norms folded into convolutions."""
+    """The first step of ONNX Runtime's guide: shapes inferred, batch norms folded into convolutions."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     quant_pre_process(str(source), str(target))
@@ -108,7 +108,7 @@ def _quantise_static(source: Path, target: Path, images: Iterable[Tensor]) -> No
 
     if not batches:
         raise RunError("--int8: no training image to calibrate on; give --dataset NAME and --data DIR that has some")
-    # Outputs of matrix products go on in float32: requantising them costs accuracy and, on a CPU, time. Convolutions
+    # Outputs of matrix products stay in float32: requantising them costs accuracy and, on a CPU, time. Convolutions
     # have int8 kernels only from int8 to int8.
     options = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
     kinds, left_out = _layers(source)

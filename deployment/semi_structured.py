@@ -1,4 +1,4 @@
-"""2:4 weights on sparse tensor cores: a model in, the same model with sparse weights where the hardware has them out.
+"""Stores 2:4 weights in the form that sparse tensor cores multiply, on hardware that has them.
 
     model = export.load("model").to("cuda", torch.float16)
     print(export.semi_structured_(model))

@@ -1,9 +1,8 @@
-"""Where a model to export comes from: the folder of a finished run or a foreign checkpoint in, the masked model out."""
+"""Loads the masked model to export, from the folder of a finished run or from a checkpoint of another program."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import json
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import utils
 from dataset import dataset_facts
-from deployment.folder import load
+from deployment.exported import load
 from engine.distill import named_teacher
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
@@ -58,7 +57,7 @@ def _model_of_run(args: argparse.Namespace, weights: Mapping[str, Tensor]) -> nn
 def full_network(
     run_dir: Path, masked: nn.Module, args: argparse.Namespace, dense: str | None
 ) -> tuple[str, nn.Module]:
-    """The network of full size that stands beside the small one, and "dense" or "masked", which it is.
+    """The network of full size to compare the small one with, and which it is, "dense" or "masked".
 
     Dense is what `--dense` names, or the selected model of state 0 where the run has kept it as its teacher. Other runs
     have kept no dense weights: their network of full size is the masked one, which computes what the small one does.
@@ -68,7 +67,7 @@ def full_network(
     """
     kept = run_dir / "teacher.pt"
     if dense is None and not kept.exists():
-        return "masked", copy.deepcopy(masked).cpu()
+        return "masked", masked
     named = argparse.Namespace(**{**vars(args), "teacher": dense or str(kept), "kd_alpha": 1.0, "kd_features": None})
     facts = dataset_facts(args.dataset, args.data, getattr(args, "preprocessing_used", None))
     try:

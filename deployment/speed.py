@@ -1,4 +1,4 @@
-"""How fast models are, side by side: models in, images per second and tables of them out."""
+"""Measures how fast models are, by turns, and makes tables of it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def latency_table(
     batch_sizes: Iterable[int] = (1, 8, 64),
     variants: Mapping[str, nn.Module] | None = None,
 ) -> str:
-    """Speed of the pruned model over the dense one, beside the limit that the MACs set; then that of its variants.
+    """Speed of the pruned model over the dense one, with the limit that the MACs set; then that of its variants.
 
-    The dense one merges no tokens, whatever the pruned one does.
+    The dense one merges no tokens, even if the pruned one does.
     """
     variants, dense = variants or {}, unmerged(dense)
     limit = macs(dense) / max(1, macs(small))
@@ -78,7 +78,7 @@ def latency_table(
 def size_table(masked: nn.Module, small: nn.Module) -> str:
     """Dense, masked and pruned side by side: parameters in use, MACs, file size and images/s on this device.
 
-    The dense one merges no tokens, whatever the others do. Masked is the network of full size with zeros in the place
+    The dense one merges no tokens, even if the others do. Masked is the network of full size with zeros in the place
     of what is pruned; it has a line where there are such zeros, and pruned, without them, where it is another network.
     """
     in_use = sum(int(parameter.count_nonzero()) for parameter in masked.parameters())

@@ -1,10 +1,10 @@
-"""Families of models: what the rest of the program asks of any model, and the table of those that answer.
+"""Families of models: the interface that the rest of the program uses for any model, and the table of families.
 
     family = family_of(model)
     units, cost = family.units(model), family.cost(model, kept)
 
-A new family is one file beside vit.py and resnet.py that answers `Family`, and one line in `FAMILIES`. Nothing outside
-this package asks which family a model has.
+A new family is one file beside vit.py and resnet.py that implements `Family`, and one line in `FAMILIES`. Nothing
+outside this package checks which family a model has.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Family(Protocol):
 
     title: str  # heads the sparsity report
     kinds: tuple[str, ...]  # of its units
-    # "ratio": units go by ratios of all of them, in structured runs; "density": a layer keeps as many units as its
-    # density in the element-wise masks asks for
+    # "ratio": structured runs prune a ratio of all units; "density": a layer keeps as many units as its density in the
+    # element-wise masks says
     counts_by: str
     classifier: str  # what the names of the classifier's parameters start with
     timm_files: tuple[str, ...]  # of timm.models, with wildcards: where its architectures are defined
@@ -47,7 +47,7 @@ class Family(Protocol):
         """Each branch of the residual stream as one unit, by the key that its units have in `units`.
 
         Raises:
-            LayoutError: branches do not go alone in this model.
+            LayoutError: attention and MLP of this model cannot be pruned separately.
         """
 
     def cost(self, model: nn.Module, kept: Kept) -> dict[str, int]:
@@ -63,13 +63,13 @@ class Family(Protocol):
         """Take layers of width zero out of a removed model, in place, by what they add; for exporters, not for disk."""
 
     def fold_(self, model: nn.Module) -> list[str]:
-        """Fold, in place, what inference can do without into the weights before it; the names of what is gone."""
+        """Fold, in place, what inference can do without into the weights before it; the removed modules' names."""
 
     def image_size(self, model: nn.Module) -> int:
         """Pixels a side of the images that the model is built for."""
 
     def tokens(self, features: Tensor) -> Tensor:
-        """What a model's `forward_features` gives behind its last block, as tokens [B, N, D]."""
+        """The output of a model's `forward_features`, after its last block, as tokens [B, N, D]."""
 
     def memory_format(self, removed: bool, precision: torch.dtype | None) -> torch.memory_format | None:
         """The faster layout of weights to train in, None as they are; `removed`: units are cut out of the model."""

@@ -1,9 +1,9 @@
-"""ResNets of `models.resnet`: their filters, what these cost, which work, how they are saved.
+"""ResNets of `models.resnet`: filters, their cost, which of them are dead, and how to save them.
 
     units = filter_units(model)                                 # {"layer1.0.conv1": Units(...), ...}
     CNN.cost(model, kept)                                       # filters, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. `CNN` is the family's entry in `families.FAMILIES`.
+`CNN` is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NARROW = 64  # channels of a residual stream; see fold_norms_
 
 def prunable_convolutions(model: nn.Module, conv1: bool = False) -> dict[str, nn.Conv2d]:
     """All convolutions by name, in the model's order, without the first one unless `conv1`."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    return dict(list(found.items())[0 if conv1 else 1 :])
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return dict(found if conv1 else found[1:])
 
 
 def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:
     """The filters of each prunable convolution as units, keyed by its name.
 
-    A filter is its kernel with the gain and bias of the batch norm behind it: batch norm divides a kernel's scale out
+    A filter is its kernel with the gain and bias of the batch norm after it: batch norm divides a kernel's scale out
     again, so that a kernel alone cannot fade. Physically removable are the filters of a residual block: those of its
     first convolution together with what reads them, those of its second one because the block places what is left in
     the residual stream, whose width stays. Stem and projections keep theirs.
@@ -61,7 +61,7 @@ def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:
 
 
 def _norm_behind(name: str) -> str:
-    """The batch norm's name: bn2 behind conv2, downsample.1 behind downsample.0."""
+    """The batch norm's name: bn2 after conv2, downsample.1 after downsample.0."""
     path, _, leaf = name.rpartition(".")
     sibling = str(int(leaf) + 1) if leaf.isdigit() else leaf.replace("conv", "bn")
     return f"{path}.{sibling}" if path else sibling
@@ -71,10 +71,10 @@ def _norm_behind(name: str) -> str:
 
 
 def cnn_cost(model: ResNet, kept: Kept) -> dict[str, int]:
-    """Filters, parameters and MACs per image of `model` once the other filters are removed (keys absent: all stay).
+    """Filters, parameters and MACs per image of `model` once the other filters are removed (keys absent: all kept).
 
     MACs are those of convolutions and classifier: output pixels x weights. Filters that cannot be removed count as
-    gone among the filters, and in full among parameters and MACs.
+    pruned among the filters, and in full among parameters and MACs.
     """
     units = filter_units(model, conv1=True)
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -175,7 +175,7 @@ def rebuild(config: Mapping) -> tuple[ResNet, dict[str, list[int]]]:
 
 
 class CnnFamily:
-    """ResNets as `families.Family` asks for them."""
+    """ResNets as a `families.Family`."""
 
     title = "CNN"
     kinds = ("filter",)

@@ -1,23 +1,19 @@
-"""timm's Swin and SwinV2: their heads and neurons, what these cost, which work, how they are saved.
+"""timm's Swin and SwinV2: heads and neurons, their cost, and how to save them.
 
     units = swin_units(model)                                   # {"layers.0.blocks.0.attn": Units(...), ...}
     SWIN.cost(model, kept)                                      # heads, neurons, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. Stages have widths and depths of their own; what merges patches
-between them stays whole, as does the residual stream. `SWIN` is the family's entry in `families.FAMILIES`.
+Stages have widths and depths of their own; the layers that merge patches between them are not pruned, nor is the
+residual stream. `SWIN` is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MethodType
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families.parts import EVA_HEADS, HEADS, NEURONS, Branch, class_name
@@ -26,60 +22,36 @@ from pruning.units import Kept, Layout, LayoutError, Units, unit_weights
 
 PRUNABLE_SUFFIXES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
-# ------------------------------------------------------------------------------- attention with fewer heads
-
-
-def empty_attention(attn, x, mask=None):
-    """Attention without heads gives its output bias; timm's cannot tell how wide no heads are."""
-    return attn.proj_drop(attn.proj(x[..., :0]))
-
-
-def narrow_attention(attn, x, mask=None):
-    """SwinV2's attention with fewer heads; timm's takes the width of the tokens for that of its heads."""
-    bias = None if attn.q_bias is None else torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-    q, k, v = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    scale = attn.logit_scale.clamp(max=math.log(100)).exp()
-    table = attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2)
-    weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
-    weights = weights + 16 * table[attn.relative_position_index].permute(2, 0, 1).sigmoid()
-    if mask is not None:
-        weights = (weights.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-    return attn.proj_drop(attn.proj((attn.attn_drop(weights.softmax(-1)) @ v).transpose(1, 2).flatten(2)))
-
-
-def _set_heads(attn: nn.Module, count: int) -> None:
-    attn.num_heads = count
-    if count == 0:
-        attn.forward = MethodType(empty_attention, attn)
-    elif hasattr(attn, "cpb_mlp") and attn.proj.in_features != attn.dim:
-        attn.forward = MethodType(narrow_attention, attn)
-
-
 # ---------------------------------------------------------------------------------------------- what a unit is
 
 
 class WindowHeads(Branch):
-    """The heads of a window attention, which does not note how wide they are."""
+    """The heads of a window attention, which does not store how wide they are."""
 
     def width(self, module: nn.Module) -> int:
         if hasattr(module, "scale"):
-            return round(module.scale**-2)  # told even when no head is left
+            return round(module.scale**-2)  # also where no head is left
         return module.proj.in_features // max(1, module.num_heads)
 
 
+def _set_heads(attn: nn.Module, count: int) -> None:
+    attn.num_heads = count
+
+
 def _windowed(heads: Branch, **differences) -> WindowHeads:
-    return WindowHeads(**{**vars(heads), "narrow": None, "tell": _set_heads, **differences})
+    return WindowHeads(**{**vars(heads), "set_count": _set_heads, **differences})
 
 
-# of each class of block: its attention, and what a head owns there
+# by class of block: where the heads of its attention are, which is a WindowAttention of the same file
 BLOCKS = {
-    "timm.models.swin_transformer.SwinTransformerBlock": (
-        "timm.models.swin_transformer.WindowAttention",
-        _windowed(HEADS, seen=None, loose={"relative_position_bias_table": (1, None)}),
+    "timm.models.swin_transformer.SwinTransformerBlock": _windowed(
+        HEADS,
+        activation=None,
+        tensors={"relative_position_bias_table": (1, None)},
+        narrow_class="NarrowWindowAttention",
     ),
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block": (
-        "timm.models.swin_transformer_v2.WindowAttention",
-        _windowed(EVA_HEADS, loose={**EVA_HEADS.loose, "logit_scale": (0, None)}),
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block": _windowed(
+        EVA_HEADS, tensors={**EVA_HEADS.tensors, "logit_scale": (0, None)}, narrow_class="NarrowWindowAttentionV2"
     ),
 }
 POSITIONS = "cpb_mlp.2.weight"  # SwinV2's rows of each head in the layers that make its table of relative positions
@@ -110,7 +82,7 @@ def swin_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> d
 
 
 def _heads_of(block: nn.Module, prefix: str, layer: int) -> Units:
-    attn, heads = block.attn, BLOCKS[class_name(block)][1]
+    attn, heads = block.attn, BLOCKS[class_name(block)]
     group = heads.units(attn, prefix, layer)
     parts, unranked = dict(group.parts), ()
     if hasattr(attn, "cpb_mlp"):
@@ -134,7 +106,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Branch]]:
     for name, block in _blocks(model):
-        yield f"{name}.attn", block.attn, BLOCKS[class_name(block)][1]
+        yield f"{name}.attn", block.attn, BLOCKS[class_name(block)]
         yield f"{name}.mlp", block.mlp, NEURONS
 
 
@@ -150,8 +122,8 @@ def layout_problem(model: nn.Module) -> str | None:
     for name, block in _blocks(model):
         if class_name(block) not in BLOCKS:
             return f"{kind}.{name} is a {class_name(block)}, not a Swin's block"
-        attention, _ = BLOCKS[class_name(block)]
-        if class_name(block.attn) != attention:
+        narrow = f"models.narrow.{BLOCKS[class_name(block)].narrow_class}"
+        if class_name(block.attn) not in (f"{type(block).__module__}.WindowAttention", narrow):
             return f"{kind}.{name}.attn is a {class_name(block.attn)}, not a Swin's WindowAttention"
         if class_name(block.mlp) != "timm.layers.mlp.Mlp":
             return f"{kind}.{name}.mlp is a {class_name(block.mlp)}, not a Swin's Mlp"
@@ -167,7 +139,7 @@ def _head_macs(block: nn.Module, model: nn.Module, group: Units) -> int:
     """MACs per image of one head of this block: N' d D for each of q, k, v and the projection, 2 N' W d for attention.
 
     W tokens are in a window, N' in all windows: timm pads what does not fill them. SwinV2 makes its table of relative
-    positions anew in each forward pass; it counts as if for one image.
+    positions in each forward pass again; it counts as if for one image.
     """
     (height, width), sides = block.window_size, block.input_resolution
     window = height * width
@@ -205,7 +177,7 @@ def swin_macs(model: nn.Module, counts: Mapping[str, int]) -> int:
 
 
 def swin_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     return cost_of(model, swin_units(model), kept, swin_macs)
 
 
@@ -225,47 +197,8 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
     return model, kept_of(config, swin_units(model))
 
 
-_SNIPPET = """\
-import json
-{imports}{functions}
-with open("config.json") as file:
-    config = json.load(file)
-model, weights = timm.create_model(**config["swin"]), load_file("model.safetensors")
-for name, tensor in weights.items():
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
-attentions = [block.attn for stage in model.layers for block in stage.blocks]
-for attn, heads in zip(attentions, config["heads"]):
-    attn.num_heads = heads{forwards}
-model.load_state_dict(weights)
-model.eval()
-"""
-_FORWARD = """
-    if {when}:
-        attn.forward = MethodType({name}, attn)"""
-
-
-def loading_lines(config: Mapping) -> str:
-    """The lines that load an exported model with timm alone, and the attention that timm has not."""
-    plain = ["import timm"]
-    parts = ["from safetensors.torch import load_file", "from torch import nn"]
-    forwards = {}
-    if config["version"] == 2:
-        plain = ["import math", *plain, "import torch", "import torch.nn.functional as F"]
-        forwards["attn.proj.weight.shape[1] < attn.dim"] = narrow_attention
-    if 0 in config["heads"]:
-        forwards["heads == 0"] = empty_attention
-    if forwards:
-        parts.append("from types import MethodType")
-    return _SNIPPET.format(
-        imports="\n".join(plain + parts) + "\n",
-        functions="".join(f"\n{inspect.getsource(function)}\n" for function in forwards.values()),
-        forwards="".join(_FORWARD.format(when=when, name=f.__name__) for when, f in forwards.items()),
-    )
-
-
 class SwinFamily(TransformerFamily):
-    """timm's Swin and SwinV2 as `families.Family` asks for them."""
+    """timm's Swin and SwinV2 as a `families.Family`."""
 
     title = "Swin"
     config_keys = ("swin",)
@@ -277,7 +210,6 @@ class SwinFamily(TransformerFamily):
     rebuild = staticmethod(rebuild)
     find_units = staticmethod(swin_units)
     branches = staticmethod(_branches)
-    loading_lines = staticmethod(loading_lines)
 
     def prunable_suffixes(self, model: nn.Module) -> tuple[str, ...]:
         return PRUNABLE_SUFFIXES

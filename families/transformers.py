@@ -1,6 +1,6 @@
-"""What families of transformers share: units, branches and counts in; cost, working units and plain values out.
+"""What families of transformers share: cost, dead units, folding, saving.
 
-A branch here is (units key, its module, what its units own), as `families/parts.py` describes attention and MLPs.
+A branch here is (units key, its module, its `families.parts.Branch`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from families.depth import branch_units, bypass_empty_, layer_scale
+from families.branches import branch_units, bypass_empty_, layer_scale
+from families.cards import loading_section
 from families.parts import Branch, Branches
 from pruning.units import Kept, Units, count_parameters, unit_parameters
 from utils import RunError
@@ -19,7 +20,7 @@ from utils import RunError
 def cost_of(
     model: nn.Module, units: Mapping[str, Units], kept: Kept, macs: Callable[[nn.Module, Mapping[str, int]], int]
 ) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     left = {key: len(kept[key]) if key in kept else group.count for key, group in units.items()}
     gone = sum((group.count - left[key]) * unit_parameters(model, group) for key, group in units.items())
     return {
@@ -39,13 +40,13 @@ def find_working(branches: Branches) -> dict[str, list[int]]:
     """
     alive = {}
     for key, module, branch in branches:
-        silent, constant = branch.silent_units(module)
+        constant, value = branch.constant_units(module)
         output, columns = _columns(module, branch)
-        heard = columns.any(0).any(1)
-        counted = branch.norm_between(module) is not None
-        if output.bias is None or counted:
-            silent = silent & ~constant.any(1)  # there is nothing to fold a constant into
-        works = ~silent | heard if counted else ~silent & heard
+        used = columns.any(0).any(1)
+        normed = branch.norm_between(module) is not None
+        if output.bias is None or normed:
+            constant = constant & ~value.any(1)  # no bias can take over what they add
+        works = ~constant | used if normed else ~constant & used
         alive[key] = works.nonzero().flatten().tolist()
     return alive
 
@@ -54,19 +55,19 @@ def find_working(branches: Branches) -> dict[str, list[int]]:
 def fold_dead_(branches: Branches, alive: Kept) -> None:
     """Add what dead units still emit, the constant of their biases, to the output bias of their branch, in place.
 
-    A head whose v rows are zero emits its v bias whatever it attends to, a neuron with a zero row act(bias).
+    A head whose v rows are zero emits its v bias wherever it attends, a neuron with a zero row act(bias).
     """
     for key, module, branch in branches:
         working = set(alive.get(key, range(branch.count(module))))
         dead = [unit for unit in range(branch.count(module)) if unit not in working]
         output, columns = _columns(module, branch)
         if dead and output.bias is not None and branch.norm_between(module) is None:
-            _, constant = branch.silent_units(module)
-            output.bias += torch.einsum("duw,uw->d", columns[:, dead], constant[dead])
+            _, value = branch.constant_units(module)
+            output.bias += torch.einsum("duw,uw->d", columns[:, dead], value[dead])
 
 
 def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
-    """The layer that hears the units of a branch, and its columns [D, count, width]."""
+    """The layer that reads the units of a branch, and its columns [D, count, width]."""
     output = getattr(module, branch.output_name(module))
     layout = branch.units(module, "", 0).parts[f"{branch.output_name(module)}.weight"]
     return output, layout.split(output.weight)[:, 0]
@@ -74,7 +75,7 @@ def _columns(module: nn.Module, branch: Branch) -> tuple[nn.Linear, Tensor]:
 
 @torch.no_grad()
 def fold_layer_scale_(model: nn.Module, branches: Branches) -> list[str]:
-    """Multiply the factors at the end of each branch into its output layer, in place; the names of what is gone.
+    """Multiply the factors at the end of each branch into its output layer, in place; the names of these factors.
 
     timm's blocks hold them as a module `ls1` (`ls` in parallel branches) or a parameter `gamma_1`; without it, a block
     has an identity or None.
@@ -129,7 +130,7 @@ class TransformerFamily:
     """What a `families.Family` of heads and neurons answers alike; a subclass adds what it finds in its own modules.
 
     `prunable_suffixes(model)` are what the names of its prunable layers end with, `find_units(model, kinds)` its units,
-    `branches(model)` its attentions and MLPs, `loading_lines(config)` the lines that load an exported model.
+    `branches(model)` its attentions and MLPs.
     """
 
     kinds = ("head", "neuron")
@@ -158,7 +159,7 @@ class TransformerFamily:
         return alive
 
     def fold_(self, model: nn.Module) -> list[str]:
-        """LayerScale goes into the output layer of its branch. The scale of queries and keys stays where it is: fused
+        """LayerScale is multiplied into the output layer of its branch. The scale of queries and keys is kept: fused
         attention multiplies by it inside its kernel, in no measurable time, and takes none but its own in timm."""
         return fold_layer_scale_(model, self.branches(model))
 
@@ -175,4 +176,7 @@ class TransformerFamily:
         left = f"Heads per block: {config['heads']}\nNeurons per block: {config['neurons']}"
         if "blocks" in config:
             left = f"Blocks of the dense model that are left, counted from 0: {config['blocks']}\n{left}"
-        return left, f"## Loading it with timm alone\n\n```python\n{self.loading_lines(config)}```\n"
+        if "token_merge" in config:
+            left += f"\n\nEvery block merges {config['token_merge']} tokens of an image, at most half of its patches "
+            left += "(token merging, ToMe)."
+        return left, loading_section(config)

@@ -1,10 +1,10 @@
-"""Vision Transformers, ours and timm's: their heads and neurons, what these cost, which work, how they are saved.
+"""Vision Transformers, ours and timm's: heads and neurons, their cost, which of them are dead, and how to save them.
 
     units = vit_units(model)                                    # {"blocks.0.attn": Units(...), "blocks.0.mlp": ...}
     VIT.cost(model, kept)                                       # heads, neurons, parameters and MACs that are left
 
-A model comes in; units, counts and plain values go out. What a head or neuron of each class of attention and MLP owns
-is written in `families/parts.py`. `VIT` is the family's entry in `families.FAMILIES`.
+Which rows and columns a head or neuron of each class of attention and MLP owns is written in `families/parts.py`. `VIT`
+is the family's entry in `families.FAMILIES`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families.cards import MERGING_CARD, loading_lines, traits_of
-from families.depth import drop_empty_blocks_
+from families.branches import drop_empty_blocks_
+from families.cards import traits_of
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
-    HEADS,
-    NEURONS,
     PARALLEL_BLOCKS,
     PARALLEL_HEADS,
     PARALLEL_NEURONS,
@@ -101,16 +99,6 @@ def _modules_of(block: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
         yield "mlp", getattr(block, "mlp", None)
 
 
-def heads_of(attn: nn.Module, prefix: str, layer: int) -> Units:
-    """The heads of one attention module; `prefix` is what its parameters' names start with."""
-    return BRANCHES.get(class_name(attn), HEADS).units(attn, prefix, layer)
-
-
-def neurons_of(mlp: nn.Module, prefix: str, layer: int) -> Units:
-    """The neurons of one MLP; `prefix` is what its parameters' names start with."""
-    return BRANCHES.get(class_name(mlp), NEURONS).units(mlp, prefix, layer)
-
-
 def layout_problem(model: nn.Module) -> str | None:
     """Why this model's blocks cannot be pruned by head and neuron; None when they can."""
     kind = type(model).__name__
@@ -169,7 +157,7 @@ def _mlp_problem(where: str, mlp: nn.Module | None) -> str | None:
 
 
 def _norm_problem(what: str, norm: nn.Module | None, units: str) -> str | None:
-    # a LayerNorm can count what is gone as the zeros that it was
+    # a LayerNorm can still count removed units, as the zeros that they were
     known = isinstance(norm, nn.LayerNorm) and type(norm).__name__ in ("LayerNorm", "NarrowLayerNorm")
     if norm is None or (known and norm.weight is not None and norm.bias is not None):
         return None
@@ -206,7 +194,7 @@ _STEM_MACS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # a ResNet'
 
 
 def _stem_macs(embed: nn.Module) -> int:
-    """What convolutions cost that stand before the patches, in a stem or a hybrid's backbone."""
+    """The cost of convolutions before the patches, in a stem or a hybrid's backbone."""
     if not hasattr(embed, "backbone"):
         return 0
     if embed not in _STEM_MACS:
@@ -238,7 +226,7 @@ def _pool_macs(model: nn.Module) -> int:
 
 
 def vit_cost(model: nn.Module, kept: Kept) -> dict[str, int]:
-    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all stay)."""
+    """Heads, neurons, parameters and MACs of `model` once only the kept units are left (keys absent: all kept)."""
     return cost_of(model, vit_units(model), kept, vit_macs)
 
 
@@ -273,7 +261,7 @@ def describe(small: nn.Module, kept: Kept) -> dict:
 
     `vit` has the arguments of VisionTransformer, here and in timm; `timm` the name and arguments of
     `timm.create_model`; `stem` the channels into and out of each convolution of a stem; `token_merge` how many tokens
-    each block merges; `blocks`, where some are gone, the numbers that those left had in the dense model.
+    each block merges; `blocks`, where some were removed, the numbers of the others in the dense model.
     """
     blocks = list(small.blocks)
     if isinstance(small, VisionTransformer):
@@ -319,7 +307,7 @@ def rebuild(config: Mapping) -> tuple[nn.Module, dict[str, range]]:
 
 
 class VitFamily(TransformerFamily):
-    """ViTs as `families.Family` asks for them."""
+    """ViTs as a `families.Family`."""
 
     title = "ViT"
     config_keys = ("vit", "timm")
@@ -332,20 +320,11 @@ class VitFamily(TransformerFamily):
     prunable_suffixes = staticmethod(prunable_suffixes)
     find_units = staticmethod(vit_units)
     branches = staticmethod(_branches)
-    loading_lines = staticmethod(loading_lines)
 
     def working_units_(self, model: nn.Module) -> dict[str, list[int]]:
         alive = find_working_units(model)
         fold_dead_units_(model, alive)
         return alive
-
-    def card(self, config: Mapping) -> tuple[str, str]:
-        left, loading = super().card(config)
-        if "token_merge" not in config:
-            return left, loading
-        count, folder = config["token_merge"], "model/folded" if "folded" in config else "model"
-        left += f"\n\nEvery block merges {count} tokens of an image, at most half of its patches (token merging, ToMe)."
-        return left, MERGING_CARD.format(count=count, folder=folder) + loading
 
     def drop_empty_blocks_(self, model: nn.Module) -> None:
         drop_empty_blocks_(model, self.branches(model))

@@ -1,8 +1,7 @@
-"""Augmentation as batched tensor code, on the device where the pixels live.
+"""Augmentation as batched tensor code, on the device that holds the pixels.
 
-In come the data set's uint8 images, kept with a border, and what was drawn for each image of a batch; out go
-float32 pixels. A new augmentation is a field of `Draws`, its lines in `draw` (behind those that are there, whose
-random numbers must not move), a function here, and its place in `Batches.batch`.
+A new augmentation is a field of `Draws`, its lines in `draw` (after the existing ones, whose random numbers must not
+change), a function here, and a call in `Batches.batch`.
 """
 
 import math
@@ -49,7 +48,7 @@ class Draws:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension; a single part stays the view that it is."""
+    """Concatenated along the first dimension; a single part is returned as it is, without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,7 +1,7 @@
-"""Batches of a split, made on the device out of pixels that live there.
+"""Batches of a small data set, whose pixels stay on the device.
 
-In come a split, its facts, the batch size, the seed and the augmentation; out go float32 [B, 3, H, W] images,
-normalised, and int64 [B] labels. `make_batches` chooses between these batches and those of image files.
+A batch is images, normalised float32 [B, 3, H, W], and labels, int64 [B]. `make_batches` chooses between these batches
+and those of image files.
 """
 
 from collections.abc import Iterable, Iterator
@@ -107,10 +107,10 @@ class Batches:
             yield self._normalise_(pixels).expand(-1, 3, -1, -1), self.labels[part]
 
     def note(self, broken: Iterable[tuple[int, str]]) -> None:
-        """Nothing can be broken; `FolderBatches` hears here of files that others could not read."""
+        """Nothing can be broken; to `FolderBatches` other processes report files that they could not read."""
 
     def close(self) -> None:
-        """Nothing to give back; `FolderBatches` ends its worker processes here."""
+        """Nothing to close; `FolderBatches` ends its worker processes here."""
 
     def _positions(self, step: int) -> list[slice]:
         return self.share.of_step(step_positions(step, self.batch_size, len(self)))

@@ -1,7 +1,7 @@
-"""What the data sets are, known without reading them, and what a split of one holds once it is read.
+"""What is known of each data set without reading it, and what a split of one holds once it is read.
 
-A data set's entry in `DATASETS` and its reader (in `READERS` of reading.py, or in `TREES` of trees.py for a folder
-of images) are all that a new one needs.
+A new data set needs an entry in `DATASETS` and a reader (in `READERS` of reading.py, or in `TREES` of trees.py for a
+folder of images).
 """
 
 import dataclasses
@@ -55,72 +55,18 @@ class DatasetFacts:
         return dataclasses.replace(self, **{**weights, "mean": tuple(weights["mean"]), "std": tuple(weights["std"])})
 
 
-_IMAGENET_FACTS = DatasetFacts(
-    classes=1_000,
-    channels=3,
-    image_size=224,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    flip=True,
-    vit_image_size=224,
-    train_images=1_281_167,
-    files=True,
-)
-
+# classes, channels, pixels, mean, std, whether flips keep the class, pixels for a ViT, training images
+_IMAGENET = DatasetFacts(1000, 3, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), True, 224, 1_281_167, files=True)
 DATASETS = {
-    "cifar10": DatasetFacts(
-        classes=10,
-        channels=3,
-        image_size=32,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        flip=True,
-        vit_image_size=32,
-        train_images=50_000,
-    ),
-    "cifar100": DatasetFacts(
-        classes=100,
-        channels=3,
-        image_size=32,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        flip=True,
-        vit_image_size=32,
-        train_images=50_000,
-    ),
-    "fashionmnist": DatasetFacts(
-        classes=10,
-        channels=1,
-        image_size=28,
-        mean=(0.2860,),
-        std=(0.3530,),
-        flip=True,
-        vit_image_size=32,
-        train_images=60_000,
-    ),
-    "digits": DatasetFacts(
-        classes=10,
-        channels=1,
-        image_size=8,
-        mean=(0.3058,),
-        std=(0.3762,),
-        flip=False,
-        vit_image_size=16,
-        train_images=1_438,
-    ),
-    "imagenet": _IMAGENET_FACTS,
+    "cifar10": DatasetFacts(10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True, 32, 50_000),
+    "cifar100": DatasetFacts(100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True, 32, 50_000),
+    "fashionmnist": DatasetFacts(10, 1, 28, (0.2860,), (0.3530,), True, 32, 60_000),
+    "digits": DatasetFacts(10, 1, 8, (0.3058,), (0.3762,), False, 16, 1_438),
+    "imagenet": _IMAGENET,
     "tiny-imagenet": DatasetFacts(
-        classes=200,
-        channels=3,
-        image_size=64,
-        mean=(0.4802, 0.4481, 0.3975),
-        std=(0.2770, 0.2691, 0.2821),
-        flip=True,
-        vit_image_size=64,
-        train_images=100_000,
-        files=True,
+        200, 3, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), True, 64, 100_000, files=True
     ),
-    "folder": dataclasses.replace(_IMAGENET_FACTS, classes=0, train_images=0),  # known once it is listed
+    "folder": dataclasses.replace(_IMAGENET, classes=0, train_images=0),  # known once it is listed
 }
 
 

@@ -1,7 +1,6 @@
-"""Batches of image files, read, decoded and augmented by worker processes that work ahead.
+"""Batches of image files, read, decoded and augmented ahead of time by worker processes.
 
-In come a `FolderSplit`, its facts, the batch size, the seed and the augmentation; out go batches as batches.py makes
-them, whatever the number of workers, and one line when files or workers fail.
+They have the form of those in batches.py and do not depend on the number of workers.
 """
 
 import errno
@@ -215,7 +214,10 @@ class _FolderReader:
         if aug != "none":
             mode = v2.InterpolationMode(shown.interpolation)
             steps = [v2.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=mode, antialias=True)]
-            steps += [v2.RandomHorizontalFlip()] * facts.flip + [v2.RandAugment()] * (aug in ("strong", "rand"))
+            if facts.flip:
+                steps.append(v2.RandomHorizontalFlip())
+            if aug in ("strong", "rand"):
+                steps.append(v2.RandAugment())
             steps.append(v2.PILToTensor())
             if aug == "rand":
                 mean = [round(255 * value) for value in facts.mean]

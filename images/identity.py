@@ -1,7 +1,7 @@
-"""Which data a run had: what was read in, an identity that a checkpoint holds out; two of them say how they differ.
+"""The identity of the data that a run was trained on, for its checkpoint, and how two of them differ.
 
-An identity is plain values: the count of images of each part, the names of the classes, and a hash of the rest. It does
-not depend on where the data lie, nor on flags.
+An identity is plain values: the number of images of each part, the names of the classes, and a hash of the rest. It
+does not depend on where the data are, nor on flags.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""Which image comes when: in a data set that is to be cut, in an epoch, in a step.
+"""The order of images: when a data set is split, in an epoch, in a step.
 
-In come labels, counts and the key (seed, state, epoch, ...); out go permutations, positions and generators.
-Nothing here depends on a device, on the number of workers or on what was drawn before.
+Everything is a pure function of labels, counts and the key (seed, state, epoch, ...): it does not depend on a device,
+on the number of workers or on earlier draws.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""What is done to an image before a network sees it: facts of a data set in; one value that training, evaluation,
-exports and pages all go by out.
+"""What is done to an image before a network sees it, as one value that training, evaluation, exports and pages share.
 
-    shown = preprocessing_of(facts, 224)
-    inputs = shown.normalised(shown.pixels(image))         # a Pillow image -> float32 [3, 224, 224]
+shown = preprocessing_of(facts, 224)
+inputs = shown.normalised(shown.pixels(image))         # a Pillow image -> float32 [3, 224, 224]
 """
 
 from __future__ import annotations

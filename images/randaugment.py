@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al. 2020, arXiv:1909.13719) of a whole batch at once, on the device where the pixels live.
 
-In come pixels of 0..255, float32 [B, C, H, W], and which two of the 14 operations each image gets; out go pixels of
-whole numbers. Operations and magnitude (9 of 30) are those of torchvision's `RandAugment`, which image folders use.
-Every operation is worked out for every image, and each takes its own: nothing here waits for the device.
+Pixels are 0..255, float32 [B, C, H, W]. Operations and magnitude (9 of 30) are those of torchvision's `RandAugment`,
+which image folders use. Every operation is computed for every image, and each takes the result of its own, so that
+nothing waits for the device.
 """
 
 import torch

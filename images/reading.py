@@ -1,7 +1,7 @@
-"""How the small data sets are read: scikit-learn's digits, CIFAR and Fashion-MNIST, downloaded when missing.
+"""Reads the small data sets: scikit-learn's digits, CIFAR and Fashion-MNIST, downloaded when missing.
 
-In come a name and the data folder; out go the official training and test sets as `Split`s, checked against the
-facts. A failed download leaves the folder as it was.
+A reader returns the official training and test sets as `Split`s, checked against the facts. A failed download leaves
+the data folder as it was.
 """
 
 import contextlib
@@ -190,7 +190,7 @@ def _fetch(name: str, root: Path, obtain: Callable[[str], object], found: str, w
     """Runs `obtain(staging folder)` and moves the files that it made to the same places under `root`.
 
     torchvision writes straight to the final names and overwrites what is there. The staging folder keeps a
-    failed or interrupted attempt from touching anything, and goes with it.
+    failed or interrupted attempt from touching anything, and is deleted with it.
     """
     logger.info("--dataset %s: %s, downloading or unpacking it", name, found)
     created: list[Path] = []

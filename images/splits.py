@@ -1,8 +1,4 @@
-"""Train, validation and test of a data set, cut the same way whatever the seed of the run.
-
-In come a name, the data folder, the validation fraction and a limit; out go `Splits`, or without reading any image
-their sizes and facts.
-"""
+"""Splits a data set into train, validation and test images, the same way for every seed of a run."""
 
 import dataclasses
 import logging
@@ -96,7 +92,7 @@ def dataset_facts(name: str, data_dir: str | Path | None = None, shown: Mapping 
 
 
 def joined(first: Split | FolderSplit, second: Split | FolderSplit) -> Split | FolderSplit:
-    """The images of both, of one data set, those of `second` behind those of `first`."""
+    """The images of both, of one data set, those of `first` before those of `second`."""
     labels = torch.cat([first.labels, second.labels])
     if isinstance(first, FolderSplit):
         return dataclasses.replace(first, paths=np.concatenate([first.paths, second.paths]), labels=labels)
@@ -137,16 +133,19 @@ def _load_folders(
     train_order, val_order = _cut(tree.train.labels, val_fraction, train_limit, cut_val=tree.val is None)
     found, full = facts.classes, known.classes
     lines = [f"{found:,} classes found, the full set has {full:,}"] if full not in (0, found) else []
-    lines = [f"--dataset {name}: {line}" for line in (*lines, _roles(tree, len(val_order)), *tree.notes)]
-    for number, line in enumerate(lines):
-        logger.log(logging.WARNING if number >= len(lines) - len(tree.notes) else logging.INFO, line)
+    lines.append(_roles(tree, len(val_order)))
+    for line in lines:
+        logger.info("--dataset %s: %s", name, line)
+    for note in tree.notes:
+        logger.warning("--dataset %s: %s", name, note)
 
     def finish(files: Files) -> FolderSplit:
         return FolderSplit(files.paths, files.labels, root, image_size, name)
 
     train, val = tree.train.take(train_order), tree.val or tree.train.take(val_order)
     identity = identity_of_tree(tree, root)
-    return Splits(finish(train), finish(val), finish(tree.test), facts, identity, tuple(lines))
+    said = tuple(f"--dataset {name}: {line}" for line in (*lines, *tree.notes))
+    return Splits(finish(train), finish(val), finish(tree.test), facts, identity, said)
 
 
 def _roles(tree: Tree, cut: int) -> str:

@@ -1,8 +1,4 @@
-"""Folders of images (imagenet, tiny-imagenet, one's own) as they lie on the disk, listed without opening any.
-
-In come a name and the data folder; out goes a `Tree`: the paths and labels of its parts, which part is which, and what
-lies there that is not read.
-"""
+"""Lists folders of images (imagenet, tiny-imagenet, the user's own) without opening any of them."""
 
 import dataclasses
 import os
@@ -178,7 +174,7 @@ def _add(left_out: dict[str, list[str]], reason: str, paths: list[str]) -> None:
 
 
 def _left_out(by_reason: dict[str, list[str]]) -> list[str]:
-    """One line for all files that lie beside the images."""
+    """One line about all files that are not images."""
     if not by_reason:
         return []
     kinds = "; ".join(f"{len(paths):,} {reason} ({some(paths)})" for reason, paths in by_reason.items())

@@ -1,4 +1,4 @@
-"""One table of builders: `build_model("vit_tiny", num_classes=10)`, or `build_model("timm/NAME", num_classes=10)`."""
+"""Builds models by name: `build_model("vit_tiny", num_classes=10)`, or `build_model("timm/NAME", num_classes=10)`."""
 
 from __future__ import annotations
 
@@ -68,15 +68,6 @@ def _build(arch: str, num_classes: int, img_size: int | None, overrides: dict) -
         name, value = next(iter(overrides.items()))
         raise ValueError(f"--{name} {value}: {arch} is a ResNet and has none; leave it out or choose a ViT")
     return BUILDERS[arch](num_classes=num_classes, img_size=img_size, **overrides)
-
-
-def is_known(arch: str) -> bool:
-    """Whether `arch` is a key of `BUILDERS`, or "timm/NAME" with a model or a model.tag of the installed timm."""
-    try:
-        check_arch(arch)
-    except ValueError:
-        return False
-    return True
 
 
 def check_arch(arch: str) -> None:
@@ -182,14 +173,13 @@ def from_flags(args, facts, weights: bool = True) -> nn.Module:
     elif size is None and not args.arch.startswith(TIMM) and not args.arch.endswith("_imagenet"):
         size = facts.vit_image_size
     overrides = {"patch_size": args.patch_size} if args.patch_size else {}
-    if getattr(args, "layer_scale", None):
-        if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
-            raise ValueError(f"--layer_scale {args.layer_scale}: is for this program's own ViTs, not {args.arch}")
-        overrides["init_values"] = args.layer_scale
-    if getattr(args, "stem", None) == "conv":  # runs of older versions have no such flag
-        if args.arch in resnet.BUILDERS or args.arch.startswith(TIMM):
-            raise ValueError(f"--stem conv: is for this program's own ViTs, not {args.arch}; leave it out")
-        overrides["stem"] = args.stem
+    stem = getattr(args, "stem", None)  # runs of older versions have no such flags
+    own = {"layer_scale": getattr(args, "layer_scale", None), "stem": None if stem == "patch" else stem}
+    for flag, value in own.items():
+        if value and (args.arch in resnet.BUILDERS or args.arch.startswith(TIMM)):
+            raise ValueError(f"--{flag} {value}: is for this program's own ViTs, not {args.arch}; leave it out")
+        if value:
+            overrides["init_values" if flag == "layer_scale" else flag] = value
     if weights:
         model = build_model(
             args.arch,

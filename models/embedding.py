@@ -47,7 +47,7 @@ class ConvEmbed(PatchEmbed):
     """Images to the same tokens by log2(p) convolutions 3x3 of stride 2, each with batch norm and ReLU, and one 1x1.
 
     The stem of Xiao et al., "Early Convolutions Help Transformers See Better" (arXiv:2106.14881), whose channels double
-    up to D, as theirs do for D = 192 and 384 with p = 16; they take a block out in return, here all stay. Compact
+    up to D, as theirs do for D = 192 and 384 with p = 16; they remove a block in return, here all are kept. Compact
     Transformers (Hassani et al., arXiv:2104.05704) do likewise with pooling. Names, shapes and values are those of
     timm's `HybridEmbed` on a sequence of `ConvNormAct`.
 

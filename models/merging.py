@@ -1,17 +1,16 @@
-"""Token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023): a Vision Transformer in, one whose
-blocks join the most similar tokens out.
+"""Token merging in Vision Transformers (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023).
 
-    merge_tokens_(model, 8)                    # from now on 8 tokens of each image go in every block
+    merge_tokens_(model, 8)                    # from now on every block merges 8 tokens of each image
     token_counts(model)                        # [(197, 189), (189, 181), ...]: tokens that attention and MLP see
 
 Between attention and MLP of a block, r tokens become part of others. Tokens belong to two sets in turn, A and B; each
 of A looks for its most similar one in B by the cosine of their keys, summed over heads; the r most similar pairs merge
 into averages weighted by how many patches each stands for. Attention then adds the logarithm of that number to its
 logits (proportional attention, eq. 1), so that what merged weighs as much as it did apart. Class and other prefix
-tokens never merge. Where a model reads more than those behind its last block, each patch gets the token back that it
-went into.
+tokens never merge. Where a model reads more than those after its last block, each patch is given the token that it was
+merged into.
 
-Parameters, their names and their values stay: state dicts go either way, and without merging a network is as it was.
+Parameters, their names and their values do not change, so a state dict fits with and without merging.
 """
 
 from __future__ import annotations
@@ -132,11 +131,11 @@ def _attend(attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Te
 def match(metric: Tensor, count: int, prefix: int) -> Tensor:
     """Which tokens merge into which (bipartite soft matching, section 3): [B, 2, count], places in the row of tokens.
 
-    Tokens behind the prefix belong to A and B in turn. The `count` of A that are most similar to one of B are in the
-    first row, ascending, and what each merges into in the second. Of equally similar ones the first is taken.
+    Tokens after the prefix belong to A and B in turn. The `count` of A that are most similar to one of B are in the
+    first row, ascending, and the token that each merges into in the second. Of equally similar ones the first is taken.
 
     Args:
-        metric: what tokens are compared by, [B, N, d]; in float32 at least, whatever the precision around.
+        metric: what tokens are compared by, [B, N, d]; in float32 at least, also under autocast.
     """
     kind, device = torch.promote_types(metric.dtype, torch.float32), metric.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
@@ -168,9 +167,9 @@ def merge(x: Tensor, size: Tensor | None, choice: Tensor) -> tuple[Tensor, Tenso
         size = torch.ones_like(x[..., 0], dtype=torch.promote_types(x.dtype, torch.float32))
     everywhere = torch.arange(tokens, device=x.device).expand(x.shape[0], -1)
     stays = torch.ones_like(everywhere).scatter(1, gone, 0)
-    place = stays.cumsum(1) - 1  # of those that stay
+    place = stays.cumsum(1) - 1  # of the tokens that are kept
     target = place.gather(1, into)
-    behind = torch.where(stays.bool(), place, left)  # one more place, for all that go
+    behind = torch.where(stays.bool(), place, left)  # one more place, for all that are merged
     kept = torch.zeros_like(everywhere[:, : left + 1]).scatter(1, behind, everywhere)[:, :left]
     place = place.scatter(1, gone, target)
     weight = size.gather(1, gone)
@@ -241,7 +240,7 @@ def unmerged(model: nn.Module) -> nn.Module:
 
 
 def restore_tokens_(model: nn.Module) -> None:
-    """Let what is behind the last block have a token for each patch again, for those who compare it with another's."""
+    """Output a token for each patch after the last block again, so that it can be compared with another model's."""
     for module in model.modules():
         if isinstance(module, MergingBlocks):
             module.restores = True

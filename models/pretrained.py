@@ -1,4 +1,4 @@
-"""The weights that a model starts from: a model and a source in, a report of what went where out.
+"""Loads the weights that a model starts from, and reports which tensors came from where.
 
     report = load_pretrained_weights(model, "weights.safetensors")
 
@@ -185,7 +185,7 @@ def _fill(
 def _matched(
     model: nn.Module, weights: Mapping[str, Tensor], free: tuple[str, ...] | None, anew: bool
 ) -> tuple[dict[str, Tensor], TransferReport, str]:
-    """Which tensor goes where, and a shape that cannot be adapted in words, or that no name fits; else nothing."""
+    """The tensors to load, the report, and why nothing fits: a shape that cannot be adapted, no known name."""
     own, heads = model.state_dict(), free or ()
     report, loaded = TransferReport(skipped=sorted(weights.keys() - own.keys())), {}
     for name, current in own.items():

@@ -4,13 +4,14 @@
     logits = model(images)                  # [B, 3, H, W] -> [B, classes]; any H and W
 
 res20s, res32s and res56s are section 4.2's networks for CIFAR: three stages of 16, 32 and 64 channels, shortcuts
-without parameters (option A). res18 is the ImageNet network with a 3x3 stem and no pooling in front. Parameter names
-are torchvision's. What differs is that a block's convolutions may hold fewer filters than its stage has channels.
+without parameters (option A). res18 is the ImageNet network with a 3x3 stem and no pooling before the blocks. Parameter
+names are torchvision's. What differs is that a block's convolutions may hold fewer filters than its stage has channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ class PaddedShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut.
 
-    `out_index` places the filters of a shortened `conv2` in the block's residual stream, whose width stays; None when
-    it has them all.
+    `out_index` places the filters of a shortened `conv2` in the block's residual stream, whose width is unchanged; None
+    when it has them all.
     """
 
     out_index: Tensor | None
@@ -113,28 +114,16 @@ class ResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def _cifar(depth: int, num_classes: int | None, img_size: int | None) -> ResNet:
-    return ResNet([(depth - 2) // 6] * 3, (16, 32, 64), False, num_classes or 10, img_size or 32)
+def _build(
+    depths: Sequence[int], widths: Sequence[int], projected: bool,
+    num_classes: int | None = None, img_size: int | None = None,
+) -> ResNet:  # fmt: skip
+    return ResNet(depths, widths, projected, num_classes or 10, img_size or 32)
 
 
-def res20s(num_classes=None, img_size=None) -> ResNet:
-    """Depth 20: 269,722 parameters with 10 classes."""
-    return _cifar(20, num_classes, img_size)
-
-
-def res32s(num_classes=None, img_size=None) -> ResNet:
-    """Depth 32: 464,154 parameters with 10 classes."""
-    return _cifar(32, num_classes, img_size)
-
-
-def res56s(num_classes=None, img_size=None) -> ResNet:
-    """Depth 56: 853,018 parameters with 10 classes."""
-    return _cifar(56, num_classes, img_size)
-
-
-def res18(num_classes=None, img_size=None) -> ResNet:
-    """Four stages of 64 to 512 channels with projected shortcuts: 11,173,962 parameters with 10 classes."""
-    return ResNet([2] * 4, (64, 128, 256, 512), True, num_classes or 10, img_size or 32)
-
-
-BUILDERS = {builder.__name__: builder for builder in (res20s, res32s, res56s, res18)}
+_CIFAR = (16, 32, 64)
+res20s = partial(_build, [3, 3, 3], _CIFAR, False)  # 269,722 parameters with 10 classes
+res32s = partial(_build, [5, 5, 5], _CIFAR, False)  # 464,154
+res56s = partial(_build, [9, 9, 9], _CIFAR, False)  # 853,018
+res18 = partial(_build, [2, 2, 2, 2], (64, 128, 256, 512), True)  # 11,173,962
+BUILDERS = {"res20s": res20s, "res32s": res32s, "res56s": res56s, "res18": res18}

@@ -5,13 +5,14 @@
     logits = model(images)                                  # [B, 3, H, W] -> [B, classes]
 
 Parameter names, shapes and values are timm's (`timm.models.vision_transformer.VisionTransformer`), so a state
-dict goes either way with `strict=True`. What differs is that a block may hold fewer heads than dim / head_dim,
+dict loads in both directions with `strict=True`. What differs is that a block may hold fewer heads than dim / head_dim,
 any number of MLP neurons, or none of either: an empty branch is exactly its output bias.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,7 +151,7 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens [B, 1 + patches, D] behind the last block and its norm; named as timm's, as is `forward_head`."""
+        """Tokens [B, 1 + patches, D] after the last block and its norm; named as timm's, as is `forward_head`."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         return self.norm(self.blocks(x))
@@ -174,68 +175,40 @@ class VitConfig:
     timm_name: str | None
 
 
-CONFIGS = {
-    "vit_mini": VitConfig(32, 4, 96, 6, 3, 2.0, 10, None),
-    "vit_tiny": VitConfig(32, 4, 192, 9, 3, 2.0, 10, None),
-    "vit_small": VitConfig(32, 4, 384, 12, 6, 4.0, 10, "vit_small_patch16_224"),
-    "vit_base": VitConfig(32, 4, 768, 12, 12, 4.0, 10, "vit_base_patch16_224"),
-    "vit_small_imagenet": VitConfig(224, 16, 384, 12, 6, 4.0, 1000, "vit_small_patch16_224"),
-    "vit_base_imagenet": VitConfig(224, 16, 768, 12, 12, 4.0, 1000, "vit_base_patch16_224"),
-    "vit_large_imagenet": VitConfig(224, 16, 1024, 24, 16, 4.0, 1000, "vit_large_patch16_224"),
+CONFIGS = {  # the comments count parameters
+    "vit_mini": VitConfig(32, 4, 96, 6, 3, 2.0, 10, None),  # 460,906, for small studies
+    "vit_tiny": VitConfig(32, 4, 192, 9, 3, 2.0, 10, None),  # 2,697,610
+    "vit_small": VitConfig(32, 4, 384, 12, 6, 4.0, 10, "vit_small_patch16_224"),  # 21,342,346
+    "vit_base": VitConfig(32, 4, 768, 12, 12, 4.0, 10, "vit_base_patch16_224"),  # 85,152,010
+    "vit_small_imagenet": VitConfig(224, 16, 384, 12, 6, 4.0, 1000, "vit_small_patch16_224"),  # 22,050,664
+    "vit_base_imagenet": VitConfig(224, 16, 768, 12, 12, 4.0, 1000, "vit_base_patch16_224"),  # 86,567,656
+    "vit_large_imagenet": VitConfig(224, 16, 1024, 24, 16, 4.0, 1000, "vit_large_patch16_224"),  # 304,326,632
 }
 
 
 def build(name: str, num_classes: int | None = None, img_size: int | None = None, **overrides) -> VisionTransformer:
     """A model of `CONFIGS` with random weights; `overrides` are arguments of `VisionTransformer`."""
     config = CONFIGS[name]
-    geometry = {
-        "img_size": config.img_size if img_size is None else img_size,
-        "patch_size": config.patch_size,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "mlp_ratio": config.mlp_ratio,
-        "num_classes": config.num_classes if num_classes is None else num_classes,
-    }
+    geometry = {name: value for name, value in vars(config).items() if name != "timm_name"}
+    geometry |= {} if img_size is None else {"img_size": img_size}
+    geometry |= {} if num_classes is None else {"num_classes": num_classes}
     return VisionTransformer(**{**geometry, **overrides})
 
 
-def _build(name: str, num_classes: int | None, img_size: int | None, pretrained: bool | str | Path, overrides: dict):
+def build_pretrained(
+    name: str, num_classes: int | None = None, img_size: int | None = None, pretrained: bool | str | Path = False,
+    **overrides,
+) -> VisionTransformer:  # fmt: skip
+    """The same; `pretrained` is True for public weights, or the path of a file of weights."""
     model = build(name, num_classes, img_size, **overrides)
     initialise(model, name, pretrained, CONFIGS[name].timm_name if pretrained is True else pretrained)
     return model
 
 
-def vit_mini(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """32 px, patch 4, dim 96, depth 6, 3 heads, MLP ratio 2: 460,906 parameters with 10 classes, for small studies."""
-    return _build("vit_mini", num_classes, img_size, pretrained, overrides)
-
-
-def vit_tiny(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """32 px, patch 4, dim 192, depth 9, 3 heads, MLP ratio 2: 2,697,610 parameters with 10 classes."""
-    return _build("vit_tiny", num_classes, img_size, pretrained, overrides)
-
-
-def vit_small(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """32 px, patch 4, dim 384, depth 12, 6 heads, MLP ratio 4: 21,342,346 parameters with 10 classes."""
-    return _build("vit_small", num_classes, img_size, pretrained, overrides)
-
-
-def vit_base(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """32 px, patch 4, dim 768, depth 12, 12 heads, MLP ratio 4: 85,152,010 parameters with 10 classes."""
-    return _build("vit_base", num_classes, img_size, pretrained, overrides)
-
-
-def vit_small_imagenet(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """224 px, patch 16, dim 384, depth 12, 6 heads, MLP ratio 4: 22,050,664 parameters with 1000 classes."""
-    return _build("vit_small_imagenet", num_classes, img_size, pretrained, overrides)
-
-
-def vit_base_imagenet(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """224 px, patch 16, dim 768, depth 12, 12 heads, MLP ratio 4: 86,567,656 parameters with 1000 classes."""
-    return _build("vit_base_imagenet", num_classes, img_size, pretrained, overrides)
-
-
-def vit_large_imagenet(num_classes=None, img_size=None, pretrained=False, **overrides) -> VisionTransformer:
-    """224 px, patch 16, dim 1024, depth 24, 16 heads, MLP ratio 4: 304,326,632 parameters with 1000 classes."""
-    return _build("vit_large_imagenet", num_classes, img_size, pretrained, overrides)
+vit_mini = partial(build_pretrained, "vit_mini")
+vit_tiny = partial(build_pretrained, "vit_tiny")
+vit_small = partial(build_pretrained, "vit_small")
+vit_base = partial(build_pretrained, "vit_base")
+vit_small_imagenet = partial(build_pretrained, "vit_small_imagenet")
+vit_base_imagenet = partial(build_pretrained, "vit_base_imagenet")
+vit_large_imagenet = partial(build_pretrained, "vit_large_imagenet")

@@ -1,4 +1,4 @@
-"""Weights out of files: a path or a timm name in, {name: tensor} out, whatever the containers that held them.
+"""Reads weights from files, or from timm by name, as {name: tensor}.
 
     weights = read_weights("results/NAME", "--init")        # a run's folder, a model/ folder, or any file of weights
 
@@ -30,7 +30,7 @@ IN_FOLDERS = ("model.safetensors", "best.pt")  # of an exported model/, of a run
 # averages first, as timm takes them; "weights" is of our own checkpoints
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
-# what training scripts keep beside weights: plain values, whose making runs no code
+# what training scripts save with the weights: plain values, which load without running code
 _PLAIN_VALUES = [
     argparse.Namespace,
     np.dtype,

@@ -1,14 +1,15 @@
 """Pruning of any model whose units are described as data; nothing here knows what architecture it works on.
 
-    units.py       what a unit is: its parts in each tensor, what follows it, what one of it weighs
-    masks.py       masks as values, their element-wise step and refill; models under `torch.nn.utils.prune`
-    threshold.py   the one global threshold of the element-wise step
-    nm.py          N of every M consecutive weights, in its place
-    scores.py      how much each unit matters: the criteria and the one scorer
-    ranking.py     which units stay: quotas, schedules, the one ranking rule
-    curves.py      what layers lose by what goes of them: how many units cost the least loss
-    removal.py     units cut out of tensors and models, and put back
-    reports.py     what a step did, as text
-
-Units come in from `families`; masks, kept ids and smaller models go out.
+units.py       what a unit is: its share of each tensor, what follows it, how many weights it has
+masks.py       masks as values, their element-wise step and refill; models under `torch.nn.utils.prune`
+threshold.py   the one global threshold of the element-wise step
+nm.py          N of every M consecutive weights, instead of that threshold
+scores.py      how important each unit is: the criteria and the one scorer
+ranking.py     which units are kept: quotas, schedules, the one ranking rule
+depth.py       the same for whole attentions, MLPs and blocks
+budget.py      how many units each layer keeps under a limit of parameters, MACs or milliseconds
+curves.py      the same with the least loss, by the sensitivity of each layer
+rounding.py    numbers of units as multiples that fit the hardware
+removal.py     units physically removed from tensors and models
+reports.py     what a step did, as text
 """

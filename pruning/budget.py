@@ -1,4 +1,4 @@
-"""Budgets: scores and costs of units in, how many units each layer keeps out, all of them no costlier than asked.
+"""Budgets: how many units each layer keeps so that the cost of all of them stays below a limit.
 
     levels = levels_of(units, scores, min_units, round_to)       # what each layer may keep, from what it has downwards
     counts = global_counts(scores, levels, cost, limit)          # all layers ranked together

@@ -1,4 +1,4 @@
-"""Sensitivity curves: what the loss becomes where a layer alone loses units, in; how many units each layer keeps, out.
+"""Allocation by sensitivity: from the loss after pruning each layer alone to how many units each layer keeps.
 
     counts = probed_counts(levels)                            # where a layer's curve is to be measured
     values = loss_values(curves, levels, cost)                # what each step down adds to the loss over what it saves

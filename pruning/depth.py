@@ -1,8 +1,8 @@
-"""Which branches and blocks stay: scores of whole attentions and MLPs in, the ids of heads and neurons that stay out.
+"""Depth pruning: which attentions, MLPs or blocks are kept, by the scores of whole branches.
 
     kept = rank_branches(branches, scores, "block", 0.5, kept)      # every key's ids as they were, or none of them
 
-A branch that goes loses all its heads or neurons at once; masks, penalty, cut and removal are those of any unit.
+A pruned branch loses all its heads or neurons at once; masks, penalty, cut and removal are those of any unit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pruning.ranking import best_first, keep_count
 from pruning.units import Kept, Units
 
 DEPTH = {"block": "blocks", "branch": "branches"}  # targets of --vit_prune_target, and what they are called
-WHOLE = (*DEPTH, "all")  # targets with which branches go as a whole
+WHOLE = (*DEPTH, "all")  # targets that prune whole branches
 
 
 def block_of(key: str) -> str:
@@ -39,22 +39,22 @@ def candidates(branches: Iterable[str], target: str) -> dict[str, list[str]]:
 
 
 def depth_count(count: int, target: str, ratio: float) -> int:
-    """How many of `count` blocks or branches stay: at least one block, one attention and one MLP."""
+    """How many of `count` blocks or branches are kept: at least one block, one attention and one MLP."""
     return keep_count(count, ratio, 1 if target == "block" else 2)
 
 
 def rank_branches(
     branches: Mapping[str, Units], scores: Mapping[str, Tensor], target: str, ratio: float, kept: Kept
 ) -> dict[str, list[int]]:
-    """Which heads and neurons stay when whole blocks or branches go: {units key: ids}.
+    """Which heads and neurons are kept when whole blocks or branches are pruned: {units key: ids}.
 
-    All blocks, or all branches, of the model are one pool, the best of which stay; of equal scores the first one. The
-    score of a block is the sum of its branches'. Of branches the best attention and the best MLP stay in any case.
+    All blocks, or all branches, of the model are one pool, the best of which are kept; the first of equal ones. The
+    score of a block is the sum of its branches'. Of branches the best attention and the best MLP are always kept.
 
     Args:
         branches: {units key: the branch as one unit}, as `Family.branches_as_units` gives.
         scores: float64 [1] per key, larger is more important; -inf for those that have nothing that works.
-        ratio: the share of all blocks or branches that is gone, in [0, 1].
+        ratio: the share of all blocks or branches that is pruned, in [0, 1].
         kept: the ids that are there; a branch without any does not come back.
     """
     groups = candidates(branches, target)

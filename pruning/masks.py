@@ -70,7 +70,7 @@ def elementwise_step(
     """Iterative magnitude pruning: after step k, round(n (1 - rate)^k) of n prunable weights survive.
 
     Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, with one threshold over all layers. n counts all
-    weights, or those inside `unit_masks` where whole units are gone: a removed unit's weights count as pruned.
+    weights, or those inside `unit_masks` where whole units are pruned: a removed unit's weights count as pruned.
     """
     if unit_masks is not None:
         masks = {name: mask * unit_masks[name] for name, mask in masks.items()}
@@ -124,7 +124,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def make_permanent(layers: Mapping[str, nn.Module]) -> None:
-    """Pruned weights become plain zeros, in place, and the masks of `torch.nn.utils.prune` go."""
+    """Pruned weights become plain zeros, in place, and the masks of `torch.nn.utils.prune` are removed."""
     for module in layers.values():
         if hasattr(module, "weight_mask"):
             prune.remove(module, "weight")

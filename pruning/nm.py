@@ -1,4 +1,4 @@
-"""N:M sparsity: of every M consecutive weights of a row at most N stay. Weights and masks in, masks out.
+"""N:M sparsity: of every M consecutive weights of a row at most N are kept.
 
     masks = nm_step(weights, masks, 2, 4)                       # each contained in the old one
 
@@ -6,7 +6,7 @@ Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From S
 "Accelerating Sparse Deep Neural Networks", 2021, for the 2:4 that sparse tensor cores multiply. A group lies along the
 dimension that a product sums over: the inputs of a linear layer; the input channels of a convolution, kernel position
 by kernel position, so that channels which are a multiple of M make groups of their own at each position. Where M does
-not divide a row, the R weights left at its end are a smaller group, of which ceil(R N / M) stay.
+not divide a row, the R weights left at its end are a smaller group, of which ceil(R N / M) are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_pattern(text: str) -> tuple[int, int]:
 
 
 def scheduled_keep(keep: int, group: int, schedule: str, state: int, states: int) -> int:
-    """How many weights of a group stay in `state` of `states`: `group` in state 0, `keep` in the last one.
+    """How many weights of a group are kept in `state` of `states`: `group` in state 0, `keep` in the last one.
 
     Between them the share that is gone grows as that of units does, see `ranking.scheduled_ratio`; what it leaves of a
     group is rounded to the nearest whole number, halves up.

@@ -1,7 +1,7 @@
-"""Which units stay: quotas of a state, and one ranking rule, layer by layer or over all layers.
+"""Which units are kept: the quotas of a state, and one ranking rule, layer by layer or over all layers.
 
-Scores come in, float64 [count] per units key, -inf for units that are gone already; ids that stay go out, ascending.
-Selection happens once, by a stable sort, and feeds masks, plan and surgery alike.
+Scores are float64 [count] per units key, -inf for units that are pruned already; kept ids are ascending. Selection
+happens once, by a stable sort, and masks, plan and removal all use it.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _rank_by_cost(model, units, pools, ratios, min_units, round_to) -> dict[str,
 
 
 def mark_removed(scores: Mapping[str, Tensor], kept: Mapping[str, Iterable[int]]) -> dict[str, Tensor]:
-    """Scores in which units that are not in `kept` are -inf, so that a removed unit stays removed."""
+    """Scores in which units that are not in `kept` are -inf, so that a pruned unit stays pruned."""
     marked = {}
     for key, value in scores.items():
         marked[key] = value.clone()
@@ -183,7 +183,7 @@ def mark_removed(scores: Mapping[str, Tensor], kept: Mapping[str, Iterable[int]]
 def select_filters(
     masks: Masks, scores: Mapping[str, Tensor], fillback_rate: float, round_to: int = 1
 ) -> dict[str, list[int]]:
-    """Which filters of each layer stay whole: {layer: ids, ascending}.
+    """Which filters of each layer are kept: {layer: ids, ascending}.
 
     How many follows from the layer's density in the element-wise masks, see `filter_count`, and is a multiple of
     `round_to`. A filter whose kernel is all zero there (scored -inf) is not chosen, unless the layer has nothing else.

@@ -1,15 +1,15 @@
-"""Units cut out of tensors and models, and put back: what is dense comes in, what is smaller goes out, and the inverse.
+"""Removes units physically from tensors and models, and puts tensors back into their dense shapes.
 
     small = slice_tensors(tensors, units, kept)      # by name, without the units that are not kept
     dense = scatter_tensors(small, units, kept)      # zero where they were
     remove_units(model, units, kept)                 # the same to a model, in place
 
-Which rows and columns go is said by the units' parts and followers; nothing is scored or chosen here.
+Which rows and columns that means, the units' parts and followers say; nothing is scored or chosen here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,25 @@ from pruning.units import Kept, Units
 
 def slice_tensors(tensors: Mapping[str, Tensor], units: Mapping[str, Units], kept: Kept) -> dict[str, Tensor]:
     """The tensors of the smaller model: units that are not kept are cut out, everything else is cloned."""
-    small = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    for key, group in units.items():
-        if key in kept:
-            for name, layout in group.cut_out:
-                if name in small:
-                    index = torch.as_tensor(kept[key], dtype=torch.long, device=small[name].device)
-                    small[name] = layout.select(small[name], index)
-    return small
+    return _changed(tensors, units, kept, lambda layout, tensor, ids: layout.select(tensor, ids))
 
 
 def scatter_tensors(small: Mapping[str, Tensor], units: Mapping[str, Units], kept: Kept) -> dict[str, Tensor]:
     """The inverse of `slice_tensors`: tensors of the dense shapes, zero where units were cut out."""
-    dense = {name: tensor.detach().clone() for name, tensor in small.items()}
+    return _changed(small, units, kept, lambda layout, tensor, ids: layout.scatter(tensor, ids))
+
+
+def _changed(tensors: Mapping[str, Tensor], units: Mapping[str, Units], kept: Kept, change: Callable) -> dict:
+    found = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for key, group in units.items():
-        if key in kept:
-            for name, layout in group.cut_out:
-                if name in dense:
-                    index = torch.as_tensor(kept[key], dtype=torch.long, device=dense[name].device)
-                    dense[name] = layout.scatter(dense[name], index)
-    return dense
+        for name, layout in group.cut_out if key in kept else ():
+            if name in found:
+                found[name] = change(layout, found[name], _index(kept[key], found[name]))
+    return found
+
+
+def _index(ids: Sequence[int], like: Tensor) -> Tensor:
+    return torch.as_tensor(ids, dtype=torch.long, device=like.device)
 
 
 def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn.Module:
@@ -61,29 +60,29 @@ def remove_units(model: nn.Module, units: Mapping[str, Units], kept: Kept) -> nn
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             tensor = getattr(module, leaf)
-            index = torch.as_tensor(kept[key], dtype=torch.long, device=tensor.device)
-            small = layout.select(tensor.detach(), index)
+            small = layout.select(tensor.detach(), _index(kept[key], tensor))
             if isinstance(tensor, nn.Parameter):
                 small = nn.Parameter(small, requires_grad=tensor.requires_grad)
             setattr(module, leaf, small)
             if leaf == "weight":
-                _tell_size(module)
+                _update_size(module)
         if group.resize:
             group.resize(model.get_submodule(key if group.module is None else group.module), len(kept[key]))
         if group.place and len(kept[key]) < group.count:
             path, _, leaf = group.place.rpartition(".")
             block = model.get_submodule(path)
-            earlier = getattr(block, leaf)  # where what is left of an earlier removal went
+            earlier = getattr(block, leaf)  # the places of the filters that an earlier removal left
+            index = _index(kept[key], model.get_submodule(key).weight)
             setattr(block, leaf, index if earlier is None else earlier[index])
     return model
 
 
-def _tell_size(module: nn.Module) -> None:
+def _update_size(module: nn.Module) -> None:
     """Bring a layer's own record of its size in line with its weight."""
     shape = module.weight.shape
     if isinstance(module, nn.Conv2d):
         module.out_channels, module.in_channels = shape[:2]
     elif isinstance(module, nn.BatchNorm2d):
         (module.num_features,) = shape
-    elif not isinstance(module, nn.LayerNorm):  # which goes on normalising over its whole width
+    elif not isinstance(module, nn.LayerNorm):  # which keeps normalising over its dense width
         module.out_features, module.in_features = shape

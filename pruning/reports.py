@@ -1,4 +1,4 @@
-"""What a pruning step did, as text: masks, units and scores in, lines for log and terminal out."""
+"""What a pruning step did, as text for log and terminal."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def units_report(
 
     Args:
         model: the dense one.
-        scores: [count] per key, or [1] where a layer's units go as one.
+        scores: [count] per key, or [1] where a layer's units are pruned as one.
         cost: counts the units of each kind and the parameters, as a family's `cost` does.
     """
     lines = []

@@ -1,4 +1,4 @@
-"""Counts that fit the hardware: how many units layers keep in, the nearest multiples of `round_to` out.
+"""Rounds the numbers of units that layers keep to multiples of `round_to`, which fit the hardware.
 
 Kernels of linear layers and convolutions work on 8, 16 or 32 channels at once, and a rest costs as much as a full
 share. A head is head_dim channels wide already, so heads are left alone.

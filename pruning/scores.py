@@ -1,7 +1,6 @@
 """How much each unit matters: the criteria, and the one scorer that every kind of unit, step and baseline shares.
 
-A model, its units and a criterion come in, with the masks, weights or data that the criterion needs; one float64
-number a unit goes out, larger is more important. The model is as it was afterwards.
+A score is one float64 number per unit; larger is more important. Scoring leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -213,7 +212,7 @@ def _float64(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def captured(model: nn.Module, taps: Mapping[str, Tap]) -> Iterator[dict[str, Tensor]]:
-    """Record the tapped activations of each forward pass; the hooks are gone when the block is left."""
+    """Record the tapped activations of each forward pass; the hooks are removed at the end of the block."""
     found: dict[str, Tensor] = {}
     handles = []
     for key, tap in taps.items():

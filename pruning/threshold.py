@@ -1,7 +1,7 @@
 """The threshold of the element-wise step: the largest absolute values of all layers together, found by radix selection.
 
-Weights and masks by layer name come in, masks with exactly so many ones go out. Nothing is sorted or copied, so that
-models of hundreds of millions of weights take little time and hardly any memory.
+The masks hold exactly as many ones as asked. Nothing is sorted or copied, so that models of hundreds of millions of
+weights take little time and hardly any memory.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     Layout    how one dimension of one tensor is divided among units
     Units     all units of one kind in one layer: their parts, their followers, where they show as activations
 
-Everything that has to know which rows and columns belong to a unit asks its `parts`: masks, penalty, removal and
-scores alike. A unit of another kind is one more list of parts. Names and tensors come in; masks and counts go out.
+Masks, penalty, removal and scores all take the rows and columns of a unit from its `parts`. A unit of another kind is
+one more list of parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-Kept = Mapping[str, Sequence[int]]  # units key -> ids that stay, ascending
+Kept = Mapping[str, Sequence[int]]  # units key -> kept ids, ascending
 
 
 class LayoutError(ValueError):
@@ -91,9 +91,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stack:
-    """How a follower of all layers' units, [..., layers, units, ...], goes with those of one of them.
+    """How a tensor of all layers' units, [..., layers, units, ...], follows the units of one layer.
 
-    As layers may keep different numbers, it keeps its shape: what is left of a layer stands in front, zeros behind.
+    As layers may keep different numbers, its shape is unchanged: the kept units of a layer come first, then zeros.
     """
 
     dim: int  # of the layers; that of the units is the next
@@ -150,11 +150,11 @@ class Units:
     `parts` maps parameter names to the layout of the units in them. Weight criteria score those that `weights` names,
     or the first one. `output` is where l1 and l2 look, `contribution` where saliency looks.
 
-    `followers` are tensors that do not belong to a unit but go with it when it is physically cut out: what reads it,
-    and statistics of it. `place` names a buffer that says where the outputs of the kept units go in a wider tensor.
-    Units that are not `removable` stay in the smaller network, at zero.
+    `followers` are tensors that do not belong to a unit but shrink with it when it is physically removed: weights that
+    read it, and statistics of it. `place` names a buffer with the positions of the kept units' outputs in a wider
+    tensor. Units that are not `removable` stay in the smaller network, at zero.
 
-    `resize(module, count)` tells the module that `module`, or else the units' key, names how many are left.
+    `resize(module, count)` stores how many units are left in the module that `module`, or else the units' key, names.
     `macs(model, units)` counts what one unit costs; None where that depends on what else is left. Units that are
     `listed` are few enough for reports to name each of them. Parts that are `unranked` are no prunable weights, though
     weights of a layer.
@@ -209,7 +209,7 @@ def unit_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Ten
 
 
 def follower_masks(units: Mapping[str, Units], kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """0/1 masks by name of what goes with units when they are cut out, 1 where it stays; only where something goes."""
+    """0/1 masks of followers by name, 1 on what belongs to kept units; only of those with units that are not kept."""
     masks: dict[str, Tensor] = {}
     for key, group in units.items():
         if group.removable and len(kept.get(key, range(group.count))) < group.count:
@@ -231,7 +231,7 @@ def unit_weights(model: nn.Module, group: Units) -> int:
 
 
 def unit_parameters(model: nn.Module, group: Units) -> int:
-    """Parameters that go with one unit of the group, biases included."""
+    """Parameters that one unit of the group holds, biases included."""
     return _elements(model, group, list(group.parts))
 
 

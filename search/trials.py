@@ -26,7 +26,7 @@ from cli.checks import check_and_complete
 from cli.config import typed_out
 from cli.plan import planned_states
 from dataset import difference, folder_identity
-from deployment.folder import load
+from deployment.exported import load
 from deployment.speed import throughput
 from engine.folder import RunLock
 from engine.model import run_length

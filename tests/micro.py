@@ -327,6 +327,7 @@ def card_model(folder):
     space = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.syspath_prepend(folder)
         exec(code, space)
     return space["model"], code
 

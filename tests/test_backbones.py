@@ -248,6 +248,7 @@ CARDS = {
 LOADER = """
 import json, os, sys
 import torch
+sys.path.insert(0, "")  # as in a session that is started in the folder
 for folder in sys.argv[1:]:
     os.chdir(folder)
     scope = {}

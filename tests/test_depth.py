@@ -13,7 +13,7 @@ from torch import nn
 import export
 from deployment.compaction import compact
 from families import family_of
-from families.depth import drop_empty_blocks_
+from families.branches import drop_empty_blocks_
 from families.vit import VIT, vit_units
 from models.resnet import res20s
 from pruning.budget import emptied_levels, global_counts, levels_of

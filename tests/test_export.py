@@ -15,12 +15,14 @@ import torch
 import yaml
 from micro import DEPTH, DIM, HEAD_DIM, HEADS, HIDDEN, TOKENS, assert_one_line, card_model, linked, rows_of, vit_micro
 from references import assert_same_function, assert_same_tensors, clones, masked_by_hand, masks_by_hand, vit_places
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import prune
 
 import export
 import models
 from dataset import DATASETS, load_dataset
+from deployment.exported import seal
 from families import family_of
 from utils import RunError
 from vit_structured_pruning import count_vit_parameters
@@ -200,7 +202,7 @@ def test_folder_holds_the_model(tmp_path, kept):
     assert_same_tensors(loaded.state_dict(), small.state_dict())
     proof = json.loads((folder / "parity.json").read_text())
     assert (proof["images"], proof["top1_agreement"]) == (8, 1.0)
-    assert f"{proof['max_difference_float32']:.2g} in float32" in export.proof_line(folder)
+    assert f"{proof['max_difference_float32']:.2g} in float32" in export.verification_line(folder)
     if kept is SOME:
         assert_same_function(masked, loaded, pictures())
     else:  # what the block adds is a sum rounded to float32; tests/test_depth.py has the law in float64
@@ -258,7 +260,7 @@ class Tf32(torch.nn.Conv2d):
 
 
 @torch.no_grad()
-def test_what_a_gpus_convolutions_round_fails_no_proof(tmp_path):
+def test_what_a_gpus_convolutions_round_fails_no_verification(tmp_path):
     """Float64 says whether models are the same; float32 is reported."""
     torch.manual_seed(0)
     masked = models.build_model("res20s", 10)
@@ -449,6 +451,12 @@ def test_one_changed_byte_or_config_value_is_refused(tmp_path):
     export.load(tmp_path)
 
 
+def test_equal_models_give_equal_files():
+    files = [seal({"arch": "micro"}, {"weight": torch.arange(3.0)}) for _ in range(20)]
+    assert files == files[:1] * 20  # safetensors writes its metadata in a random order
+    assert torch.equal(load_tensors(files[0][1])["weight"], torch.arange(3.0))
+
+
 DAMAGES = {
     "config.json missing": lambda f: (f / "config.json").unlink(),
     "model.safetensors missing": lambda f: (f / "model.safetensors").unlink(),
@@ -553,7 +561,7 @@ def test_command_writes_the_model_of_a_run(run_copy, finished_run, command):
     assert config["provenance"] == {**made_by, "vit_prune_target": "both", "mlp_prune_ratio": 0.5}
     assert [config["mean"], config["std"]] == [list(DATASETS["digits"].mean) * 3, list(DATASETS["digits"].std) * 3]
     assert json.loads((folder / "parity.json").read_text())["images"] == 144  # a tenth of 1,438 and what balance adds
-    assert export.proof_line(folder) in out
+    assert export.verification_line(folder) in out
 
     table = (folder / "latency.txt").read_text()
     assert table.strip() in out

@@ -28,7 +28,7 @@ from micro import BOTH, DEPTH, LAYERS, MICRO, PRUNABLE, RUNS, SHARES, STEPS, TIM
 # isort: split
 from micro import assert_same_tensors, largest_difference, load, metrics, record, rows_of, surviving
 
-import deployment.folder
+import deployment.exported
 import main_imp_fillback as entry
 from engine.folder import environment, make_save_dir
 from engine.run import Run
@@ -566,7 +566,7 @@ def test_an_export_that_proves_wrong_costs_no_report_and_is_not_tried_for_ever(r
     monkeypatch.setattr(entry.report, "write", lambda folder: (folder / "report.html").write_text(""))
     wrong = {"max_difference_float32": 1.0, "max_difference_float64": 1.0, "bound": 1e-5}
     with monkeypatch.context() as patch:
-        patch.setattr(deployment.folder, "parity", lambda *_: wrong)
+        patch.setattr(deployment.exported, "parity", lambda *_: wrong)
         failed = run(*flags, base=base, code=1)
     assert "error: the removed model differs from the masked one by 1" in failed.err
     assert (failed.dir / "report.html").exists()

@@ -12,7 +12,7 @@ from PIL import Image
 import export
 import main_imp_fillback
 from dataset import DATASETS, load_dataset
-from deployment.folder import seal
+from deployment.exported import seal
 
 pytestmark = pytest.mark.usefixtures("house")
 SIZE = 16

@@ -14,7 +14,7 @@ import main_imp_fillback as entry
 import models
 from cli.parse import parse_args
 from dataset import dataset_facts
-from deployment.folder import describe
+from deployment.exported import describe
 from engine.model import first_model
 from engine.shape import model_from_flags
 from families import family_of

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import export
 from families import family_of
-from families.swin import SWIN, loading_lines
+from families.cards import LOADING_SNIPPETS, needs_loader
+from families.swin import SWIN
 from models import build_model
 from pruning.ranking import rank_units
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -246,9 +247,12 @@ def test_a_card_s_lines_load_the_model_in_a_fresh_process(tmp_path, add_noise):
         torch.testing.assert_close(torch.load(folder / "logits.pt"), logits, rtol=0, atol=1e-6)
 
 
-def test_the_lines_are_few_where_timm_can_do_without_heads():
-    config = {"version": 1, "heads": [1, 2], "neurons": [3, 4]}
-    assert len(loading_lines(config).splitlines()) < 20
+def test_plain_timm_loads_a_swin_with_a_head_in_each_attention():
+    config = {"swin": {}, "version": 1, "heads": [1, 2], "neurons": [3, 4]}
+    assert len(LOADING_SNIPPETS["swin"].splitlines()) < 20
+    assert not needs_loader(config)
+    assert needs_loader({**config, "heads": [1, 0]})
+    assert needs_loader({**config, "version": 2})
 
 
 def test_layers_and_classifier(model):

@@ -1,11 +1,11 @@
-"""Depth of a transformer: its attentions and MLPs as whole units, and blocks that do nothing taken out.
+"""Pruning of whole attentions and MLPs of a transformer, and removal of blocks that are empty.
 
     branches = branch_units(model, units, family.branches(model))   # {"blocks.0.attn": Units of kind "branch", ...}
     drop_empty_blocks_(model, known)                                # fewer blocks, the same function
     bypass_empty_(model, known)                                     # no layer of width zero, the same function
 
-A model, its units and its branches come in. A branch without units adds the same to every token, whatever it sees: its
-output bias, times the factors of a LayerScale. What a block of such branches adds goes into what stands before it.
+A branch without units adds a constant to every token: its output bias, times the factors of a LayerScale. The constant
+of an empty block is added to a bias before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RESIDUAL_BLOCKS = (
     "timm.models.eva.EvaBlock",
     "timm.models.beit.Block",
 )
-# Models with these tell their blocks apart by number: mixed RoPE's frequencies, or how many keys and values each has.
+# Models with these index their blocks by number: mixed RoPE's frequencies, or how many keys and values each has.
 _NUMBERED = ("timm.layers.attention.AttentionRope", "models.narrow.NarrowAttentionRope")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 
@@ -41,7 +41,7 @@ def branch_units(model: nn.Module, units: Mapping[str, Units], branches: Branche
     """Each attention and MLP as one unit of kind "branch", by the key of its heads or neurons in `units`.
 
     All its parameters are parts. Weight criteria score its weights into and out of heads or neurons; activations are
-    those of its output layer without the bias, which stays when the branch goes, times its LayerScale; saliency sees
+    those of its output layer without the bias, which outlives the branch, times its LayerScale; saliency sees
     all heads or neurons as one.
 
     Raises:
@@ -51,7 +51,7 @@ def branch_units(model: nn.Module, units: Mapping[str, Units], branches: Branche
     for key, module, branch in branches:
         group, output = units[key], branch.output_name(module)
         if group.module != key:
-            raise LayoutError(f"{group.module} computes attention and MLP in the same layers: no branch goes alone")
+            raise LayoutError(f"{group.module} computes attention and MLP in the same layers: neither can go alone")
         names = [name.removesuffix("_orig") for name, _ in module.named_parameters()]
         layout = replace(group.contribution.layout, count=1, width=group.count * group.contribution.layout.width)
         found[key] = Units(
@@ -82,7 +82,7 @@ def _width(module: nn.Module, output: str) -> int:
 
 
 def _added(model: nn.Module, key: str, module: nn.Module, output: nn.Linear, given: Tensor) -> Tensor:
-    """What is no longer added to the residual stream when the branch goes."""
+    """What the residual stream loses when the branch is pruned."""
     given = given if output.bias is None else given - output.bias
     scale = layer_scale(model, key, module)
     return given if scale is None else given * scale[2]
@@ -110,7 +110,7 @@ def layer_scale(model: nn.Module, key: str, module: nn.Module) -> tuple[nn.Modul
 class EmptyBranch(nn.Module):
     """Attention without heads or an MLP without neurons: tokens [..., D] to the bias of its output layer."""
 
-    num_heads = 0  # merging of tokens asks
+    num_heads = 0  # models.merging reads it
 
     def __init__(self, bias: Tensor | None, head_dim: int):
         super().__init__()
@@ -125,7 +125,7 @@ def bypass_empty_(model: nn.Module, branches: Branches) -> None:
     """Put an `EmptyBranch` in the place of each attention without heads and each MLP without neurons, in place.
 
     Exporters and ONNX Runtime refuse some operations on tensors of width zero. The names of parameters change, and
-    with them the state dict. Branches that share their layers with another (`ParallelScalingBlock`) stay.
+    with them the state dict. Branches that share their layers with another (`ParallelScalingBlock`) are not replaced.
     """
     for key, module, branch in list(branches):
         path, _, leaf = key.rpartition(".")
@@ -139,12 +139,12 @@ def bypass_empty_(model: nn.Module, branches: Branches) -> None:
 
 @torch.no_grad()
 def drop_empty_blocks_(model: nn.Module, branches: Branches) -> None:
-    """Take blocks without any unit out of `model.blocks`, in place; `model.blocks_left` then says which ones stay.
+    """Remove blocks without units from `model.blocks`, in place; `model.blocks_left` holds the numbers of the others.
 
-    What such a block adds to each token goes into the output bias of the last branch of the block before it, divided by
-    that branch's LayerScale, or, where no block is before it, into position embedding and prefix tokens. It stays where
-    that cannot be done: behind a norm in front of all blocks, before a factor of zero, where blocks are others than
-    `RESIDUAL_BLOCKS`, or where each of them merges tokens. So does the last one of a model that has nothing else.
+    The constant that such a block adds to each token is added to the output bias of the last branch of the block before
+    it, divided by that branch's LayerScale, or, for the first block, to position embedding and prefix tokens. The block
+    is kept where that is impossible: after a norm before all blocks, before a factor of zero, where blocks are not
+    `RESIDUAL_BLOCKS`, or where they merge tokens. The last block of a model without any other is kept, too.
     """
     known = all(class_name(block) in RESIDUAL_BLOCKS for block in model.blocks)
     if not known or merged_tokens(model) or any(class_name(module) in _NUMBERED for module in model.modules()):
@@ -198,7 +198,7 @@ def _folds_(model: nn.Module, before: tuple[str, nn.Module, Branch] | None, cons
 
 
 def _embedding(model: nn.Module) -> list[Tensor]:
-    """The tensors to which [D] is added so that each token in front of the blocks gets it; none where that fails."""
+    """The tensors to which [D] has to be added so that each token before the blocks has it; may be none."""
     tokens = [getattr(model, name) for name in _PREFIX_TOKENS if getattr(model, name, None) is not None]
     position, embed = getattr(model, "pos_embed", None), model.patch_embed
     if not isinstance(getattr(model, "norm_pre", nn.Identity()), nn.Identity):

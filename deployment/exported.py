@@ -1,4 +1,4 @@
-"""`model/` on disk and back: a model that was proven to compute the same goes in, `load` gives it back.
+"""Writes a verified model to `model/`, and loads it.
 
 model.safetensors and config.json vouch for one another; no file holds pickled code.
 """
@@ -13,7 +13,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,10 +28,11 @@ from dataset import DatasetFacts, preprocessing_of
 from deployment.card import model_card
 from deployment.compaction import compact, macs, parity
 from families import family_of, family_of_config
+from families.cards import LOADER, LOADER_SOURCE, needs_loader
 from models.merging import unmerged
 from pruning.removal import remove_units
 from pruning.units import Kept, count_parameters
-from utils import RunError
+from utils import RunError, cause, disk_advice
 
 FOLDED = "folded"  # the folder of that variant inside of model/
 FOLLOWING = (  # made from a model/ that is there
@@ -41,14 +44,14 @@ FOLLOWING = (  # made from a model/ that is there
     "model_aot.pt2",
     "latency.txt",
 )
-OWN = ("README.md", "config.json", "parity.json", "model.safetensors", *FOLLOWING, FOLDED)
+OWN = ("README.md", "config.json", LOADER, "parity.json", "model.safetensors", *FOLLOWING, FOLDED)
 SECTION = "\n## ONNX\n"  # what a call with --int8 adds to the card starts with it
 # in JSON with indents: a list without lists or objects in it, and what separates its values; strings hold no line ends
 LIST, BREAK = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]"), re.compile(r",\n\s*")
 log = logging.getLogger("export")
 
 
-class NotProvenError(RunError):
+class VerificationError(RunError):
     """The small model computes something else than the masked one."""
 
 
@@ -68,7 +71,7 @@ def write(
     Args:
         masked: the dense-shaped model with pruned weights at zero.
         kept: as in `compact`.
-        batches: validation images for the proof.
+        batches: images on which both models are compared.
         provenance, metrics: plain values for config.json and the card. A `val_accuracy` gives way to that of the small
             model on `batches`: the one that selected it was measured in the precision of training.
         classes: their names, in the order of the logits; empty where they are not known.
@@ -78,12 +81,12 @@ def write(
         RunError: the small model's logits differ by more than 1e-5 x max(1, largest logit) in float64.
     """
     small, kept = compact(masked, kept)
-    proof = _proven("removed", masked, small, batches)
+    check = _verified("removed", masked, small, batches)
     config = describe(small, kept, facts, classes)
     config["parameters"] = {"dense": count_parameters(masked), "removed": count_parameters(small)}
     config["macs"] = {"dense": macs(unmerged(masked)), "removed": macs(small)}
     config["provenance"], config["metrics"] = dict(provenance), dict(metrics)
-    _write_files(folder, small, config, proof, measured)
+    _write_files(folder, small, config, check, measured)
     return small
 
 
@@ -100,9 +103,9 @@ def write_folded(
     """
     folded, config = compact(masked, kept)[0], read_config(folder)
     config["folded"] = foldable(folded, in_place=True)
-    proof = _proven("folded", masked, folded, batches)
+    check = _verified("folded", masked, folded, batches)
     config["parameters"]["removed"], config["macs"]["removed"] = count_parameters(folded), macs(folded)
-    _write_files(folder / FOLDED, folded, config, proof, config["metrics"])
+    _write_files(folder / FOLDED, folded, config, check, config["metrics"])
     return folded
 
 
@@ -118,23 +121,23 @@ def foldable(model: nn.Module, in_place: bool = False) -> list[str]:
     return names
 
 
-def _proven(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
-    proof = parity(masked, model, batches)
-    if not proof["max_difference_float64"] <= proof["bound"]:
-        raise NotProvenError(
-            f"the {what} model differs from the masked one by {proof['max_difference_float64']:.2g} in float64 "
-            f"(allowed: {proof['bound']:.2g}); not exported",
+def _verified(what: str, masked: nn.Module, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict:
+    check = parity(masked, model, batches)
+    if not check["max_difference_float64"] <= check["bound"]:
+        raise VerificationError(
+            f"the {what} model differs from the masked one by {check['max_difference_float64']:.2g} in float64 "
+            f"(allowed: {check['bound']:.2g}); not exported",
             code=1,
         )
-    if not math.isfinite(proof["max_difference_float32"]):
-        raise NotProvenError(f"the {what} model's logits are not finite in float32; not exported", code=1)
-    return proof
+    if not math.isfinite(check["max_difference_float32"]):
+        raise VerificationError(f"the {what} model's logits are not finite in float32; not exported", code=1)
+    return check
 
 
-def _write_files(folder: Path, model: nn.Module, config: dict, proof: dict, measured: Mapping | None = None) -> None:
-    """The files of a model. What was made from the model that is there, such as model.onnx, stays where weights and
-    config are still the same, and so does what was measured on it; else it goes, and a line says so."""
-    accuracy = proof.pop("accuracy")
+def _write_files(folder: Path, model: nn.Module, config: dict, check: dict, measured: Mapping | None = None) -> None:
+    """Write the files of a model. Files made from an earlier model in the folder, such as model.onnx, and the metrics
+    measured on it are kept if weights and config are the same; otherwise they are deleted, and a line says so."""
+    accuracy = check.pop("accuracy")
     if "val_accuracy" in config["metrics"]:
         measured = {"val_accuracy": accuracy, **(measured or {})}
     before = _config_of_same(folder, model.state_dict(), config)
@@ -155,8 +158,10 @@ def _write_files(folder: Path, model: nn.Module, config: dict, proof: dict, meas
     sections = _sections(folder) if before is not None else ""
     utils.write_atomic(folder / "model.safetensors", lambda file: file.write(blob))
     utils.write_text(folder / "config.json", as_json(config))
-    utils.write_text(folder / "parity.json", as_json(proof))
-    utils.write_text(folder / "README.md", model_card(config, proof) + sections)
+    utils.write_text(folder / "parity.json", as_json(check))
+    utils.write_text(folder / "README.md", model_card(config, check) + sections)
+    if needs_loader(config):
+        utils.write_text(folder / LOADER, LOADER_SOURCE.read_text("utf-8"))
 
 
 def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping) -> dict | None:
@@ -171,13 +176,13 @@ def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping
 
 
 def _sections(folder: Path) -> str:
-    """What was added behind the card that is there: the table of its ONNX files."""
+    """What was appended to the present card: the table of its ONNX files."""
     _, heading, text = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
     return heading + text
 
 
 def add_section(folder: Path, text: str) -> None:
-    """Put text behind the card, in the place of what an earlier call put there."""
+    """Append text to the card, in place of what an earlier call appended."""
     card, _, _ = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
     utils.write_text(folder / "README.md", f"{card}{SECTION}{text}")
 
@@ -196,8 +201,7 @@ def _ordered(blob: bytes) -> bytes:
 
 
 def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
-    """config.json's and model.safetensors' content, each vouching for the other: the weights carry the config's digest,
-    the config theirs."""
+    """config.json's and model.safetensors' content, each with the digest of the other."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     blob = _ordered(save(tensors, metadata={"format": "pt", "config_sha256": _digest(config)}))
     return {**config, "sha256": hashlib.sha256(blob).hexdigest()}, blob
@@ -205,12 +209,39 @@ def seal(config: Mapping, weights: Mapping[str, Tensor]) -> tuple[dict, bytes]:
 
 def check_folder(folder: Path, flag: str = "--out") -> None:
     """Raise early when `folder` could not be made or written, or holds files of others that would be replaced."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RunError(f"{flag} {folder}: {there} is not a folder that can be written; choose another")
+    check_writable(flag, folder, folder)
     in_the_way = [name for name in OWN if (folder / name).exists()]
     if in_the_way and not _is_export(folder):
         raise RunError(f"{flag} {folder}: holds {in_the_way[0]}, which this program did not write; choose another")
+
+
+def check_writable(flag: str, path: Path, *first: Path) -> None:
+    """Raise where `path` could not be made: the first folder that exists, of `first` and its parents, must be
+    writable."""
+    there = next(parent for parent in (*first, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunError(f"{flag} {path}: {there} is not a folder that can be written; choose another")
+
+
+@contextmanager
+def whole_folder(flag: str, folder: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to write in, which becomes `folder` at the end of the block, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written, or there are files in `folder` that are not to be replaced.
+    """
+    try:
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=there) as staging:
+            draft = Path(staging) / folder.name
+            draft.mkdir()
+            yield draft
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if replace and folder.exists():
+                folder.rename(Path(staging) / "old")
+            draft.rename(folder)
+    except OSError as error:
+        raise RunError(f"{flag} {folder}: cannot be written ({cause(error)}){disk_advice(error)}", 1) from error
 
 
 def _is_export(folder: Path) -> bool:
@@ -245,7 +276,7 @@ def _digest(config: Mapping) -> str:
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The exported model, in eval mode on the CPU; how it wants its images stands in `preprocessing` of config.json.
+    """The exported model, in eval mode on the CPU; `preprocessing` in config.json says how it expects its images.
 
     Args:
         folder: `model/`, or the folder of the run that it is in.
@@ -290,13 +321,13 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def proof_line(folder: Path) -> str:
+def verification_line(folder: Path) -> str:
     """What parity.json says, in a sentence."""
-    proof = json.loads((folder / "parity.json").read_text())
+    check = json.loads((folder / "parity.json").read_text())
     merged = ""
-    if proof.get("merged_otherwise"):
-        merged = f" (of {proof['merged_otherwise']:,}, for which rounding let other tokens merge, given the same ones)"
+    if check.get("merged_otherwise"):
+        merged = f" (of {check['merged_otherwise']:,}, for which rounding let other tokens merge, given the same ones)"
     return (
-        f"{folder}: the removed model differs from the masked one by {proof['max_difference_float32']:.2g} in float32, "
-        f"{proof['max_difference_float64']:.2g} in float64 over {proof['images']:,} validation images{merged}"
+        f"{folder}: the removed model differs from the masked one by {check['max_difference_float32']:.2g} in float32, "
+        f"{check['max_difference_float64']:.2g} in float64 over {check['images']:,} validation images{merged}"
     )
