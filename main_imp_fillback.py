@@ -44,10 +44,10 @@ from engine.capture import check_compile
 from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
-from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.processes import ALONE, Processes, joined
 from engine.run import Run
+from engine.run_folder import EXPORT_FAILED, make_save_dir, write_run_facts
 from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report

@@ -39,10 +39,10 @@ from torch import nn
 from cli.parse import parse_args
 from dataset import load_dataset, make_batches
 from engine.evaluation import accuracy
-from engine.folder import write_run_facts
 from engine.model import first_model
 from engine.objective import cross_entropy
 from engine.optimizer import Schedule, make_optimizer, milestones_of, set_rate
+from engine.run_folder import write_run_facts
 from families import family_of
 from reporting.runs import Run, load_run
 from utils import OneLineParser, RunError, autocast, pick_device, pick_precision, seed_everything, write_csv

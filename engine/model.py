@@ -8,7 +8,7 @@ from torch import nn
 
 from dataset import dataset_facts
 from engine.allocation import Allocation, allocation_of
-from engine.depth import has_branches
+from engine.drop_path import has_branches
 from engine.optimizer import milestones_of
 from engine.preprocessing import weights_want
 from engine.shape import model_from_flags

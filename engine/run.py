@@ -34,12 +34,12 @@ from engine.checkpoint import (
 )
 from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
-from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
-from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
 from engine.model import has_two_heads, run_length, units_of_run
 from engine.optimizer import Schedule, check_moments
 from engine.processes import ALONE, Processes, running_statistics
+from engine.rounds import finish_line, finish_schedule, finish_split, finish_steps
+from engine.run_folder import plain_args, write_flags
 from engine.tracking import Tracker
 from families import family_of
 from models.merging import merging_line

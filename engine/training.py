@@ -22,8 +22,8 @@ from engine import journal
 from engine.averaging import Average
 from engine.capture import CapturedStep
 from engine.checkpoint import check_kinds, fitting, has_checkpoint
-from engine.depth import StochasticDepth
 from engine.distill import Answering, is_taught
+from engine.drop_path import StochasticDepth
 from engine.objective import Objective, count_right
 from engine.optimizer import (
     laid_out_like,

@@ -70,15 +70,6 @@ def _build(arch: str, num_classes: int, img_size: int | None, overrides: dict) -
     return BUILDERS[arch](num_classes=num_classes, img_size=img_size, **overrides)
 
 
-def is_known(arch: str) -> bool:
-    """Whether `arch` is a key of `BUILDERS`, or "timm/NAME" with a model or a model.tag of the installed timm."""
-    try:
-        check_arch(arch)
-    except ValueError:
-        return False
-    return True
-
-
 def check_arch(arch: str) -> None:
     """Raise a ValueError that says what there is when `arch` is not known."""
     if arch in BUILDERS:

@@ -26,7 +26,7 @@ from test_recipes import picture_folder
 import engine.run
 import export
 import main_imp_fillback as entry
-from engine.finish import finish_schedule
+from engine.rounds import finish_schedule
 from engine.training import StateTraining
 
 FINISH = ("--finish_epochs", "2")

@@ -32,8 +32,8 @@ from micro import assert_same_tensors, largest_difference, load, metrics, record
 
 import deployment.folder
 import main_imp_fillback as entry
-from engine.folder import environment, make_save_dir
 from engine.run import Run
+from engine.run_folder import environment, make_save_dir
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

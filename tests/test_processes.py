@@ -25,7 +25,7 @@ from PIL import Image
 from test_reliable import HERE, SCRIPT, at, kill, plain, send, words
 
 from dataset import load_dataset, make_batches
-from engine.depth import StochasticDepth
+from engine.drop_path import StochasticDepth
 from engine.mixing import Mixing
 from images.orders import Share
 from models.vit import VisionTransformer

@@ -33,8 +33,8 @@ import main_imp_fillback as entry
 from dataset import DATASETS, Batches, Split, load_dataset, make_batches
 from engine.averaging import Average
 from engine.choose import choose_target
-from engine.depth import StochasticDepth
 from engine.distill import Renormalised, Teacher, named_teacher
+from engine.drop_path import StochasticDepth
 from engine.mixing import Mixing
 from engine.objective import count_right, cross_entropy, distillation
 from engine.optimizer import Schedule, layer_scales, parameter_groups

@@ -39,8 +39,8 @@ import models
 import report
 import utils
 from engine.checkpoint import load_checkpoint
-from engine.folder import RunLock
 from engine.run import Run
+from engine.run_folder import RunLock
 from engine.training import StateTraining
 
 torch.set_num_threads(1)  # in the server's processes, too, which do not read conftest.py

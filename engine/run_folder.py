@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import yaml
 
 from engine.checkpoint import has_checkpoint
-from utils import RunError, precision_name, processor_name, write_csv, write_text
+from utils import RunError, precision_name, processor_name, write_text
 
 try:
     import fcntl
@@ -182,9 +181,3 @@ def write_run_facts(save_dir: Path, args, device: torch.device) -> None:
     """args.yaml and environment.json."""
     write_flags(save_dir, args)
     write_text(save_dir / "environment.json", json.dumps(environment(device, args.amp), indent=2) + "\n")
-
-
-def write_metrics(save_dir: Path, history: Sequence[Mapping]) -> None:
-    """metrics.jsonl and metrics.csv, each epoch of `history` exactly once."""
-    write_text(save_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-    write_csv(save_dir / "metrics.csv", history)
