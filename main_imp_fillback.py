@@ -46,9 +46,10 @@ from engine.choose import choose_target
 from engine.distill import named_teacher
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.processes import ALONE, Processes, joined
+from engine.resume import log_and_rewrite, resume
 from engine.run import Run
 from engine.run_folder import EXPORT_FAILED, make_save_dir, write_run_facts
-from engine.training import StateTraining, resume
+from engine.training import StateTraining
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
@@ -81,7 +82,7 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
                 training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
             if training.at_epoch_end:
                 training.end_epoch()  # validate, keep the best, write a checkpoint
-            elif run.signals.received or run.checkpoint_due():
+            elif run.signals.received or run.recorder.checkpoint_due(run.progress.step):
                 training.break_off()
             run.signals.check()
         training.close()
@@ -92,8 +93,8 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
 
 def conclude(run: Run) -> None:
     """Everything is trained: tables, the small model with its proof, the report."""
-    run.writer.wait()
-    unreadable = set().union(*(data.unreadable_files for data in (run.train_data, run.val_data, run.test_data)))
+    run.recorder.writer.wait()
+    unreadable = set().union(*(data.unreadable_files for data in (run.round.data, run.val_data, run.test_data)))
     if unreadable:
         log.warning("%d images could not be read and were skipped; their names stand above", len(unreadable))
     masks, title = run.progress.masks, run.family.title
@@ -135,7 +136,7 @@ def write_report(run: Run) -> None:
     except Exception as error:  # the run is done and its model written, whatever a plot runs into
         log.warning("report: %s; python report.py %s tries again", utils.cause(error), run.save_dir)
     pictures = {f"plots/{path.stem}": path for path in sorted((run.save_dir / "plots").glob("*.png"))}
-    run.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
+    run.recorder.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -207,16 +208,16 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         utils.start_logging(save_dir / "run.log" if processes.first else None, args.verbose)
         announce(args, device, model, splits)
         if content:
-            run.go_on()
+            log_and_rewrite(run)
         else:
-            run.write(write_run_facts, save_dir, args, device)
+            run.processes.on_first(write_run_facts, save_dir, args, device)
             run.start()
         try:
             with run.signals:
                 with run.whole_run_bar():
                     prune_and_retrain(run, training)
-                processes.part()
-                run.write(conclude, run)
+                processes.close()
+                run.processes.on_first(conclude, run)
         finally:
             run.close()
     finally:

@@ -119,11 +119,20 @@ class Teacher:
         first = next(lessons)
         if sum(features[0].nbytes for features in first[1:]) * len(self.data) > MOST_KEPT:
             return ()
-        return tuple(self.processes.joined_shares(own, len(self.data)) for own in _joined([first, *lessons]))
+        return tuple(self.processes.gather_rows(own, len(self.data)) for own in _joined([first, *lessons]))
 
 
 def _joined(lessons: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(tensors) for tensors in zip(*lessons, strict=True))
+
+
+def teacher_line(args: argparse.Namespace, teacher: Teacher, two_heads: bool) -> str:
+    """Who teaches and how, for the log; `two_heads` of the student, see `objective.Objective`."""
+    how = "by its hard labels" if args.kd_hard else f"at temperature {args.kd_temperature:g}"
+    features = f" and its features at weight {args.kd_features:g}" if args.kd_features else ""
+    heads = "; only the head of the distillation token sees its logits" if two_heads and args.kd_alpha else ""
+    kept = f"; its logits{' and features' if features else ''} are kept" if teacher.tables else ""
+    return f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss {how}{features}{heads}{kept}"
 
 
 def named_teacher(

@@ -1,26 +1,63 @@
-"""The finish: flags and the splits of a run in; what its small model trains on behind the last state, and how, out.
+"""Rounds of training: the states of a run and, with `--finish_epochs`, a last fine-tuning that is called the finish.
 
-A finish begins with the weights that the last state selected. Its masks and kept units are that state's, nothing is
-chosen, doomed or rewound; it has a schedule of its own. In files and checkpoints it counts as state S, behind
-0 .. S-1. On all images (`--finish_on_all`) nothing is left to select by: the weights of its last step are exported.
+The finish starts from the weights that the last state selected and keeps that state's masks and units: nothing is
+chosen, doomed or rewound. It has a learning-rate schedule of its own. In files and checkpoints it counts as state S,
+after states 0 .. S-1. With `--finish_on_all` no image is left to select by: the weights of its last step are exported.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
-from dataset import FolderSplit, Split, Splits, joined
+from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, joined
+from engine.model import run_length
 from engine.optimizer import Schedule, milestones_of
 from images.orders import count_steps
 
 
+@dataclass(frozen=True)
+class Round:
+    """A state or the finish: `epochs` passes over the training images of `data` at the rates of `schedule`."""
+
+    epochs: int
+    data: Batches | FolderBatches
+    schedule: Schedule
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.data.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimizer step sees, over all processes."""
+        return min(self.data.batch_size, len(self.data.labels))
+
+
+def state_round(args: argparse.Namespace, data: Batches | FolderBatches) -> Round:
+    """What every state trains on."""
+    _, epochs, milestones = run_length(args)
+    steps = data.steps_per_epoch
+    schedule = Schedule(args.sched, args.lr, args.warmup, tuple(milestones), steps, steps * epochs, args.min_lr)
+    return Round(epochs, data, schedule)
+
+
+def finish_round(args: argparse.Namespace, data: Batches | FolderBatches) -> Round:
+    """What the finish trains on; `data` hold the images of `finish_split`."""
+    return Round(args.finish_epochs, data, finish_schedule(args, data.steps_per_epoch))
+
+
 def finish_split(args: argparse.Namespace, splits: Splits) -> Split | FolderSplit:
-    """What the finish trains on."""
+    """The images that the finish trains on."""
     return joined(splits.train, splits.val) if args.finish_on_all else splits.train
 
 
 def finish_images(args: argparse.Namespace, train: int, val: int) -> int:
-    """How many images that are, of so many that train and validate."""
+    """How many images `finish_split` has, given the sizes of both splits."""
     return train + val if args.finish_on_all else train
 
 
@@ -30,7 +67,10 @@ def finish_steps(args: argparse.Namespace, train: int, val: int) -> int:
 
 
 def finish_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """A state's schedule over the steps of the finish: warm-up and milestones keep their shares, in whole steps."""
+    """A state's schedule scaled to the finish: warm-up and milestones keep their shares of it, in whole steps.
+
+    Its `warmup` and `milestones` are in steps, which is why its `steps_per_epoch` is 1.
+    """
 
     def scaled(epochs: int) -> int:
         return epochs * steps_per_epoch * args.finish_epochs // args.epochs
@@ -41,7 +81,7 @@ def finish_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 
 
 def finish_line(args: argparse.Namespace, images: int, last_state: int) -> str:
-    """What the log says when it begins."""
+    """The line of the log with which the finish begins."""
     what, kept = f"{images:,} training images", "the epoch that is best on validation is exported"
     if args.finish_on_all:
         what = f"{images:,} images, training and validation together"

@@ -301,7 +301,7 @@ def test_states_start_from_rewind_weights_under_masks(name, rewind, classifier, 
             assert_same_tensors(ended.rewind, expected)
     run = seen.run
     mine = {tensor.untyped_storage().data_ptr() for tensor in run.rewind_weights.values()}
-    theirs = [*run.dense.state_dict().values(), *seen.training.model.parameters()]
+    theirs = [*run.dense.state_dict().values(), *seen.network.model.parameters()]
     assert not mine & {tensor.untyped_storage().data_ptr() for tensor in theirs}
     assert (seen.dir / "rewind.pt").exists() == (rewind == "epoch 1")
     if rewind == "epoch 1":
@@ -587,7 +587,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
 
     def look(training):
         for name, doomed in zip(training.penalty.names, training.penalty.doomed, strict=True):
-            gradient = training.model.get_parameter(name).grad
+            gradient = training.network.model.get_parameter(name).grad
             found.append((bool(gradient[doomed == 1].any()), bool(gradient[doomed == 0].any())))
 
     around("mask_weights", before=look)
@@ -599,7 +599,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
     training.step()
     assert found == [(False, True)] * len(LAYERS)
     # no gradient outlives a step: it would hold the memory of the graph that it was made in
-    assert all(parameter.grad is None for parameter in training.model.parameters())
+    assert all(parameter.grad is None for parameter in training.network.model.parameters())
 
 
 @pytest.mark.usefixtures("house")
@@ -640,7 +640,7 @@ def test_a_state_frees_its_network_and_its_captured_step(run, monkeypatch):
 
     def note(training):
         build(training)
-        alive.append((training.progress.state, weakref.ref(training.model), weakref.ref(training.captured)))
+        alive.append((training.progress.state, weakref.ref(training.network.model), weakref.ref(training.captured)))
 
     def look(run):
         of_state = [(model(), step()) for state, model, step in alive if state == run.progress.state]

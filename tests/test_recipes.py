@@ -325,11 +325,11 @@ def test_each_part_of_an_accumulated_step_drops_its_own_images(house, tmp_path):
     run = make_run(tmp_path / "run", "--drop_path", "0.5", "--batch_size", "10", "--accum_steps", "2")
     run.begin_state()
     training, shown = StateTraining(run), []
-    last = training.depth.paths[-1]
+    last = training.network.drop_path.paths[-1]
     last.register_forward_pre_hook(lambda path, _: shown.append(path.factor))
     training.step()
     assert [len(factor) for factor in shown] == [10, 10]
-    assert torch.equal(torch.cat(shown), training.depth.factors[-1])
+    assert torch.equal(torch.cat(shown), training.network.drop_path.factors[-1])
     assert not torch.equal(*shown)
     run.close()
 
@@ -413,9 +413,9 @@ def averages_by_hand(flags, tmp_path, monkeypatch):
             hand[name] *= kept
 
     def compare(training):
-        for name, (frozen, value) in training.frozen.items():  # what reads filters that are gone counts no more
+        for name, (frozen, value) in training.network.frozen.items():  # what reads filters that are gone counts no more
             hand[name] = torch.where(frozen, value, hand[name])
-        epoch = training.progress.step // training.run.steps_per_epoch - 1
+        epoch = training.progress.step // training.run.round.steps_per_epoch - 1
         found[training.progress.state, epoch] = clones(hand), clones(training.run.average)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -454,7 +454,7 @@ def test_the_average_is_what_is_validated_and_what_refill_measures_at_its_cut(ho
         if training.at_epoch_end:
             around("evaluate", before=lambda run, model, part: asked.append(model))
             training.end_epoch()
-    assert {id(model) for model in asked} == {id(training.average.model)}
+    assert {id(model) for model in asked} == {id(training.network.average.model)}
     dense = copy.deepcopy(run.dense)
     dense.load_state_dict(run.average)
     assert run.progress.history[-1]["val_accuracy"] == run.evaluate(dense, "val")["accuracy"]
@@ -552,7 +552,7 @@ def test_state_0_teaches_the_next_with_its_selected_weights(train, around):
     selected = {}
 
     def note(run):
-        run.writer.wait()
+        run.recorder.writer.wait()
         selected.setdefault(run.progress.state, load(run.save_dir / "best.pt")["weights"])
 
     around("end_state", before=note)
@@ -577,7 +577,7 @@ def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train,
 
 def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path, noisy):
     run = make_run(tmp_path / "run", "--teacher", noisy, "--accum_steps", "2", "--batch_size", "10", "--mixup", "1")
-    run.be_taught_by(vit_micro())
+    run.set_teacher(vit_micro())
     seen = {"student": [], "teacher": []}
     for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))
@@ -622,14 +622,14 @@ def test_a_teacher_of_another_architecture_in_its_checkpoint(train):
 def test_logits_that_are_kept_are_those_of_each_batch(house, tmp_path):
     run = make_run(tmp_path / "run", "--aug", "none")
     model = vit_micro()
-    kept, fresh = (Teacher(model, run.train_data, torch.zeros(1), None, table) for table in (True, False))
+    kept, fresh = (Teacher(model, run.round.data, torch.zeros(1), None, table) for table in (True, False))
     assert kept.tables
     assert not fresh.tables
     for step in range(3):
-        images, labels = run.train_data.batch(1, 1, step)
-        assert torch.equal(run.train_data.labels[run.train_data.chosen(1, 1, step)], labels)
-        torch.testing.assert_close(kept.lesson(images, 2, 1, 1, step), (model(images),))
-        torch.testing.assert_close(fresh.lesson(images, 2, 1, 1, step), (model(images),))
+        images, labels = run.round.data.batch(1, 1, step)
+        assert torch.equal(run.round.data.labels[run.round.data.chosen(1, 1, step)], labels)
+        torch.testing.assert_close(kept.outputs(images, 2, 1, 1, step), (model(images),))
+        torch.testing.assert_close(fresh.outputs(images, 2, 1, 1, step), (model(images),))
     run.close()
 
 

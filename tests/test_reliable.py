@@ -193,7 +193,7 @@ def draw_in_every_step():
     def draw(training):
         noise = torch.rand(()) + random.random() + np.random.rand() + np.random.randn()
         with torch.no_grad():
-            training.model.get_parameter("norm.bias").add_(1e-3 * noise)
+            training.network.model.get_parameter("norm.bias").add_(1e-3 * noise)
 
     wrap(HERE, "step", after=draw)
 
