@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 main_imp_fillback.py --dataset imagenet --data /data/imagenet --batch_size 1024
 
 State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
-zero by a growing penalty while the state trains and cuts them when cutting costs nothing. Behind the last state a
-finish may train on what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
+zero by a growing penalty while the state trains and cuts them when cutting costs nothing. After the last state a
+finish may fine-tune what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
 in README.md.
 
 The method is `prune_and_retrain` below; what it calls stands in engine/ (the run, a state's training, the choice).
@@ -24,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-# PyTorch's CPU threads spin for one another: beside another busy process a step took 5.2 s, like this 0.8 s
+# PyTorch's CPU threads spin while they wait: next to another busy process a step took 5.2 s, with this 0.8 s
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -63,23 +63,23 @@ log = logging.getLogger("main")
 
 
 def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
-    """All states of a run, and a finish behind them, from where `run.progress` stands; a resumed one may enter in the
-    middle of a `training`."""
+    """All states of a run and the finish after them, from where `run.progress` stands; a resumed run may be in the middle
+    of a `training`."""
     while run.progress.state < run.rounds:
         if not run.progress.begun:
             run.begin_state()
             if run.prunes():
-                target = choose_target(run)  # score the trained network and choose what stays
+                target = choose_target(run)  # score the trained network and choose what is kept
                 if run.args.struct != "rsst":
-                    run.cut_at_once(target)  # what goes is zero before training starts
+                    run.cut_at_once(target)  # pruned weights are zero before training starts
                 else:
-                    run.doom(target)  # what goes trains on, under the penalty
+                    run.doom(target)  # doomed weights train on, under the penalty
                 run.rewind()  # weights back to where states start from
         training = training or StateTraining(run)
         while not training.finished:
             training.step()
             if training.at_cut:
-                training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
+                training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest recovers
             if training.at_epoch_end:
                 training.end_epoch()  # validate, keep the best, write a checkpoint
             elif run.signals.received or run.recorder.checkpoint_due(run.progress.step):
@@ -242,9 +242,9 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     for line in splits.lines:  # which stand on the screen already; run.log was not open yet
         log.info(line, extra=utils.FILE_ONLY)
     states, epochs, _ = run_length(args)
-    behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
+    finish = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
     which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
-    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{finish}; files in {args.save_dir}")
     log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
     for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)

@@ -228,7 +228,8 @@ class Peer:
         """Train for a state's epochs; the epoch that is best on validation, its weights, and the last accuracy."""
         args, model, per_epoch = self.args, self.model, self.train.steps_per_epoch
         total = per_epoch * args.epochs
-        schedule = Schedule(args.sched, args.lr, args.warmup, tuple(milestones_of(args)), per_epoch, total, args.min_lr)
+        warmup, *at = (epoch * per_epoch for epoch in (args.warmup, *milestones_of(args)))
+        schedule = Schedule(args.sched, args.lr, warmup, tuple(at), total, args.min_lr)
         optimizer = make_optimizer(args, model, torch.zeros((), device=self.device))
         pruner = None
         if regularised:

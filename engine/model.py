@@ -36,7 +36,7 @@ def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
 
 
 def has_two_heads(model: nn.Module) -> bool:
-    """Whether the model has a head that learns from a teacher beside that of the labels: timm's distilled DeiTs."""
+    """Whether the model has one head for the labels and another for a teacher: timm's distilled DeiTs."""
     return hasattr(model, "set_distilled_training")
 
 

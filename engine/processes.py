@@ -1,4 +1,4 @@
-"""Processes: torchrun's environment in; who this process is, and all that it does together with the others, out.
+"""Processes: ranks from torchrun's environment, and the operations that all processes of a run do together.
 
     torchrun --nproc_per_node=2 main_imp_fillback.py ...    # the same program twice, with RANK, WORLD_SIZE, ...
 
@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def first_of_all() -> bool:
-    """Whether this is the process that reports_end for all that torchrun has started."""
+    """Whether this process has rank 0 of those that torchrun has started."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
@@ -177,7 +177,7 @@ class Processes:
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of dimensions of length 1
         if not unused:
             # After its first backward pass it lays its messages out anew. That shall be this one, since the order of
-            # sums goes by the layout, and a resumed run has the bits of an unbroken one.
+            # sums follows the layout, and a resumed run has the bits of an unbroken one.
             with evaluating(network):
                 wrapped(image).logits.sum().backward()
             network.zero_grad(set_to_none=True)
@@ -225,13 +225,13 @@ class Processes:
         return tuple(given.tolist())
 
     def barrier(self) -> None:
-        """Return when all processes have come here."""
+        """Return when all processes have reached this call."""
         if self.several:
             self.sum_(torch.zeros(()))
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """One process of each machine goes through the block first: what is missing is downloaded once."""
+        """One process of each machine enters the block first: what is missing is downloaded once."""
         if self.local_rank:
             self.barrier()
         yield
@@ -246,7 +246,7 @@ class Processes:
     # -- the end
 
     def close(self) -> None:
-        """The work that is done together is over, for all at the same time; the first process may go on alone."""
+        """Wait for all, then end the process group; the first process may go on alone."""
         if self.several:
             self.barrier()
             self.last_vote()
@@ -262,16 +262,16 @@ class Processes:
             raise
 
     def reports_end(self) -> bool:
-        """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
+        """Whether this process is the one to report on standard error why the run ends: the first to ask."""
         if self._store is None:
             return True
         try:
-            return self._store.add("has spoken", 1) == 1
+            return self._store.add("reported", 1) == 1
         except RuntimeError:  # the process that held the store is gone
             return True
 
     def dead_ranks(self) -> str:
-        """Which others have ended, as a line tells it; asked when a message to them failed."""
+        """A line that names the ranks that died, for when a message to them failed."""
         host, _ = self._places[self.rank]
         deadline = time.monotonic() + DEATH_NOTICE
         while True:
@@ -317,7 +317,7 @@ def _ended(number: int) -> bool:
 
 
 def session_token(store: dist.Store, rank: int, size: int) -> str:
-    """A word that these processes share, and no others that have come to this store.
+    """A token that these processes share, and none of an earlier start on the same store.
 
     torchrun starts processes again with the store in which the dead ones' addresses stand, and its count of restarts
     may differ between machines. So the first process answers each other one under a name that has never been there
@@ -329,14 +329,14 @@ def session_token(store: dist.Store, rank: int, size: int) -> str:
     own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     if rank:
         store.set(f"here {rank}", own)
-        word = store.get(f"word for {own}").decode()  # waits for it
-        store.set(f"{word} heard by {rank}", "")
-        return word
+        token = store.get(f"token for {own}").decode()  # waits for it
+        store.set(f"{token} heard by {rank}", "")
+        return token
     deadline, missing = time.monotonic() + store.timeout.total_seconds(), set(range(1, size))
     while missing:
         for other in missing.copy():
             who = store.get(f"here {other}").decode()  # one of an earlier life, maybe
-            store.set(f"word for {who}", own)
+            store.set(f"token for {who}", own)
             if store.check([f"{own} heard by {other}"]):
                 missing.remove(other)
         if time.monotonic() > deadline:

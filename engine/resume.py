@@ -88,7 +88,7 @@ def _check_progress(run: Run) -> None:
     """Raises: ValueError, when steps, masks or units are not those of this model and these flags."""
     progress, shapes = run.progress, {name: weight.shape for name, weight in run.prunable().items()}
     if progress.state > run.rounds or progress.step > run.round.total_steps:
-        raise ValueError(f"state {progress.state}, step {progress.step} lie behind the end")
+        raise ValueError(f"state {progress.state}, step {progress.step} lie after the end")
     for name in MASK_SETS:
         if {layer: mask.shape for layer, mask in getattr(progress, name).items()} != shapes:
             raise ValueError(f"{name}: other layers or shapes than this model's")

@@ -42,8 +42,8 @@ def state_round(args: argparse.Namespace, data: Batches | FolderBatches) -> Roun
     """What every state trains on."""
     _, epochs, milestones = run_length(args)
     steps = data.steps_per_epoch
-    schedule = Schedule(args.sched, args.lr, args.warmup, tuple(milestones), steps, steps * epochs, args.min_lr)
-    return Round(epochs, data, schedule)
+    at = tuple(epoch * steps for epoch in milestones)
+    return Round(epochs, data, Schedule(args.sched, args.lr, args.warmup * steps, at, epochs * steps, args.min_lr))
 
 
 def finish_round(args: argparse.Namespace, data: Batches | FolderBatches) -> Round:
@@ -67,17 +67,10 @@ def finish_steps(args: argparse.Namespace, train: int, val: int) -> int:
 
 
 def finish_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """A state's schedule scaled to the finish: warm-up and milestones keep their shares of it, in whole steps.
-
-    Its `warmup` and `milestones` are in steps, which is why its `steps_per_epoch` is 1.
-    """
-
-    def scaled(epochs: int) -> int:
-        return epochs * steps_per_epoch * args.finish_epochs // args.epochs
-
-    milestones = tuple(scaled(epoch) for epoch in milestones_of(args))
+    """A state's schedule scaled to the finish: warm-up and milestones keep their shares of it, in whole steps."""
     total = steps_per_epoch * args.finish_epochs
-    return Schedule(args.sched, args.finish_lr, scaled(args.warmup), milestones, 1, total, args.min_lr)
+    warmup, *at = (epoch * total // args.epochs for epoch in (args.warmup, *milestones_of(args)))
+    return Schedule(args.sched, args.finish_lr, warmup, tuple(at), total, args.min_lr)
 
 
 def finish_line(args: argparse.Namespace, images: int, last_state: int) -> str:

@@ -131,7 +131,7 @@ class Run:
             self.processes.on_first(self.allocation.measure, self)
 
     def log_settings(self) -> None:
-        """What trains beside the labels and how processes share the work, into the log."""
+        """Processes, token merging, teacher and averaging, into the log."""
         for line in processes_lines(self.processes, self.args.batch_size, self.dense):
             log.info(line)
         if self.args.token_merge:

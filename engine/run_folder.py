@@ -1,4 +1,4 @@
-"""The folder of a run: flags in, a folder that is this process's alone out, with the files that say what is run."""
+"""The folder of a run: named by the flags, locked for this process, with the files that say what is run."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def run_name(args) -> str:
 
 
 def free_dir(path: Path) -> Path:
-    """`path`, or with _2, _3 and so on behind it when that is taken."""
+    """`path`, or with the first of the endings _2, _3 ... that is free."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}_{number}"), number + 1

@@ -78,7 +78,7 @@ class StateTraining:
             self._plan_penalty()
 
     def close(self) -> None:
-        """Let go of the network and the captured step. The step refers to this object: without this, its graph, the
+        """Release the network and the captured step. The step refers to this object: without this, its graph, the
         graph's memory and the network would live on until Python's garbage collector finds the cycle."""
         self.network = self.captured = None
 
@@ -177,7 +177,7 @@ class StateTraining:
         )  # fmt: skip
 
     def update(self, *tensors: Tensor) -> None:
-        """`device_step`, as a CUDA graph where one was asked for."""
+        """`device_step`, as a CUDA graph with --compile graph and the like."""
         (self.captured or self.device_step)(*tensors)
 
     def device_step(self, images: Tensor, targets: Tensor, *taught: Tensor) -> None:
@@ -204,7 +204,7 @@ class StateTraining:
             self._count(loss.detach(), count_right(answer.logits.detach(), truth) / whole)
         self.finite_steps += self.finite
         scaler.unscale_(optimizer)
-        self.mask_gradients()  # before clipping: dead weights have no say in the norm
+        self.mask_gradients()  # before clipping: pruned weights do not count in the norm
         if self.penalty and args.block_loss_grad:
             self.penalty.block_gradients_()
         if args.clip_grad:
@@ -329,7 +329,7 @@ class StateTraining:
     def _remedy(self, step: int) -> str:
         """What can help against numbers that overflowed after so many steps of this state.
 
-        Flags of training do not change on resume, which would meet the same numbers again.
+        Flags of training do not change on resume, so the same numbers would come again.
         """
         args, trained = self.args, bool(step or self.progress.state)
         ways = ["a lower --lr"] if trained else []

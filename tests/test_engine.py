@@ -132,13 +132,13 @@ def test_a_layer_may_empty_with_min_units_0(done):
 
 
 def test_the_schedule_warms_up_per_step_and_falls():
-    steps = Schedule("multistep", 0.05, 2, (3, 5), 3, 18)
+    steps = Schedule("multistep", 0.05, 6, (9, 15), 18)
     expected = [0.05 * (k + 1) / 6 for k in range(6)] + [0.05] * 3 + [0.005] * 6 + [0.0005] * 3
     assert [steps.rate(step) for step in range(18)] == pytest.approx(expected)
-    cosine = Schedule("cosine", 0.05, 1, (3,), 3, 15)
+    cosine = Schedule("cosine", 0.05, 3, (9,), 15)
     expected = [0.05 * (k + 1) / 3 for k in range(3)] + [0.025 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
     assert [cosine.rate(step) for step in range(15)] == pytest.approx(expected)
-    assert Schedule("cosine", 0.05, 5, (), 3, 15).rate(14) == 0.05  # nothing but a warm-up
+    assert Schedule("cosine", 0.05, 15, (), 15).rate(14) == 0.05  # nothing but a warm-up
 
 
 def test_the_learning_rate_starts_anew_in_every_state(done):

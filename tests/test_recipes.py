@@ -67,12 +67,12 @@ def refused(house, capsys):
 
 def test_a_cosine_with_a_floor_is_there_at_the_last_step():
     floor, lr = 0.002, 0.05
-    rates = [Schedule("cosine", lr, 1, (), 3, 15, floor).rate(step) for step in range(15)]
+    rates = [Schedule("cosine", lr, 3, (), 15, floor).rate(step) for step in range(15)]
     expected = [lr / 3, 2 * lr / 3, lr]
     expected += [floor + (lr - floor) * (1 + math.cos(math.pi * k / 11)) / 2 for k in range(12)]
     assert rates == pytest.approx(expected)
     assert rates[-1] == floor
-    assert Schedule("cosine", lr, 4, (), 3, 13, floor).rate(12) == floor  # one step is left after the warm-up
+    assert Schedule("cosine", lr, 12, (), 13, floor).rate(12) == floor  # one step is left after the warm-up
 
 
 def test_every_state_ends_at_the_floor(seen):
