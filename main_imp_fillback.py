@@ -63,8 +63,8 @@ log = logging.getLogger("main")
 
 
 def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
-    """All states of a run and the finish after them, from where `run.progress` stands; a resumed run may be in the middle
-    of a `training`."""
+    """All states of a run and the finish after them, from where `run.progress` stands; a resumed run may be in
+    the middle of a `training`."""
     while run.progress.state < run.rounds:
         if not run.progress.begun:
             run.begin_state()
