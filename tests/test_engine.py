@@ -563,7 +563,8 @@ def test_gradients_are_masked_before_they_are_clipped(method, make, around, monk
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda *arguments: clipped.append((float(clip(*arguments)), arguments[1]))
     )
-    around("mask_gradients", before=lambda t: raw.append({n: p.grad.clone() for n, p in t.network.model.named_parameters()}))
+    around("mask_gradients", before=lambda training: raw.append(
+        {name: parameter.grad.clone() for name, parameter in training.network.model.named_parameters()}))  # fmt: skip
 
     def norm(gradients):
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
