@@ -66,11 +66,7 @@ class Recorder:
 
     def write_checkpoint(self, progress: RunState, content: Mapping) -> None:
         """Pack and write in the background; `content` and what `progress` refers to must not change any more."""
-        self.writer.submit(self._write_checkpoint, progress.snapshot(), content)
-
-    def _write_checkpoint(self, progress: RunState, content: Mapping) -> None:
-        save_checkpoint(self.save_dir, {"run": progress.pack(), **content})
-        promote_best(self.save_dir)
+        self.writer.submit(_write_checkpoint, self.save_dir, progress.snapshot(), content)
 
     def agree(self, signals: StopSignals) -> None:
         """After each step of several processes: what all do about signals and time, after the same step."""
@@ -96,3 +92,8 @@ class Recorder:
     def write_selected(self, best: Mapping) -> None:
         """As best.new.pt, in the background; the next checkpoint, which names it, makes it best.pt."""
         self.writer.submit(save_tensors, self.save_dir / "best.new.pt", best)
+
+
+def _write_checkpoint(save_dir: Path, progress: RunState, content: Mapping) -> None:
+    save_checkpoint(save_dir, {"run": progress.pack(), **content})
+    promote_best(save_dir)

@@ -86,7 +86,7 @@ def kill():
 
 def kill_when_written():
     """Once the thread that writes is done: between its two renames there is no checkpoint.pt."""
-    RUNS[-1].writer.wait()
+    RUNS[-1].recorder.writer.wait()
     kill()
 
 
