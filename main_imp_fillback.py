@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 main_imp_fillback.py --dataset imagenet --data /data/imagenet --batch_size 1024
 
 State 0 trains dense. Before every further state some weights are chosen: Refill cuts them at once, RSST drives them to
-zero by a growing penalty while the state trains and cuts them when cutting costs nothing. Behind the last state a
-finish may train on what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
+zero by a growing penalty while the state trains and cuts them when cutting costs nothing. After the last state a
+finish may fine-tune what it selected. `--dry_run` shows what a command would do. What a run leaves behind is described
 in README.md.
 
 The method is `prune_and_retrain` below; what it calls stands in engine/ (the run, a state's training, the choice).
@@ -24,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-# PyTorch's CPU threads spin for one another: beside another busy process a step took 5.2 s, like this 0.8 s
+# PyTorch's CPU threads spin while they wait: next to another busy process a step took 5.2 s, with this 0.8 s
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -44,11 +44,12 @@ from engine.capture import check_compile
 from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
-from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
 from engine.model import first_model, make_model, run_length, units_of_run
 from engine.processes import ALONE, Processes, joined
+from engine.resume import log_and_rewrite, resume
 from engine.run import Run
-from engine.training import StateTraining, resume
+from engine.run_folder import EXPORT_FAILED, make_save_dir, write_run_facts
+from engine.training import StateTraining
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
 from pruning.units import count_parameters
@@ -62,26 +63,26 @@ log = logging.getLogger("main")
 
 
 def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
-    """All states of a run, and a finish behind them, from where `run.progress` stands; a resumed one may enter in the
-    middle of a `training`."""
+    """All states of a run and the finish after them, from where `run.progress` stands; a resumed run may be in
+    the middle of a `training`."""
     while run.progress.state < run.rounds:
         if not run.progress.begun:
             run.begin_state()
             if run.prunes():
-                target = choose_target(run)  # score the trained network and choose what stays
+                target = choose_target(run)  # score the trained network and choose what is kept
                 if run.args.struct != "rsst":
-                    run.cut_at_once(target)  # what goes is zero before training starts
+                    run.cut_at_once(target)  # pruned weights are zero before training starts
                 else:
-                    run.doom(target)  # what goes trains on, under the penalty
+                    run.doom(target)  # doomed weights train on, under the penalty
                 run.rewind()  # weights back to where states start from
         training = training or StateTraining(run)
         while not training.finished:
             training.step()
             if training.at_cut:
-                training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
+                training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest recovers
             if training.at_epoch_end:
                 training.end_epoch()  # validate, keep the best, write a checkpoint
-            elif run.signals.received or run.checkpoint_due():
+            elif run.signals.received or run.recorder.checkpoint_due(run.progress.step):
                 training.break_off()
             run.signals.check()
         training.close()
@@ -92,8 +93,8 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
 
 def conclude(run: Run) -> None:
     """Everything is trained: tables, the small model, verified, and the report."""
-    run.writer.wait()
-    unreadable = set().union(*(data.unreadable_files for data in (run.train_data, run.val_data, run.test_data)))
+    run.recorder.writer.wait()
+    unreadable = set().union(*(data.unreadable_files for data in (run.round.data, run.val_data, run.test_data)))
     if unreadable:
         log.warning("%d images could not be read and were skipped; their names stand above", len(unreadable))
     masks, title = run.progress.masks, run.family.title
@@ -135,7 +136,7 @@ def write_report(run: Run) -> None:
     except Exception as error:  # the run is done and its model written, whatever a plot runs into
         log.warning("report: %s; python report.py %s tries again", utils.cause(error), run.save_dir)
     pictures = {f"plots/{path.stem}": path for path in sorted((run.save_dir / "plots").glob("*.png"))}
-    run.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
+    run.recorder.tracker.summarise({f"final/{key}": value for key, value in run.progress.states[-1].items()}, pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -207,16 +208,16 @@ def start_or_go_on(args: argparse.Namespace, processes: Processes) -> None:
         utils.start_logging(save_dir / "run.log" if processes.first else None, args.verbose)
         announce(args, device, model, splits)
         if content:
-            run.go_on()
+            log_and_rewrite(run)
         else:
-            run.write(write_run_facts, save_dir, args, device, splits.counts)
+            run.processes.on_first(write_run_facts, save_dir, args, device, splits.counts)
             run.start()
         try:
             with run.signals:
                 with run.whole_run_bar():
                     prune_and_retrain(run, training)
-                processes.part()
-                run.write(conclude, run)
+                processes.close()
+                run.processes.on_first(conclude, run)
         finally:
             run.close()
     finally:
@@ -241,9 +242,9 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     for line in splits.lines:  # which stand on the screen already; run.log was not open yet
         log.info(line, extra=utils.FILE_ONLY)
     states, epochs, _ = run_length(args)
-    behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
+    finish = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
     which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
-    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{finish}; files in {args.save_dir}")
     log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
     for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)

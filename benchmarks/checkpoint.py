@@ -29,7 +29,7 @@ from engine.training import StateTraining
 
 def save_plainly(training: StateTraining, path: Path) -> None:
     content = {
-        "model": training.model.state_dict(),
+        "model": training.network.model.state_dict(),
         "optimizer": training.optimizer.state_dict(),
         "initial": training.run.rewind_weights,
         "masks": training.progress.masks,
@@ -55,7 +55,7 @@ def main() -> None:
             latest, plain = run.save_dir / "checkpoint.pt", run.save_dir / "plain.pt"
             candidates = {
                 "ours": partial(common.seconds, run.checkpoint),
-                "written": partial(common.seconds, run.writer.wait),  # of ours, right after it
+                "written": partial(common.seconds, run.recorder.writer.wait),  # of ours, right after it
                 "plain": partial(common.seconds, partial(save_plainly, training, plain)),
             }
             times = common.interleaved(candidates, args.repeats)

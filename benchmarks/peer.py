@@ -39,10 +39,10 @@ from torch import nn
 from cli.parse import parse_args
 from dataset import load_dataset, make_batches
 from engine.evaluation import accuracy
-from engine.folder import write_run_facts
 from engine.model import first_model
 from engine.objective import cross_entropy
 from engine.optimizer import Schedule, make_optimizer, milestones_of, set_rate
+from engine.run_folder import write_run_facts
 from families import family_of
 from reporting.runs import Run, load_run
 from utils import OneLineParser, RunError, autocast, pick_device, pick_precision, seed_everything, write_csv
@@ -228,7 +228,8 @@ class Peer:
         """Train for a state's epochs; the epoch that is best on validation, its weights, and the last accuracy."""
         args, model, per_epoch = self.args, self.model, self.train.steps_per_epoch
         total = per_epoch * args.epochs
-        schedule = Schedule(args.sched, args.lr, args.warmup, tuple(milestones_of(args)), per_epoch, total, args.min_lr)
+        warmup, *at = (epoch * per_epoch for epoch in (args.warmup, *milestones_of(args)))
+        schedule = Schedule(args.sched, args.lr, warmup, tuple(at), total, args.min_lr)
         optimizer = make_optimizer(args, model, torch.zeros((), device=self.device))
         pruner = None
         if regularised:

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 
 from benchmarks.grid import MAIN, Planned, checked, read_study  # noqa: E402
-from engine.folder import RunLock  # noqa: E402
+from engine.run_folder import RunLock  # noqa: E402
 from reporting.compare import compare  # noqa: E402
 from reporting.runs import load_run  # noqa: E402
 from reporting.words import duration  # noqa: E402

@@ -88,7 +88,7 @@ class OurStep:
     def bookkeeping(self) -> None:
         """What masks and penalty add to a step."""
         training = self.training
-        for parameter in training.masked:
+        for parameter in training.network.masked:
             parameter.grad = parameter.detach()  # any numbers do, and these are masked already
         training.mask_gradients()
         training.mask_weights()
@@ -113,7 +113,7 @@ class PlainStep:
             if lists:
                 self.doomed.append((module, dim, gone))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-        self.batches = [run.train_data.batch(0, 0, step) for step in range(2)]
+        self.batches = [run.round.data.batch(0, 0, step) for step in range(2)]
         self.steps, self.loss, self.correct = 0, 0.0, 0
 
     def __call__(self) -> None:

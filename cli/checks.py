@@ -14,10 +14,10 @@ import models
 from deployment.exported import check_folder
 from engine.allocation import read_counts
 from engine.distill import SELF
-from engine.folder import named_dir
 from engine.model import run_length
 from engine.optimizer import milestones_of
 from engine.processes import world_size
+from engine.run_folder import named_dir
 from engine.shape import check_arch
 from pruning.depth import DEPTH
 from pruning.nm import parse_pattern

@@ -28,7 +28,7 @@ MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNO
 
 def leave(processes: Processes, message: str, code: int) -> int:
     """Say on standard error why the run ends; of several processes that do, the first one to come says it."""
-    if processes.speaks():
+    if processes.reports_end():
         print(f"{Path(sys.argv[0]).name}: {processes.name}{message}", file=sys.stderr, flush=True)
     return code
 
@@ -44,7 +44,7 @@ def one_voice(processes: Processes) -> Iterator[None]:
         with contextlib.redirect_stderr(said):
             yield
     except SystemExit as leaving:
-        wanted = processes.speaks() if leaving.code else wanted
+        wanted = processes.reports_end() if leaving.code else wanted
         raise
     finally:
         if wanted:
@@ -71,7 +71,7 @@ def explain(error: Exception, args: argparse.Namespace, processes: Processes) ->
             f"else filled the memory: {way_on(args)}"
         )
     if processes.several and _is_message_lost(error, text):
-        return f"{processes.lost()} ({cause(error)[:200]}); {way_on(args)}"
+        return f"{processes.dead_ranks()} ({cause(error)[:200]}); {way_on(args)}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return cannot_write(error, error.filename or args.save_dir)
     if "deterministic" in text and args.deterministic:

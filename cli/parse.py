@@ -10,8 +10,8 @@ from cli.archs import list_archs
 from cli.checks import check_and_complete, check_search
 from cli.config import config_flags
 from cli.resume import finds_run, is_complete, resumed_args
-from engine.folder import EXPORT_FAILED
 from engine.processes import first_of_all
+from engine.run_folder import EXPORT_FAILED
 from settings.flag import AUTO
 from settings.flags import build_parser
 from utils import RunError

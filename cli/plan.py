@@ -10,10 +10,10 @@ from torch import nn
 
 from dataset import split_sizes
 from engine.allocation import Allocation
-from engine.finish import finish_images, finish_steps
-from engine.folder import has_run, target_dir
 from engine.journal import cost_columns
 from engine.model import make_model, run_length, units_of_run
+from engine.rounds import finish_images, finish_steps
+from engine.run_folder import has_run, target_dir
 from families import Family, family_of
 from models.merging import merging_line
 from models.weight_files import FILE_SUFFIXES

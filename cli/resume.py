@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from engine.checkpoint import has_checkpoint, load_checkpoint
-from engine.folder import EXPORT_FAILED, named_dir
 from engine.model import run_length
+from engine.run_folder import EXPORT_FAILED, named_dir
 from settings.flag import AUTO, check_values
 from settings.flags import FLAGS, complete
 from utils import OneLineParser, RunError, load_tensors

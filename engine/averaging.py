@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
+def averaging_line(decay: float) -> str:
+    """What the averaged weights are for, for the log."""
+    return (
+        f"ema: validated, selected, tested and exported is the average of the weights, decay {decay:g}; scores, "
+        "rewinding and what goes on training use the weights themselves"
+    )
+
+
 class Average:
     """`model`: the average of another model's weights and statistics over the steps of a state, in the same shapes.
 

@@ -151,8 +151,8 @@ def save_checkpoint(save_dir: Path, content: dict) -> None:
 
 
 def promote_best(save_dir: Path) -> None:
-    """best.new.pt becomes best.pt: it is written before the checkpoint that names it, and takes its place behind it, so
-    that the selected model of the latest checkpoint is on disk at any time."""
+    """best.new.pt becomes best.pt: it is written before the checkpoint that names it and renamed after it, so that the
+    selected model of the latest checkpoint is on disk at any time."""
     fresh = save_dir / "best.new.pt"
     try:
         if fresh.exists():

@@ -32,7 +32,7 @@ def choose_target(run: Run) -> Target:
     if run.args.struct == "oneshot" and run.progress.state > 1:
         return run.progress.target, run.progress.target_kept
     masks, kept = _choose(run)
-    run.processes.spread_([*masks.values(), *run.progress.elementwise.values()])
+    run.processes.broadcast_([*masks.values(), *run.progress.elementwise.values()])
     return masks, run.processes.from_first(kept)
 
 
@@ -92,7 +92,7 @@ def _worth_of_branches(run: Run) -> dict[str, Tensor] | None:
 
 def _score(run: Run, units: dict) -> dict[str, Tensor]:
     args, progress = run.args, run.progress
-    images = run.train_data.sequential(args.score_batches, whole=False)
+    images = run.round.data.sequential(args.score_batches, whole=False)
     options = {"batches": images, "max_batches": args.score_batches, "seed": args.seed}
     if run.processes.several:
         options["total"] = run.processes.sum_

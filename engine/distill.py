@@ -1,5 +1,5 @@
 """Distillation (Hinton et al. 2015, arXiv:1503.02531): `--teacher` in, its logits for a student's images out, and with
-`--kd_features` the features behind its last block; `objective.py` says what a student makes of them.
+`--kd_features` the output tokens of its last block; `objective.py` is the loss of a student that learns from them.
 
 A teacher is in eval mode, has no gradients and computes in the run's precision, once a step. Where images are shown as
 they are (`--aug none`, resident data, nothing mixed), its logits are worked out once for all of them, and its features
@@ -47,7 +47,7 @@ def is_taught(args: argparse.Namespace, state: int) -> bool:
 
 
 class Answering(nn.Module):
-    """A network whose forward pass gives an `Answer`, with its features when asked for them."""
+    """A network whose forward pass gives an `Answer`, on request with its features."""
 
     def __init__(self, model: nn.Module, features: bool = False):
         super().__init__()
@@ -71,12 +71,12 @@ def _tokens_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class Teacher:
-    """What a fixed network says of the batches of `data`: its lessons.
+    """The outputs of a fixed network for the batches of `data`.
 
     Args:
-        shows_as_they_are: images come unchanged, so that each has its logits once and for all.
-        features: lessons hold features, too.
-        processes: each works out its share of what is kept.
+        unchanged: images are shown as they are in every epoch, so that outputs are computed once.
+        features: outputs hold features, too.
+        processes: each computes its share of what is kept.
     """
 
     def __init__(
@@ -85,45 +85,54 @@ class Teacher:
         data: Batches | FolderBatches,
         like: Tensor,
         precision: torch.dtype | None,
-        shows_as_they_are: bool = False,
+        unchanged: bool = False,
         features: bool = False,
         processes: Processes = ALONE,
     ):
         self.model = model.to(like.device, like.dtype).eval().requires_grad_(False)
-        self.answers = Answering(self.model, features).eval()
+        self._network = Answering(self.model, features).eval()
         self.data, self.precision, self.processes = data, precision, processes
-        self.tables: tuple[Tensor, ...] = ()  # the lesson of all training images, where it is kept
-        if shows_as_they_are and isinstance(data, Batches):
-            self.tables = self._whole_lesson(like.dtype)
+        self.tables: tuple[Tensor, ...] = ()  # outputs for all training images, where they are kept
+        if unchanged and isinstance(data, Batches):
+            self.tables = self._outputs_of_all(like.dtype)
 
-    def lesson(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> tuple[Tensor, ...]:
+    def outputs(self, images: Tensor, parts: int, state: int, epoch: int, step: int) -> tuple[Tensor, ...]:
         """Logits [B, classes] and, where they are taught, features [B, N, D].
 
         Args:
-            images: [B, 3, H, W] of this step, which are looked at in as many parts as the student's.
+            images: [B, 3, H, W] of this step, which pass the network in as many parts as the student's.
         """
         if self.tables:
             chosen = self.data.chosen(state, epoch, step)
             return tuple(table.index_select(0, chosen) for table in self.tables)
-        return _joined(self._lesson(part) for part in images.chunk(parts))
+        return _concatenated(self._outputs(part) for part in images.chunk(parts))
 
     @torch.no_grad()
-    def _lesson(self, images: Tensor) -> tuple[Tensor, ...]:
+    def _outputs(self, images: Tensor) -> tuple[Tensor, ...]:
         with autocast(images.device, self.precision):
-            answer = self.answers(images)
+            answer = self._network(images)
         return tuple(tensor.to(images.dtype) for tensor in (answer.logits, answer.features) if tensor is not None)
 
-    def _whole_lesson(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The lesson of all images in stored order; none where its features are too large to be kept."""
-        lessons = (self._lesson(images.to(dtype)) for images, _ in self.data.sequential(whole=False))
-        first = next(lessons)
+    def _outputs_of_all(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """For all images in stored order; none where features are too large to be kept."""
+        outputs = (self._outputs(images.to(dtype)) for images, _ in self.data.sequential(whole=False))
+        first = next(outputs)
         if sum(features[0].nbytes for features in first[1:]) * len(self.data) > MOST_KEPT:
             return ()
-        return tuple(self.processes.joined_shares(own, len(self.data)) for own in _joined([first, *lessons]))
+        return tuple(self.processes.gather_rows(own, len(self.data)) for own in _concatenated([first, *outputs]))
 
 
-def _joined(lessons: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(tensors) for tensors in zip(*lessons, strict=True))
+def _concatenated(outputs: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*outputs, strict=True))
+
+
+def teacher_line(args: argparse.Namespace, teacher: Teacher, two_heads: bool) -> str:
+    """Who teaches and how, for the log; `two_heads` of the student, see `objective.Objective`."""
+    how = "by its hard labels" if args.kd_hard else f"at temperature {args.kd_temperature:g}"
+    features = f" and its features at weight {args.kd_features:g}" if args.kd_features else ""
+    heads = "; only the head of the distillation token sees its logits" if two_heads and args.kd_alpha else ""
+    kept = f"; its logits{' and features' if features else ''} are kept" if teacher.tables else ""
+    return f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss {how}{features}{heads}{kept}"
 
 
 def named_teacher(
@@ -176,7 +185,7 @@ def _check_features(args: argparse.Namespace, student: nn.Module, teacher: nn.Mo
     own, taught = (f"{count} tokens of {width} channels" for count, width in shapes)
     if own != taught:
         raise RunError(
-            f"{flag}: {args.arch} has {own} behind its last block and --teacher {args.teacher} {taught}; "
+            f"{flag}: {args.arch} has {own} after its last block and --teacher {args.teacher} {taught}; "
             "take a teacher of the same width and grid, or leave it out"
         )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dataset import dataset_facts
 from engine.allocation import Allocation, allocation_of
-from engine.depth import has_branches
+from engine.drop_path import has_branches
 from engine.optimizer import milestones_of
 from engine.preprocessing import weights_want
 from engine.shape import model_from_flags
@@ -36,7 +36,7 @@ def make_model(args: argparse.Namespace, weights: bool = True) -> nn.Module:
 
 
 def has_two_heads(model: nn.Module) -> bool:
-    """Whether the model has a head that learns from a teacher beside that of the labels: timm's distilled DeiTs."""
+    """Whether the model has one head for the labels and another for a teacher: timm's distilled DeiTs."""
     return hasattr(model, "set_distilled_training")
 
 

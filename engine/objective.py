@@ -1,4 +1,4 @@
-"""The objective: what a network answers, targets and a teacher's lesson in; the loss of a step and the number of images
+"""The objective: a network's outputs, targets and a teacher's outputs in; the loss of a step and the number of images
 classified right out.
 
 A loss has three shares, all of them means over a batch (CE: cross entropy, z: logits, F: features):
@@ -20,7 +20,7 @@ class Answer(NamedTuple):
 
     Attributes:
         heads: logits [B, classes] of each classifier; in training, distilled DeiTs have two: class, distillation.
-        features: the output tokens [B, N, D] behind the last block, where they are looked at.
+        features: the output tokens [B, N, D] of the last block, where they are needed.
     """
 
     heads: tuple[Tensor, ...]
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """[B, classes]: the mean over the heads, which is what evaluation goes by."""
+        """[B, classes]: the mean over the heads, which evaluation uses."""
         return self.heads[0] if len(self.heads) == 1 else sum(self.heads) / len(self.heads)
 
 

@@ -36,21 +36,20 @@ def milestones_of(args: argparse.Namespace) -> list[int]:
 class Schedule:
     """The learning rate of a state: linear warm-up per step, then x0.1 at the milestones or half a cosine.
 
-    `milestones` and `warmup` are in epochs. A cosine with a floor is there at the state's last step; without
-    one it would reach zero a step after the last.
+    `warmup`, `milestones` and `total_steps` are in steps. A cosine reaches its floor at the state's last step; without
+    a floor it would reach zero a step after the last.
     """
 
     kind: str  # --sched
     lr: float
     warmup: int
     milestones: tuple[int, ...]
-    steps_per_epoch: int
     total_steps: int
     floor: float | None = None  # --min_lr
 
     def rate(self, step: int) -> float:
         """The rate of the optimizer step that follows `step` others of its state."""
-        warmup = self.warmup * self.steps_per_epoch
+        warmup = self.warmup
         if step < warmup:
             return self.lr * (step + 1) / warmup
         if self.kind == "cosine" and self.floor is not None:
@@ -59,23 +58,23 @@ class Schedule:
             return self.floor + (self.lr - self.floor) * left
         if self.kind == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
-        return self.lr * 0.1 ** sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
+        return self.lr * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
 
-# what the names of parameters behind a ViT's last block start with; all others outside blocks stand before the first
-BEHIND_THE_BLOCKS = ("norm.", "fc_norm.", "head", "attn_pool.")
+# what the names of parameters after a ViT's last block start with; all others outside blocks come before the first
+AFTER_THE_BLOCKS = ("norm.", "fc_norm.", "head", "attn_pool.")
 
 
 def layer_scales(names: Iterable[str], depth: int, decay: float) -> dict[str, float]:
     """The factor of the learning rate by parameter name, decay^(depth + 1 - i) for layer i of a ViT.
 
-    The embedding (patches, positions, prefix tokens) is layer 0, block i - 1 layer i, what comes behind the blocks
+    The embedding (patches, positions, prefix tokens) is layer 0, block i - 1 layer i, what comes after the blocks
     layer depth + 1 (Clark et al., ELECTRA, 2020; Bao et al., BEiT, 2022).
     """
     layers = {}
     for name in names:
         first, second, *_ = f"{name}..".split(".")
-        layers[name] = int(second) + 1 if first == "blocks" else (depth + 1) * name.startswith(BEHIND_THE_BLOCKS)
+        layers[name] = int(second) + 1 if first == "blocks" else (depth + 1) * name.startswith(AFTER_THE_BLOCKS)
     return {name: decay ** (depth + 1 - layer) for name, layer in layers.items()}
 
 

@@ -73,7 +73,7 @@ def _record(mean, std, interpolation: str, crop_pct: float | None, crop_mode: st
 
 
 def recorded(path: Path) -> dict | None:
-    """What stands beside weights of this program: in config.json of a `model/`, in args.yaml or a checkpoint of a run.
+    """What is recorded next to weights of this program: in config.json of a `model/`, args.yaml or a run's checkpoint.
 
     Raises:
         RunError: a file that stands there cannot be read.

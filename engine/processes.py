@@ -1,10 +1,10 @@
-"""Processes: torchrun's environment in; who this process is, and all that it does together with the others, out.
+"""Processes: ranks from torchrun's environment, and the operations that all processes of a run do together.
 
     torchrun --nproc_per_node=2 main_imp_fillback.py ...    # the same program twice, with RANK, WORLD_SIZE, ...
 
 All processes of a run hold the same weights and take the same decisions; they differ in the images that they show
 (`images.orders.Share`), and the first one alone writes. What is called here is called by all of them in the same order,
-but for `speaks` and `lost`. Alone, every call returns at once with what it was given.
+but for `reports_end` and `dead_ranks`. Alone, every call returns at once with what it was given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ Value = TypeVar("Value")
 
 # of DistributedDataParallel; the second is the name that PyTorch is giving up
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-BUFFERS_STAY = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ARGUMENTS else "broadcast_buffers"
 DEATH_NOTICE = 2.0  # seconds in which the system tells that a process which closed its connections has ended
 
 
@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def first_of_all() -> bool:
-    """Whether this is the process that speaks for all that torchrun has started."""
+    """Whether this process has rank 0 of those that torchrun has started."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
@@ -133,13 +133,13 @@ class Processes:
             for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
-    def least_(self, tensor: Tensor) -> Tensor:
+    def min_(self, tensor: Tensor) -> Tensor:
         """The smallest value of any process, element by element, in place."""
         if self.several:
             dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group_of(tensor))
         return tensor
 
-    def spread_(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """The first process's values, in place."""
         if self.several:
             for tensor in tensors:
@@ -147,7 +147,7 @@ class Processes:
                 dist.broadcast(whole, 0, group=self._group_of(whole))
                 tensor.detach().copy_(whole)
 
-    def joined_shares(self, own: Tensor, count: int) -> Tensor:
+    def gather_rows(self, own: Tensor, count: int) -> Tensor:
         """The rows [count, ...] of which each process has its share."""
         if not self.several:
             return own
@@ -172,12 +172,12 @@ class Processes:
             process_group=self._device_group,
             find_unused_parameters=unused,
             gradient_as_bucket_view=True,
-            **{BUFFERS_STAY: False},
+            **{SYNC_BUFFERS: False},
         )
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # of dimensions of length 1
         if not unused:
             # After its first backward pass it lays its messages out anew. That shall be this one, since the order of
-            # sums goes by the layout, and a resumed run has the bits of an unbroken one.
+            # sums follows the layout, and a resumed run has the bits of an unbroken one.
             with evaluating(network):
                 wrapped(image).logits.sum().backward()
             network.zero_grad(set_to_none=True)
@@ -224,26 +224,31 @@ class Processes:
         work.wait()
         return tuple(given.tolist())
 
-    def meet(self) -> None:
-        """Return when all processes have come here."""
+    def barrier(self) -> None:
+        """Return when all processes have reached this call."""
         if self.several:
             self.sum_(torch.zeros(()))
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """One process of each machine goes through the block first: what is missing is downloaded once."""
+        """One process of each machine enters the block first: what is missing is downloaded once."""
         if self.local_rank:
-            self.meet()
+            self.barrier()
         yield
         if not self.local_rank:
-            self.meet()
+            self.barrier()
+
+    def on_first(self, write: Callable, *arguments) -> None:
+        """The first process alone writes files, and reads those that change."""
+        if self.first:
+            write(*arguments)
 
     # -- the end
 
-    def part(self) -> None:
-        """The work that is done together is over, for all at the same time; the first process may go on alone."""
+    def close(self) -> None:
+        """Wait for all, then end the process group; the first process may go on alone."""
         if self.several:
-            self.meet()
+            self.barrier()
             self.last_vote()
             dist.destroy_process_group()
 
@@ -253,20 +258,20 @@ class Processes:
         try:
             yield
         except Stopped:
-            self.part()
+            self.close()
             raise
 
-    def speaks(self) -> bool:
-        """Whether this process is the one that says on standard error why the run ends: whoever comes first."""
+    def reports_end(self) -> bool:
+        """Whether this process is the one to report on standard error why the run ends: the first to ask."""
         if self._store is None:
             return True
         try:
-            return self._store.add("has spoken", 1) == 1
+            return self._store.add("reported", 1) == 1
         except RuntimeError:  # the process that held the store is gone
             return True
 
-    def lost(self) -> str:
-        """Which others have ended, as a line tells it; asked when a message to them failed."""
+    def dead_ranks(self) -> str:
+        """A line that names the ranks that died, for when a message to them failed."""
         host, _ = self._places[self.rank]
         deadline = time.monotonic() + DEATH_NOTICE
         while True:
@@ -287,6 +292,17 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
 
 
+def processes_lines(processes: Processes, images: int, model: nn.Module) -> list[str]:
+    """How several processes share a forward pass of so many images, for the log; none for one process."""
+    if not processes.several:
+        return []
+    size = processes.size
+    lines = [f"{size} processes: each shows {images // size} of the {images} images of a forward pass"]
+    if running_statistics(model):
+        lines.append("  batch norm goes by the images of each process; its running statistics are averaged")
+    return lines
+
+
 def _ended(number: int) -> bool:
     """Whether no such process runs on this machine; one that has ended counts so before its parent asks for it."""
     if os.name != "posix":
@@ -300,8 +316,8 @@ def _ended(number: int) -> bool:
         return False
 
 
-def word_of_this_life(store: dist.Store, rank: int, size: int) -> str:
-    """A word that these processes share, and no others that have come to this store.
+def session_token(store: dist.Store, rank: int, size: int) -> str:
+    """A token that these processes share, and none of an earlier start on the same store.
 
     torchrun starts processes again with the store in which the dead ones' addresses stand, and its count of restarts
     may differ between machines. So the first process answers each other one under a name that has never been there
@@ -313,14 +329,14 @@ def word_of_this_life(store: dist.Store, rank: int, size: int) -> str:
     own = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
     if rank:
         store.set(f"here {rank}", own)
-        word = store.get(f"word for {own}").decode()  # waits for it
-        store.set(f"{word} heard by {rank}", "")
-        return word
+        token = store.get(f"token for {own}").decode()  # waits for it
+        store.set(f"{token} heard by {rank}", "")
+        return token
     deadline, missing = time.monotonic() + store.timeout.total_seconds(), set(range(1, size))
     while missing:
         for other in missing.copy():
             who = store.get(f"here {other}").decode()  # one of an earlier life, maybe
-            store.set(f"word for {who}", own)
+            store.set(f"token for {who}", own)
             if store.check([f"{own} heard by {other}"]):
                 missing.remove(other)
         if time.monotonic() > deadline:
@@ -343,7 +359,7 @@ def joined() -> Iterator[Processes]:
         return
     try:
         store, rank, size = next(dist.rendezvous("env://"))
-        own = dist.PrefixStore(word_of_this_life(store, rank, size), store)
+        own = dist.PrefixStore(session_token(store, rank, size), store)
         dist.init_process_group("gloo", store=dist.PrefixStore("groups", own), rank=rank, world_size=size)
         processes = Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), own)
     except (KeyError, ValueError, RuntimeError) as error:

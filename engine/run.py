@@ -1,7 +1,8 @@
-"""The run: flags, device, data and a first model in; between states weights are cut, doomed and rewound here.
+"""The run: flags, device, data and a first model in; between states weights are pruned, doomed and rewound here.
 
 What lives as long as the run stands in `Run`; of that, what changes is `progress`, which a checkpoint holds together
-with the weights. What lives as long as a state is `training.StateTraining`.
+with the weights. A state is trained by `training.StateTraining`; `recorder.Recorder` writes checkpoints and tracks;
+`resume` puts a checkpoint back into a run.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import argparse
 import copy
 import logging
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,25 +21,17 @@ from tqdm import tqdm
 from dataset import Batches, FolderBatches, FolderSplit, Split, Splits, make_batches
 from engine import journal
 from engine.allocation import Timed
-from engine.checkpoint import (
-    MASK_SETS,
-    Background,
-    RunState,
-    Target,
-    fitting,
-    is_selected,
-    promote_best,
-    save_checkpoint,
-)
-from engine.distill import SELF, Teacher, is_taught, wants_teacher
+from engine.averaging import averaging_line
+from engine.checkpoint import RunState, Target
+from engine.distill import SELF, Teacher, is_taught, teacher_line, wants_teacher
 from engine.evaluation import accuracies
-from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
-from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
 from engine.model import has_two_heads, run_length, units_of_run
-from engine.optimizer import Schedule, check_moments
-from engine.processes import ALONE, Processes, running_statistics
-from engine.tracking import Tracker
+from engine.optimizer import check_moments
+from engine.processes import ALONE, Processes, processes_lines
+from engine.recorder import Recorder
+from engine.rounds import finish_line, finish_round, finish_split, finish_steps, state_round
+from engine.run_folder import plain_args
 from families import family_of
 from models.merging import merging_line
 from pruning.masks import Masks, full_masks
@@ -52,7 +43,6 @@ from utils import (
     load_tensors,
     pick_precision,
     random_states,
-    restore_random_states,
     save_tensors,
     sha256,
     weights_of,
@@ -64,9 +54,14 @@ EVAL_BATCH = 256
 
 
 class Run:
-    """One run: its dense model, data, files and progress.
+    """One run: its dense model, data and progress.
 
-    `dense` has the original shapes and holds the weights between states, `average` their average where one is kept.
+    Attributes:
+        dense: the model in its original shapes, which holds the weights between states.
+        average: the average of its weights where one is kept, by name; between states and at every `sync_dense`.
+        round: what trains now, or next: the same for all states, another for the finish.
+        rounds: how many there are, the finish included; it counts as state `finish_state`.
+        share: this process's share of the training batches.
     """
 
     def __init__(
@@ -90,177 +85,68 @@ class Run:
         self.units, self.allocation = units_of_run(args, dense)
         self.facts, facts, workers = splits.facts, splits.facts, args.workers
         mixes = bool(args.mixup or args.cutmix)
-        self.share = replace(processes.share, paired=processes.several and mixes)  # of training batches
-        self.train_data = self._training_batches(splits.train)
+        self.share = replace(processes.share, paired=processes.several and mixes)
         self.mixing = None
         if mixes:
             alphas = args.mixup or 0.0, args.cutmix or 0.0
             self.mixing = Mixing(*alphas, args.label_smoothing, facts.classes, args.seed, self.share.paired)
-        self.teacher, self.teacher_sha256 = None, ""  # of teacher.pt, when state 0 teaches
+        self.round = state_round(args, self._training_batches(splits.train))
+        self.teacher: Teacher | None = None
+        self.teacher_sha256 = ""  # of teacher.pt, with --teacher self
         if teacher is not None:
-            self.be_taught_by(teacher)
+            self.set_teacher(teacher)
         batch, share = EVAL_BATCH * processes.size, processes.share
         self.val_data = make_batches(splits.val, facts, batch, device, workers=workers, share=share)
         self.test_data = make_batches(splits.test, facts, batch, device, workers=workers, share=share)
-        self.states, self.epochs, milestones = run_length(args)
-        self.steps_per_epoch = self.train_data.steps_per_epoch
-        self.total_steps = self.state_steps = self.steps_per_epoch * self.epochs
-        self.rounds, self.finish_state, self.finish_total = self.states, None, 0
-        if args.finish_epochs:
-            per_epoch = finish_steps(args, len(splits.train.labels), len(splits.val.labels))
-            self.rounds, self.finish_state = self.states + 1, self.states
-            self.finish_total = per_epoch * args.finish_epochs
-        self.schedule = Schedule(
-            args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
-        )
+        self.states, *_ = run_length(args)
+        self.state_steps = self.round.total_steps
+        self.finish_state = self.states if args.finish_epochs else None
+        self.rounds = self.states + (self.finish_state is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average: dict[str, Tensor] = {}
         self.rewind_weights: dict[str, Tensor] = {}
+        self.rewind_file = self.rewind_sha256 = ""
         self.progress = RunState()
         self.optimizer: torch.optim.Optimizer | None = None  # of the state that trains
+        self.recorder = Recorder(args, save_dir, processes)
         self.signals, self.bar = StopSignals(processes.several), tqdm(disable=True)
-        self.late = False  # the time for a checkpoint has come, as several processes agreed
-        self.writer = Background()
-        self.clock = self.last_checkpoint = time.perf_counter()  # up to which the state's seconds are counted
-        self.tracker: Tracker | None = None
 
     def _training_batches(self, split: Split | FolderSplit) -> Batches | FolderBatches:
         args, batch = self.args, self.args.batch_size * self.args.accum_steps
-        self.images_a_step = min(batch, len(split.labels))  # of all processes
         facts = replace(self.facts, flip=self.facts.flip and args.flip)
         return make_batches(split, facts, batch, self.device, args.seed, args.aug, args.workers, self.share)
 
-    # -- start, go on, end
+    # -- start and end
 
     def start(self) -> None:
         """A fresh run: initial weights on disk, nothing pruned."""
-        self.processes.spread_(self.dense.state_dict().values())
+        self.processes.broadcast_(self.dense.state_dict().values())
         self.keep_for_rewind("init.pt")
         masks = full_masks(self.prunable())
         everything = {key: list(range(group.count)) for key, group in self.units.items()}
         self.progress = RunState(masks=masks, target=masks, elementwise=masks, kept=everything, target_kept=everything)
-        self.start_tracking()
-        self._say_what_counts()
+        self.recorder.start_tracking(self.progress)
+        self.log_settings()
         if self.states > 1 and isinstance(self.allocation, Timed):
-            self.write(self.allocation.measure, self)
+            self.processes.on_first(self.allocation.measure, self)
 
-    def take_over(self, content: dict) -> None:
-        """Go where a checkpoint stands, but for the training of a state, which `training.resume` adds.
-
-        Raises:
-            RunError: it is of another run, or damaged.
-        """
-        with fitting("progress"):
-            self.progress = RunState.unpack(content["run"], self.device)
-        finish_before = content["args"].get("finish_epochs")
-        if self.args.finish_epochs and finish_before and self.args.finish_epochs > finish_before:
-            self._lengthen_finish(finish_before)
-        elif self.finishing:
-            self._enter_finish()
-        with fitting("progress"):
-            unvalidated = self.finish_state if self.args.finish_on_all else None
-            journal.check_rows(self.progress, self.steps_per_epoch, unvalidated)
-            self._check_progress()
-        path = self.save_dir / content["rewind_file"]
-        self.rewind_weights = load_tensors(path, "--resume")
-        self.rewind_file, self.rewind_sha256 = content["rewind_file"], sha256(path)
-        if self.rewind_sha256 != content["rewind_sha256"]:
-            raise RunError(f"--resume: {path} is not the file that this run started from")
-        with fitting("weights"):
-            self.dense.load_state_dict(content["weights"])
-        if self.finishing and not finish_before:  # the run had ended, and its last weights are those of the last step
-            self._start_from_selected()
-        with fitting("average"):
-            self._take_average(content.get("average", {}))
-        self.teacher_sha256 = content.get("teacher_sha256", "")
-        with fitting("random"):
-            restore_random_states(content["random"])
-
-    def _check_progress(self) -> None:
-        """Raises: ValueError, when steps, masks or units are not those of this model and these flags."""
-        progress, shapes = self.progress, {name: weight.shape for name, weight in self.prunable().items()}
-        if progress.state > self.rounds or progress.step > self.total_steps:
-            raise ValueError(f"state {progress.state}, step {progress.step} lie behind the end")
-        for name in MASK_SETS:
-            if {layer: mask.shape for layer, mask in getattr(progress, name).items()} != shapes:
-                raise ValueError(f"{name}: other layers or shapes than this model's")
-        for name in ("kept", "target_kept"):
-            kept = getattr(progress, name)
-            if kept.keys() != self.units.keys() or any(
-                len({*ids}) < len(ids) or any(unit >= self.units[key].count for unit in ids)
-                for key, ids in kept.items()
-            ):
-                raise ValueError(f"{name}: other units than this model's")
-
-    def _lengthen_finish(self, epochs: int) -> None:
-        """Of a run that has begun its finish, or done it, in which it had fewer `epochs`: further ones follow."""
-        progress = self.progress
-        if progress.state >= self.finish_state:
-            done = progress.state > self.finish_state
-            progress.state = self.finish_state
-            self._enter_finish()
-            if done:
-                progress.step, progress.begun = epochs * self.steps_per_epoch, True
-                progress.states.pop()
-            if progress.begun:
-                self.args.notes.append(
-                    f"--finish_epochs {self.args.finish_epochs}: the epochs to come have the learning rates of so long "
-                    f"a finish, those that are done have those of {epochs} epochs"
-                )
-
-    def _start_from_selected(self) -> None:
-        best = load_tensors(self.save_dir / "best.pt", "best.pt")
-        row = self.progress.states[-1]
-        if best["state"] != row["state"] or best["epoch"] != row["best_epoch"]:
-            raise RunError(
-                f"--finish_epochs {self.args.finish_epochs}: {self.save_dir / 'best.pt'} is not the model that state "
-                f"{row['state']} selected; go on from the latest checkpoint"
-            )
-        self.dense.load_state_dict(best["weights"])
-
-    def _take_average(self, average: dict[str, Tensor]) -> None:
-        shapes = {name: value.shape for name, value in self.dense.state_dict().items()} if self.args.ema_decay else {}
-        if {name: value.shape for name, value in average.items()} != shapes:
-            raise ValueError("the average of the weights")
-        self.average = {name: value.to(self.device) for name, value in average.items()}
-
-    def go_on(self) -> None:
-        """What a resumed run writes first: files as they were at the checkpoint."""
-        self.write(self._find_best)
-        self.write(write_flags, self.save_dir, self.args)  # more states, other devices
-        self.write(journal.write, self.save_dir, self.progress)
-        self.start_tracking()
-        log.info(f"resumed at {self.title}, step {self.progress.step} of {self.total_steps}")
-        self._say_what_counts()
-
-    def _say_what_counts(self) -> None:
-        if self.processes.several:
-            images, size = self.args.batch_size, self.processes.size
-            log.info(f"{size} processes: each shows {images // size} of the {images} images of a forward pass")
-            if running_statistics(self.dense):
-                log.info("  batch norm goes by the images of each process; its running statistics are averaged")
+    def log_settings(self) -> None:
+        """Processes, token merging, teacher and averaging, into the log."""
+        for line in processes_lines(self.processes, self.args.batch_size, self.dense):
+            log.info(line)
         if self.args.token_merge:
             log.info(merging_line(self.dense))
         if self.teacher:
-            self._say_who_teaches()
+            log.info(teacher_line(self.args, self.teacher, has_two_heads(self.dense)))
         if self.args.ema_decay:
-            log.info(
-                f"ema: validated, selected, tested and exported is the average of the weights, decay "
-                f"{self.args.ema_decay:g}; scores, rewinding and what goes on training use the weights themselves"
-            )
-
-    def start_tracking(self) -> None:
-        args = self.args
-        self.tracker = Tracker(
-            args.wandb_mode if self.processes.first else "disabled", self.save_dir, self.progress.wandb_id,
-            project=args.wandb_project, entity=args.wandb_entity, name=self.save_dir.resolve().name,
-            config=plain_args(args),
-        )  # fmt: skip
-        self.progress.wandb_id = self.tracker.run_id
+            log.info(averaging_line(self.args.ema_decay))
 
     def whole_run_bar(self) -> tqdm:
         """Steps of all states and of the finish with the time left, on a terminal."""
-        total = self.states * self.state_steps + self.finish_total
+        total = self.states * self.state_steps
+        if self.args.finish_epochs:
+            images = len(self.splits.train.labels), len(self.splits.val.labels)
+            total += self.args.finish_epochs * finish_steps(self.args, *images)
         done = min(total, self.progress.state * self.state_steps + self.progress.step)
         quiet = not sys.stdout.isatty()
         self.bar = tqdm(
@@ -270,33 +156,33 @@ class Run:
 
     def close(self) -> None:
         """Give back processes and threads, whatever happened; all that was written is on disk afterwards."""
-        self.train_data.close()
-        if self.tracker:
-            self.tracker.finish()
-        self.writer.wait()
+        self.round.data.close()
+        self.recorder.close()
 
     # -- between states
 
     def begin_state(self) -> None:
-        progress, self.clock = self.progress, time.perf_counter()
+        progress = self.progress
+        self.recorder.timer.restart("state")
         progress.begun, progress.step, progress.seconds, progress.start_norm = True, 0, 0.0, None
         progress.cut, progress.best = {}, {}
         if self.finishing:
-            log.info(finish_line(self.args, len(self.train_data.labels), self.states - 1))
+            log.info(finish_line(self.args, len(self.round.data.labels), self.states - 1))
 
     def prunes(self) -> bool:
-        """Whether something goes before, or in, the state that begins."""
+        """Whether something is pruned before, or in, the state that begins."""
         return 0 < self.progress.state < self.states and self.args.struct != "dense"
 
     def doom(self, target: Target) -> None:
-        """RSST: what goes trains on until the cut, under the penalty; what refill returns comes back now."""
+        """RSST: doomed weights train on until the cut, under the penalty; what refill returns comes back now."""
         progress = self.progress
         progress.target, progress.target_kept = target
         progress.masks = {name: torch.maximum(mask, progress.target[name]) for name, mask in progress.masks.items()}
         progress.kept = {key: sorted({*ids, *progress.target_kept[key]}) for key, ids in progress.kept.items()}
 
     def cut_at_once(self, target: Target) -> None:
-        """Refill: what goes is zero from now on. Measured before the rewind: trained weights without and with masks."""
+        """Refill: pruned weights are zero from now on. Accuracy before and after is that of the trained weights, before
+        they are rewound."""
         progress = self.progress
         progress.target, progress.target_kept = target
         progress.masks, progress.kept = target
@@ -306,7 +192,7 @@ class Run:
         progress.cut = {"before": progress.history[-1]["val_accuracy"], "after": after}
 
     def _selected_accuracy(self, masks: dict[str, Tensor]) -> float:
-        """Of the validation images, under masks by parameter name: by the average of the weights where one is kept."""
+        """Validation accuracy under masks by parameter name, of the average of the weights where one is kept."""
         if not self.average:
             return self.evaluate(self.dense, "val")["accuracy"]
         last = weights_of(self.dense)
@@ -323,37 +209,26 @@ class Run:
                 # refilled weights start at zero
                 enforce(self.dense, {f"{name}.weight": mask for name, mask in self.progress.elementwise.items()})
             return
-        stays = () if self.args.fc else (self.family.classifier,)
-        start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(stays)}
+        trained = () if self.args.fc else (self.family.classifier,)
+        start = {name: value for name, value in self.rewind_weights.items() if not name.startswith(trained)}
         self.dense.load_state_dict({**self.dense.state_dict(), **start})
 
-    def be_taught_by(self, model: nn.Module) -> None:
-        """From now on part of the loss is the distance from this network's answers; see `distill.Teacher`."""
+    def set_teacher(self, model: nn.Module) -> None:
+        """From now on part of the loss is the distance from this network's outputs; see `distill.Teacher`."""
         like, args = next(self.dense.parameters()), self.args
-        as_they_are = args.aug == "none" and self.mixing is None
-        options = as_they_are, bool(args.kd_features), self.processes
-        self.teacher = Teacher(model, self.train_data, like, self.precision, *options)
+        unchanged = args.aug == "none" and self.mixing is None
+        options = unchanged, bool(args.kd_features), self.processes
+        self.teacher = Teacher(model, self.round.data, like, self.precision, *options)
 
-    def _say_who_teaches(self) -> None:
-        args = self.args
-        how = "by its hard labels" if args.kd_hard else f"at temperature {args.kd_temperature:g}"
-        features = f" and its features at weight {args.kd_features:g}" if args.kd_features else ""
-        two = has_two_heads(self.dense) and args.kd_alpha
-        heads = "; only the head of the distillation token sees its logits" if two else ""
-        kept = f"; its logits{' and features' if features else ''} are kept" if self.teacher.tables else ""
-        log.info(
-            f"distillation: {args.teacher} teaches, with {args.kd_alpha:g} of the loss {how}{features}{heads}{kept}"
-        )
-
-    def find_teacher(self) -> None:
-        """From state 1 on the selected model of state 0 teaches, with `--teacher self`."""
+    def load_own_teacher(self) -> None:
+        """With `--teacher self`, from state 1 on: the selected model of state 0 teaches."""
         if self.args.teacher != SELF or not is_taught(self.args, self.progress.state) or self.teacher:
             return
         model = copy.deepcopy(self.dense)
-        self.write(self._load_teacher, model)
-        self.processes.spread_(model.state_dict().values())
-        self.be_taught_by(model)
-        self._say_who_teaches()
+        self.processes.on_first(self._load_teacher, model)
+        self.processes.broadcast_(model.state_dict().values())
+        self.set_teacher(model)
+        log.info(teacher_line(self.args, self.teacher, has_two_heads(self.dense)))
 
     def _load_teacher(self, model: nn.Module) -> None:
         path = self.save_dir / "teacher.pt"
@@ -363,7 +238,7 @@ class Run:
 
     @property
     def finishing(self) -> bool:
-        """Whether the round that trains, or is next, is the finish, behind the last state."""
+        """Whether the round that trains, or is next, is the finish, after the last state."""
         return self.progress.state == self.finish_state
 
     @property
@@ -379,97 +254,75 @@ class Run:
         """Whether validation images train now, so that they cannot tell how good a model is."""
         return self.finishing and self.args.finish_on_all
 
-    def _enter_finish(self) -> None:
-        """From now on epochs, rates and, with --finish_on_all, images are those of the finish."""
-        args = self.args
-        if args.finish_on_all:
-            self.train_data.close()
-            self.train_data = self._training_batches(finish_split(args, self.splits))
-            if self.teacher:
-                self.be_taught_by(self.teacher.model)  # about these images
-        self.epochs, self.steps_per_epoch = args.finish_epochs, self.train_data.steps_per_epoch
-        self.total_steps, self.schedule = self.finish_total, finish_schedule(args, self.steps_per_epoch)
+    def enter_finish(self) -> None:
+        """From now on the round is the finish."""
+        data = self.round.data
+        if self.args.finish_on_all:
+            data.close()
+            data = self._training_batches(finish_split(self.args, self.splits))
+        self.round = finish_round(self.args, data)
+        if self.args.finish_on_all and self.teacher:
+            self.set_teacher(self.teacher.model)  # its outputs for these images
 
     def end_state(self) -> None:
         """Test the selected model, write the state's line; `dense` keeps the weights of the last step.
 
-        Only a finish goes on with the selected ones: they stand in the checkpoint that is written here, since
-        best.pt may be of the finish already where a killed run goes on from it.
+        Only a finish starts from the selected ones: they stand in the checkpoint that is written here, since
+        best.pt may be of the finish already when a killed run is resumed from it.
         """
         progress, finish_follows = self.progress, self.progress.state + 1 == self.finish_state
         last = weights_of(self.dense)
-        for data in (self.train_data, self.val_data, self.test_data):
+        for data in (self.round.data, self.val_data, self.test_data):
             for broken in self.processes.gathered(data.broken):
                 data.note(broken.items())
-        self.write(self._load_selected, finish_follows)
-        self.processes.spread_(self.dense.state_dict().values())
+        self.processes.on_first(self._load_selected, finish_follows)
+        self.processes.broadcast_(self.dense.state_dict().values())
         if progress.state == 0 and self.args.teacher == SELF and wants_teacher(self.args):
-            self.write(self._keep_teacher)
+            self.processes.on_first(self._keep_teacher)
         test = self.evaluate(self.dense, "test")
         if not finish_follows:
             self.dense.load_state_dict(last)
-        self._count_seconds()
+        progress.seconds += self.recorder.timer.restart("state")
         row = journal.state_row(progress, self.family.cost(self.dense, progress.kept), self.units, test)
         progress.states.append(row)
         if not self.finishing:  # which changes no unit
             progress.units += journal.unit_rows(progress, self.units)
-        self.write(journal.write_states, self.save_dir, progress)
+        self.processes.on_first(journal.write_states, self.save_dir, progress)
         test_values = {f"test/{name}": value for name, value in test.items()}
         selected = {"val/best_accuracy": progress.best["accuracy"]} if "accuracy" in progress.best else {}
         self.track(test_values | selected, after=1)
         log.info(journal.state_line(row, self.title))
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
         if finish_follows:
-            self._enter_finish()
+            self.enter_finish()
         if progress.state == self.rounds and self.states > 1 and isinstance(self.allocation, Timed):
-            self.write(self.allocation.measure_result, self)
+            self.processes.on_first(self.allocation.measure_result, self)
         self.checkpoint()
 
+    def selected_model(self) -> dict:
+        """What best.pt holds of the model of now, whose epoch and accuracy `progress.best` tells."""
+        progress = self.progress
+        weights = cpu_copy(self.average) if self.args.ema_decay else weights_of(self.dense)
+        return {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best}
+
     def _load_selected(self, finish_follows: bool) -> None:
-        self.writer.wait()
+        self.recorder.writer.wait()
         progress, path = self.progress, self.save_dir / "best.pt"
-        if not progress.best:  # lost, and no epoch followed; see `_find_best`
+        if not progress.best:  # lost, and no epoch followed; see `resume.find_best`
             log.warning("the weights of the last epoch are tested and kept as the best")
             if finish_follows:
                 log.warning("the finish goes on from them, too")
             last = progress.history[-1]
-            progress.best = {"epoch": last["epoch"], "accuracy": last["val_accuracy"]}
-            if "val_accuracy" not in last:
-                del progress.best["accuracy"]
-            weights = cpu_copy(self.average) if self.args.ema_decay else weights_of(self.dense)
-            save_tensors(path, {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best})
+            found = {"accuracy": last["val_accuracy"]} if "val_accuracy" in last else {}
+            progress.best = {"epoch": last["epoch"], **found}
+            save_tensors(path, self.selected_model())
         self.dense.load_state_dict(load_tensors(path, "best.pt")["weights"])
-
-    def _find_best(self) -> None:
-        """After a resume: the file of the model that the checkpoint's state has selected so far, or none.
-
-        An older checkpoint may be left behind by the files of later epochs. Then the epochs to come select anew, so
-        that tables and weights tell of one epoch.
-        """
-        progress, fresh = self.progress, self.save_dir / "best.new.pt"
-        if fresh.is_file() and is_selected(load_tensors(fresh, "best.new.pt"), progress):
-            promote_best(self.save_dir)
-        fresh.unlink(missing_ok=True)  # of an epoch that is to be trained again
-        if not (progress.begun and progress.best):
-            return
-        path = self.save_dir / "best.pt"
-        if not (path.is_file() and is_selected(load_tensors(path, "best.pt"), progress)):
-            log.warning(
-                f"best.pt is of another epoch than epoch {progress.best['epoch'] + 1} of {self.title}, which the "
-                "checkpoint names (resumed from an older one): the epochs to come select anew"
-            )
-            progress.best = {}
 
     def _keep_teacher(self) -> None:
         save_tensors(self.save_dir / "teacher.pt", weights_of(self.dense))
         self.teacher_sha256 = sha256(self.save_dir / "teacher.pt")
 
     # -- at any time
-
-    def write(self, write: Callable, *arguments) -> None:
-        """Of several processes the first one alone writes files, and reads those that change."""
-        if self.processes.first:
-            write(*arguments)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -490,52 +343,32 @@ class Run:
     def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
         """Shares classified right of the images that validate ("val") or test ("test"); see `evaluation.accuracies`."""
         data = self.val_data if part == "val" else self.test_data
-        # tested is what the run hands over, in its weights' own precision; validation goes by --amp
+        # the test is of the model as it is exported, in its weights' own precision; validation uses --amp
         return accuracies(model, data, self.precision if part == "val" else None, self.processes)
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
-        self.tracker.log(values, self.progress.state * (self.state_steps + 1) + self.progress.step + after)
+        step = self.progress.state * (self.state_steps + 1) + self.progress.step + after
+        self.recorder.tracker.log(values, step)
 
     def keep_for_rewind(self, name: str) -> None:
         """The weights of now are those that later states start from."""
         self.rewind_weights, self.rewind_file = weights_of(self.dense), name
-        self.write(save_tensors, self.save_dir / name, self.rewind_weights)
+        self.processes.on_first(save_tensors, self.save_dir / name, self.rewind_weights)
         self.rewind_sha256 = sha256(self.save_dir / name) if self.processes.first else ""
 
-    def agree(self) -> None:
-        """After each step of several processes: what they do about signals and time, all after the same step."""
-        if self.processes.several:
-            late = self.processes.first and self._is_late()
-            self.signals.agreed, self.late = self.processes.vote(self.signals.heard, late)
-
-    def checkpoint_due(self) -> bool:
-        every = self.args.checkpoint_every
-        if every is None:
-            return False
-        if every.endswith("m"):
-            return bool(self.late) if self.processes.several else self._is_late()
-        return self.progress.step % int(every) == 0
-
-    def _is_late(self) -> bool:
-        every = self.args.checkpoint_every or ""
-        return every.endswith("m") and time.perf_counter() - self.last_checkpoint >= 60 * int(every[:-1])
-
     def checkpoint(self) -> None:
-        """Take a copy of everything that the run needs to go on; a thread writes it."""
-        self._count_seconds()
-        self.last_checkpoint = self.clock
-        self.write(self._copy_and_write)
+        """Take a copy of everything that a resumed run needs; a thread writes it.
 
-    def _count_seconds(self) -> None:
-        """Of the state so far: choosing, rewinding, training, validating and testing; what a killed run lost is not
-        counted."""
-        now = time.perf_counter()
-        self.progress.seconds += now - self.clock
-        self.clock = now
+        `progress.seconds` counts choosing, rewinding, training, validating and testing of the state so far; what a
+        killed run lost is not counted.
+        """
+        self.progress.seconds += self.recorder.timer.restart("state")
+        self.recorder.timer.restart("checkpoint")
+        self.processes.on_first(self._copy_and_write)
 
     def _copy_and_write(self) -> None:
-        self.writer.wait()  # no more than one copy at a time
+        self.recorder.writer.wait()  # no more than one copy at a time
         moments = self.optimizer.state_dict()["state"]
         try:
             check_moments(self.optimizer, self.args, moments)
@@ -556,12 +389,7 @@ class Run:
             "args": plain_args(self.args),
             "data": self.splits.identity,
         }
-        self.writer.submit(_write_checkpoint, self.save_dir, self.progress.snapshot(), content)
-
-
-def _write_checkpoint(save_dir: Path, progress: RunState, content: dict) -> None:
-    save_checkpoint(save_dir, {"run": progress.pack(), **content})
-    promote_best(save_dir)
+        self.recorder.write_checkpoint(self.progress, content)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def sensitivity_curves(run: Run, scores: Mapping[str, Tensor], levels: Levels) -
     found = run.processes.from_first(found)
     if found is None:
         found = {"state": state, "of": key, **_measure(run, ranked, probes)}
-        run.write(_add, path, found)
+        run.processes.on_first(_add, path, found)
     else:
         log.info(f"sensitivity: the curves of state {state} are those in {FILE}")
     return {row["layer"]: list(zip(row["left"], row["loss"], strict=True)) for row in found["layers"]}
@@ -96,12 +96,12 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
 def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> Tensor:
     """float64 [probes, 3]: images, summed loss and images classified right, of all processes."""
     sums = torch.zeros(len(probes), 3, dtype=torch.float64)
-    total = len(probes) * min(run.args.score_batches, run.train_data.steps_per_epoch)
+    total = len(probes) * min(run.args.score_batches, run.round.steps_per_epoch)
     begun, said = time.perf_counter(), False
     quiet = not sys.stdout.isatty()
     bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
     with evaluating(run.dense), bar:
-        for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
+        for images, labels in run.round.data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()
             whole = None  # with nothing removed all layers' probes are the same
             for index, (key, count) in enumerate(probes):
@@ -139,7 +139,7 @@ def _without(model: nn.Module, units: Mapping[str, Units], kept: Mapping[str, Se
 
 def _fingerprint(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> str:
     """Of all that decides the curves: weights, which units are probed, how many images are seen."""
-    digest = hashlib.sha256(json.dumps([run.args.score_batches, run.images_a_step, ranked, probes]).encode())
+    digest = hashlib.sha256(json.dumps([run.args.score_batches, run.round.images_per_step, ranked, probes]).encode())
     for name, value in run.dense.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

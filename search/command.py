@@ -10,9 +10,9 @@ import torch
 
 from cli.errors import leave
 from cli.plan import plan
-from engine.folder import named_dir
 from engine.model import make_model, units_of_run
 from engine.processes import ALONE
+from engine.run_folder import named_dir
 from search import front
 from search.space import Space, in_words
 from search.trials import Study, need_optuna

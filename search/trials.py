@@ -28,8 +28,8 @@ from cli.plan import planned_states
 from dataset import difference, folder_identity
 from deployment.exported import load
 from deployment.speed import throughput
-from engine.folder import RunLock
 from engine.model import run_length
+from engine.run_folder import RunLock
 from reporting.runs import load_run
 from search.space import Space
 from utils import RunError, StopSignals, cause, pick_device

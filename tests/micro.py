@@ -227,12 +227,12 @@ def clones(tensors):
 
 def dense_shaped(training):
     """The weights of the network that trains, in the shapes of the whole one."""
-    return clones(scatter_tensors(training.model.state_dict(), training.run.units, training.model_kept))
+    return clones(scatter_tensors(training.network.model.state_dict(), training.run.units, training.network.kept))
 
 
 def moments(training):
     """{parameter: {moment: tensor}} of the optimizer."""
-    named, state = training.model.named_parameters(), training.optimizer.state
+    named, state = training.network.model.named_parameters(), training.optimizer.state
     return {name: clones({key: torch.as_tensor(v) for key, v in state[p].items()}) for name, p in named}
 
 
@@ -260,21 +260,21 @@ def record(folder, argv):
         return SimpleNamespace(**{name: dict(content) for name, content in sets.items()}, weights=weights)
 
     def built(training):
-        seen.run, seen.training = training.run, training
+        seen.run, seen.network = training.run, training.network
         if training.progress.step == 0:
             seen.starts[training.progress.state] = facts(training.run, clones(training.run.dense.state_dict()))
 
     def stepped(training):
         now = facts(training.run, dense_shaped(training))
-        now.width = sum(parameter.numel() for parameter in training.model.parameters())
-        now.types = {parameter.dtype for parameter in training.model.parameters()}
+        now.width = sum(parameter.numel() for parameter in training.network.model.parameters())
+        now.types = {parameter.dtype for parameter in training.network.model.parameters()}
         (now.rate,) = {float(group["lr"]) for group in training.optimizer.param_groups}
         now.penalised = bool(training.penalty)
         seen.steps[training.progress.state, training.progress.step] = now
 
     def epoch_ended(training):
         run, progress = training.run, training.progress
-        seen.epochs[progress.state, progress.step // run.steps_per_epoch - 1] = SimpleNamespace(
+        seen.epochs[progress.state, progress.step // run.round.steps_per_epoch - 1] = SimpleNamespace(
             weights=clones(run.dense.state_dict()),
             rewind=clones(run.rewind_weights),
             best=dict(progress.best),

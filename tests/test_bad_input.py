@@ -571,7 +571,7 @@ SIZES = "[enforce fail at third_party/gloo/gloo/transport/tcp/pair.cc:446] op.pr
     (OSError(5, "Input/output error"), ["cannot write", "Input/output error"]),
 ], ids=str)  # fmt: skip
 def test_another_process_is_lost_only_where_a_message_to_it_failed(error, named, tmp_path):
-    group = SimpleNamespace(several=True, lost=lambda: "another process cannot be reached")
+    group = SimpleNamespace(several=True, dead_ranks=lambda: "another process cannot be reached")
     args = entry.parse_args([*BASE, "--save_dir", str(tmp_path)])
     found = explain(error, args, group)
     if named is None:

@@ -498,7 +498,7 @@ def seen(around):
 
     def look(into):
         def keep(training):
-            into[training.progress.state, training.progress.step] = clones(training.model.state_dict())
+            into[training.progress.state, training.progress.step] = clones(training.network.model.state_dict())
 
         return keep
 

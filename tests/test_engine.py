@@ -118,13 +118,13 @@ def test_a_layer_may_empty_with_min_units_0(done):
 
 
 def test_the_schedule_warms_up_per_step_and_falls():
-    steps = Schedule("multistep", 0.05, 2, (3, 5), 3, 18)
+    steps = Schedule("multistep", 0.05, 6, (9, 15), 18)
     expected = [0.05 * (k + 1) / 6 for k in range(6)] + [0.05] * 3 + [0.005] * 6 + [0.0005] * 3
     assert [steps.rate(step) for step in range(18)] == pytest.approx(expected)
-    cosine = Schedule("cosine", 0.05, 1, (3,), 3, 15)
+    cosine = Schedule("cosine", 0.05, 3, (9,), 15)
     expected = [0.05 * (k + 1) / 3 for k in range(3)] + [0.025 * (1 + math.cos(math.pi * k / 12)) for k in range(12)]
     assert [cosine.rate(step) for step in range(15)] == pytest.approx(expected)
-    assert Schedule("cosine", 0.05, 5, (), 3, 15).rate(14) == 0.05  # nothing but a warm-up
+    assert Schedule("cosine", 0.05, 15, (), 15).rate(14) == 0.05  # nothing but a warm-up
 
 
 def test_the_learning_rate_starts_anew_in_every_state(done):
@@ -283,7 +283,7 @@ def test_states_start_from_rewind_weights_under_masks(name, rewind, classifier, 
             assert_same_tensors(ended.rewind, expected)
     run = seen.run
     mine = {tensor.untyped_storage().data_ptr() for tensor in run.rewind_weights.values()}
-    theirs = [*run.dense.state_dict().values(), *seen.training.model.parameters()]
+    theirs = [*run.dense.state_dict().values(), *seen.network.model.parameters()]
     assert not mine & {tensor.untyped_storage().data_ptr() for tensor in theirs}
     assert (seen.dir / "rewind.pt").exists() == (rewind == "epoch 1")
     if rewind == "epoch 1":
@@ -530,7 +530,8 @@ def test_gradients_are_masked_before_they_are_clipped(method, make, around, monk
     monkeypatch.setattr(
         torch.nn.utils, "clip_grad_norm_", lambda *arguments: clipped.append((float(clip(*arguments)), arguments[1]))
     )
-    around("mask_gradients", before=lambda t: raw.append({n: p.grad.clone() for n, p in t.model.named_parameters()}))
+    around("mask_gradients", before=lambda training: raw.append(
+        {name: parameter.grad.clone() for name, parameter in training.network.model.named_parameters()}))  # fmt: skip
 
     def norm(gradients):
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
@@ -554,7 +555,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
 
     def look(training):
         for name, doomed in zip(training.penalty.names, training.penalty.doomed, strict=True):
-            gradient = training.model.get_parameter(name).grad
+            gradient = training.network.model.get_parameter(name).grad
             found.append((bool(gradient[doomed == 1].any()), bool(gradient[doomed == 0].any())))
 
     around("mask_weights", before=look)
@@ -566,7 +567,7 @@ def test_blocking_the_loss_leaves_survivors_their_gradient(make, around):
     training.step()
     assert found == [(False, True)] * len(LAYERS)
     # no gradient outlives a step: it would hold the memory of the graph that it was made in
-    assert all(parameter.grad is None for parameter in training.model.parameters())
+    assert all(parameter.grad is None for parameter in training.network.model.parameters())
 
 
 @pytest.mark.usefixtures("house")
@@ -607,7 +608,7 @@ def test_a_state_frees_its_network_and_its_captured_step(run, monkeypatch):
 
     def note(training):
         build(training)
-        alive.append((training.progress.state, weakref.ref(training.model), weakref.ref(training.captured)))
+        alive.append((training.progress.state, weakref.ref(training.network.model), weakref.ref(training.captured)))
 
     def look(run):
         of_state = [(model(), step()) for state, model, step in alive if state == run.progress.state]

@@ -14,7 +14,7 @@ from test_recipes import picture_folder
 import engine.run
 import export
 import main_imp_fillback as entry
-from engine.finish import finish_schedule
+from engine.rounds import finish_schedule
 from engine.training import StateTraining
 
 FINISH = ("--finish_epochs", "2")
@@ -94,7 +94,7 @@ def test_it_begins_at_the_average_where_that_is_selected(house, tmp_path):
     run.begin_state()
     training = StateTraining(run)
     assert_same_tensors(run.dense.state_dict(), selected)
-    assert_same_tensors(training.average.model.state_dict(), selected)
+    assert_same_tensors(training.network.average.model.state_dict(), selected)
     run.close()
 
 
@@ -129,10 +129,10 @@ def test_on_all_every_training_and_validation_image_is_seen_once_an_epoch(kind, 
     if kind == "folders":  # 36 train, 4 validate
         flags += ("--dataset", "folder", "--data", picture_folder(tmp_path / "pictures"), "--workers", "0")
     run = make_run(tmp_path / "run", *flags, *ON_ALL, "--aug", "none", "--pruning_times", "1")
-    splits = [torch.cat([images for images, _ in data.sequential()]) for data in (run.train_data, run.val_data)]
+    splits = [torch.cat([images for images, _ in data.sequential()]) for data in (run.round.data, run.val_data)]
     run.begin_state()
     training = StateTraining(run)
-    run.progress.step = run.total_steps
+    run.progress.step = run.round.total_steps
     run.progress.history, run.progress.best = [{"val_accuracy": 0.0}], {"epoch": 0, "accuracy": 0.0}
     torch.save({"state": 0, "weights": clones(run.dense.state_dict())}, run.save_dir / "best.pt")
     run.end_state()
@@ -142,7 +142,7 @@ def test_on_all_every_training_and_validation_image_is_seen_once_an_epoch(kind, 
     training.update = lambda images, _: shown.append(images.clone())
     for epoch in range(2):
         training.bar = None
-        for _ in range(run.steps_per_epoch):
+        for _ in range(run.round.steps_per_epoch):
             training.step()
         assert torch.equal(in_order(torch.cat(shown)), in_order(torch.cat(splits * (epoch + 1))))
     assert training.finished
@@ -151,9 +151,9 @@ def test_on_all_every_training_and_validation_image_is_seen_once_an_epoch(kind, 
 
 def test_on_all_the_end_is_exported_and_nothing_counts_as_held_out(house, tmp_path, monkeypatch):
     ends, validated, steps = {}, [], []
-    track = engine.run.Tracker.log
+    track = engine.recorder.Tracker.log
     monkeypatch.setattr(
-        engine.run.Tracker, "log", lambda self, values, step: steps.append(step) or track(self, {}, step)
+        engine.recorder.Tracker, "log", lambda self, values, step: steps.append(step) or track(self, {}, step)
     )
     wrap(monkeypatch, "end_epoch", after=lambda training: ends.update(
         {training.progress.state: clones(training.run.average)}))  # fmt: skip
@@ -200,10 +200,10 @@ def test_its_teacher_knows_all_images(house, tmp_path, around):
     assert call([*flags, "--save_dir", tmp_path / "run"]) == 0
     assert {state for state, _ in found} == {0, 1}
     run = found[-1][1]
-    images, _ = run.train_data.batch(1, 1, ALL_STEPS - 1)
+    images, _ = run.round.data.batch(1, 1, ALL_STEPS - 1)
     assert [len(table) for table in run.teacher.tables] == [204]
     assert_same_tensors(run.teacher.model.state_dict(), load(tmp_path / "run" / "teacher.pt"))
-    (taught,) = run.teacher.lesson(images, 1, 1, 1, ALL_STEPS - 1)
+    (taught,) = run.teacher.outputs(images, 1, 1, 1, ALL_STEPS - 1)
     torch.testing.assert_close(taught, run.teacher.model(images).detach())
 
 
@@ -299,7 +299,7 @@ def test_a_finish_goes_on_for_more_epochs(done, more, house, tmp_path, monkeypat
     assert call([*flags, "--finish_epochs", "4", "--save_dir", runs[0]]) == 0
 
     def stop(training):
-        if training.run.finishing and training.progress.step == training.run.steps_per_epoch + 1:
+        if training.run.finishing and training.progress.step == training.run.round.steps_per_epoch + 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

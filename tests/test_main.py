@@ -30,8 +30,8 @@ from micro import assert_same_tensors, largest_difference, load, metrics, record
 
 import deployment.exported
 import main_imp_fillback as entry
-from engine.folder import environment, make_save_dir
 from engine.run import Run
+from engine.run_folder import environment, make_save_dir
 from utils import RunError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -332,7 +332,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(seen, tmp_path):
     assert largest_difference(other.starts[0].weights, first.starts[0].weights) > 1e-3
     assert other.ends[1].keys() == first.ends[1].keys()
     assert other.starts[1].target_kept != first.starts[1].target_kept
-    batches = [run.run.train_data.batch(0, 0, 0)[1].tolist() for run in (first, default, other)]
+    batches = [run.run.round.data.batch(0, 0, 0)[1].tolist() for run in (first, default, other)]
     assert batches[0] != batches[1] == batches[2]
 
 
@@ -608,7 +608,7 @@ def test_the_last_good_checkpoint_stays(run, around):
     def explode(training):
         if (training.progress.state, training.progress.step) == (1, 4):
             with torch.no_grad():
-                training.model.head.weight.fill_(math.inf)
+                training.network.model.head.weight.fill_(math.inf)
 
     around("step", before=explode)
     done = run(code=1)
@@ -620,7 +620,7 @@ def test_the_last_good_checkpoint_stays(run, around):
 
 
 def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates_fault(run, around):
-    around("build", after=lambda training: training.model.head.bias.data.fill_(math.nan))
+    around("build", after=lambda training: training.network.model.head.bias.data.fill_(math.nan))
     done = run(code=1)
     assert "not finite at step 0 of state 0; nothing has trained yet: look at the initial weights\n" in done.err
     assert "--lr" not in done.err

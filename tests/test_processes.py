@@ -408,7 +408,7 @@ def spoil():
     """From step 2 on the images that this process shows are no numbers."""
 
     def spoiled(run, *_):
-        data = run.train_data
+        data = run.round.data
         batch = data.batch
 
         def broken(state, epoch, step):
@@ -429,9 +429,9 @@ with joined() as processes:
     given = [processes.vote(processes.rank, 5), processes.vote(0, 0)]
     found = [processes.rank + 1.0, processes.sum_(torch.tensor(processes.rank + 1.0)).item()]
     found += [processes.from_first(processes.name), processes.gathered(processes.rank), given]
-    found += [processes.joined_shares(torch.arange(3)[processes.share.of(3)], 3).tolist()]
-    spoke = processes.gathered(processes.speaks())
-    processes.part()
+    found += [processes.gather_rows(torch.arange(3)[processes.share.of(3)], 3).tolist()]
+    spoke = processes.gathered(processes.reports_end())
+    processes.close()
     print(found, sorted(spoke))
 """
 

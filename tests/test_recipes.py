@@ -35,8 +35,8 @@ import export
 import main_imp_fillback as entry
 from dataset import DATASETS, Batches, Split, load_dataset, make_batches
 from engine.choose import choose_target
-from engine.depth import StochasticDepth
 from engine.distill import named_teacher
+from engine.drop_path import StochasticDepth
 from engine.mixing import Mixing
 from engine.objective import count_right, cross_entropy, distillation
 from engine.optimizer import Schedule, layer_scales, parameter_groups
@@ -81,12 +81,12 @@ def test_what_cannot_be_is_refused(refused, tmp_path):
 # -------------------------------------------------------------------------------------------------- learning rates
 def test_a_cosine_with_a_floor_is_there_at_the_last_step():
     floor, lr = 0.002, 0.05
-    rates = [Schedule("cosine", lr, 1, (), 3, 15, floor).rate(step) for step in range(15)]
+    rates = [Schedule("cosine", lr, 3, (), 15, floor).rate(step) for step in range(15)]
     expected = [lr / 3, 2 * lr / 3, lr]
     expected += [floor + (lr - floor) * (1 + math.cos(math.pi * k / 11)) / 2 for k in range(12)]
     assert rates == pytest.approx(expected)
     assert rates[-1] == floor
-    assert Schedule("cosine", lr, 4, (), 3, 13, floor).rate(12) == floor  # one step is left after the warm-up
+    assert Schedule("cosine", lr, 12, (), 13, floor).rate(12) == floor  # one step is left after the warm-up
 
 
 def test_every_state_ends_at_the_floor(seen):
@@ -301,11 +301,11 @@ def test_each_part_of_an_accumulated_step_drops_its_own_images(house, tmp_path):
     run = make_run(tmp_path / "run", "--drop_path", "0.5", "--batch_size", "10", "--accum_steps", "2")
     run.begin_state()
     training, shown = StateTraining(run), []
-    last = training.depth.paths[-1]
+    last = training.network.drop_path.paths[-1]
     last.register_forward_pre_hook(lambda path, _: shown.append(path.factor))
     training.step()
     assert [len(factor) for factor in shown] == [10, 10]
-    assert torch.equal(torch.cat(shown), training.depth.factors[-1])
+    assert torch.equal(torch.cat(shown), training.network.drop_path.factors[-1])
     assert not torch.equal(*shown)
     run.close()
 
@@ -373,9 +373,9 @@ def averages_by_hand(flags, tmp_path, monkeypatch):
             hand[name] *= kept
 
     def compare(training):
-        for name, (frozen, value) in training.frozen.items():  # what reads filters that are gone counts no more
+        for name, (frozen, value) in training.network.frozen.items():  # what reads filters that are gone counts no more
             hand[name] = torch.where(frozen, value, hand[name])
-        epoch = training.progress.step // training.run.steps_per_epoch - 1
+        epoch = training.progress.step // training.run.round.steps_per_epoch - 1
         found[training.progress.state, epoch] = clones(hand), clones(training.run.average)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -414,7 +414,7 @@ def test_the_average_is_what_is_validated_and_what_refill_measures_at_its_cut(ho
         if training.at_epoch_end:
             around("evaluate", before=lambda run, model, part: asked.append(model))
             training.end_epoch()
-    assert {id(model) for model in asked} == {id(training.average.model)}
+    assert {id(model) for model in asked} == {id(training.network.average.model)}
     dense = copy.deepcopy(run.dense)
     dense.load_state_dict(run.average)
     assert run.progress.history[-1]["val_accuracy"] == run.evaluate(dense, "val")["accuracy"]
@@ -477,7 +477,7 @@ def test_state_0_teaches_the_next_with_its_selected_weights(train, around):
     selected = {}
 
     def note(run):
-        run.writer.wait()
+        run.recorder.writer.wait()
         selected.setdefault(run.progress.state, load(run.save_dir / "best.pt")["weights"])
 
     around("end_state", before=note)
@@ -502,7 +502,7 @@ def test_a_student_learns_the_teachers_answers_where_labels_count_nothing(train,
 
 def test_a_teacher_sees_the_images_of_its_student_in_their_order(house, tmp_path, noisy):
     run = make_run(tmp_path / "run", "--teacher", noisy, "--accum_steps", "2", "--batch_size", "10", "--mixup", "1")
-    run.be_taught_by(vit_micro())
+    run.set_teacher(vit_micro())
     seen = {"student": [], "teacher": []}
     for name, model in (("student", run.dense), ("teacher", run.teacher.model)):
         model.register_forward_pre_hook(lambda _, images, name=name: seen[name].append(images[0].clone()))

@@ -39,8 +39,8 @@ import models
 import report
 import utils
 from engine.checkpoint import load_checkpoint
-from engine.folder import RunLock
 from engine.run import Run
+from engine.run_folder import RunLock
 from engine.training import StateTraining
 
 torch.set_num_threads(1)  # in the server's processes, too, which do not read conftest.py
@@ -81,7 +81,7 @@ def kill():
 
 def kill_when_written():
     """Once the thread that writes is done: between its two renames there is no checkpoint.pt."""
-    RUNS[-1].writer.wait()
+    RUNS[-1].recorder.writer.wait()
     kill()
 
 
@@ -188,7 +188,7 @@ def draw_in_every_step():
     def draw(training):
         noise = torch.rand(()) + random.random() + np.random.rand() + np.random.randn()
         with torch.no_grad():
-            training.model.get_parameter("norm.bias").add_(1e-3 * noise)
+            training.network.model.get_parameter("norm.bias").add_(1e-3 * noise)
 
     wrap(HERE, "step", after=draw)
 

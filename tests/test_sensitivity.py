@@ -146,7 +146,7 @@ def test_a_curve_is_the_loss_of_the_network_with_those_units_cut_out(run):
     before = clones(run.dense.state_dict())
     curves = probed(run)
     assert_same_tensors(run.dense.state_dict(), before)
-    batches = list(run.train_data.sequential())[:2]  # all in stored order, of which two batches are asked for
+    batches = list(run.round.data.sequential())[:2]  # all in stored order, of which two batches are asked for
     images, labels = (torch.cat(of) for of in zip(*batches, strict=True))
     assert {key: [count for count, _ in curve] for key, curve in curves.items()} == {
         f"blocks.{block}.{layer}": counts

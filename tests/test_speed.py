@@ -358,7 +358,7 @@ def test_a_loss_that_breaks_in_a_captured_step_is_named_by_its_step(run, tapes, 
     def spoil(training):
         if (training.progress.state, training.progress.step) == (0, 10):
             with torch.no_grad():
-                training.model.get_parameter("head.bias").fill_(math.nan)
+                training.network.model.get_parameter("head.bias").fill_(math.nan)
 
     around("step", before=spoil)
     ended = run("--struct", "imp", *words("--compile graph --train_limit 160"), code=1)
@@ -491,7 +491,7 @@ def test_a_checkpoint_of_vit_tiny_is_weights_and_moments_and_little_more(optimiz
     training.step()
     run = training.run
     run.checkpoint()
-    run.writer.wait()
+    run.recorder.writer.wait()
     weights = 4 * 2_697_610
     assert copies * weights < (run.save_dir / "checkpoint.pt").stat().st_size <= (copies + 0.1) * weights
 
@@ -529,10 +529,10 @@ def quiet_steps(monkeypatch):
         raise AssertionError("a step reads a tensor's values")
 
     def step(training):
-        training.run.writer.wait()  # its thread reads values, and may
-        epoch, batch = divmod(training.progress.step, training.run.steps_per_epoch)
+        training.run.recorder.writer.wait()  # its thread reads values, and may
+        epoch, batch = divmod(training.progress.step, training.run.round.steps_per_epoch)
         if batch == 0:  # the first batch of an epoch draws its order
-            training.run.train_data.batch(training.progress.state, epoch, batch)
+            training.run.round.data.batch(training.progress.state, epoch, batch)
 
         def counters():
             """AdamW counts its steps in scalars that live on the CPU wherever the weights are."""
@@ -542,7 +542,7 @@ def quiet_steps(monkeypatch):
             for name in ("tolist", "numpy", "cpu", "__array__"):
                 patch.setattr(torch.Tensor, name, refuse)
             original(training)
-        less = len(training.masked) > 0 or training.model is not training.run.dense
+        less = len(training.network.masked) > 0 or training.network.model is not training.run.dense
         seen.append((less, bool(training.penalty), mode.operations))
 
     monkeypatch.setattr(StateTraining, "step", step)

@@ -172,19 +172,19 @@ def test_features_of_a_teacher_with_its_own_normalisation_are_of_the_images_that
 def test_lessons_hold_features_and_small_ones_are_kept(house, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", "--aug", "none")
     model = vit_micro()
-    lessons = partial(Teacher, model, run.train_data, torch.zeros(1), None, features=True)
+    lessons = partial(Teacher, model, run.round.data, torch.zeros(1), None, features=True)
     kept, fresh = lessons(True), lessons(False)
-    images = len(run.train_data)
+    images = len(run.round.data)
     bytes_of_all = images * TOKENS * DIM * 4
     monkeypatch.setattr(distill, "MOST_KEPT", bytes_of_all)
     assert [len(table) for table in lessons(True).tables] == [images, images]
     monkeypatch.setattr(distill, "MOST_KEPT", bytes_of_all - 1)
     assert lessons(True).tables == ()
     for step in range(2):
-        images, _ = run.train_data.batch(1, 1, step)
+        images, _ = run.round.data.batch(1, 1, step)
         expected = model(images), model.forward_features(images)
-        torch.testing.assert_close(kept.lesson(images, 2, 1, 1, step), expected)
-        torch.testing.assert_close(fresh.lesson(images, 2, 1, 1, step), expected)
+        torch.testing.assert_close(kept.outputs(images, 2, 1, 1, step), expected)
+        torch.testing.assert_close(fresh.outputs(images, 2, 1, 1, step), expected)
     run.close()
 
 
@@ -208,7 +208,7 @@ def step_once(folder, model, *flags, teacher):
     """Loss and weights after one step at learning rate 0.05 that this teacher has a share in."""
     run = make_run(folder, "--teacher", __file__, "--warmup", "0", *flags)
     run.dense.load_state_dict(model.state_dict())
-    run.be_taught_by(teacher)
+    run.set_teacher(teacher)
     run.begin_state()
     training = StateTraining(run)
     training.step()
@@ -299,9 +299,9 @@ def test_networks_of_a_run_give_both_heads_in_training_and_their_mean_in_evaluat
     run.progress.kept = {key: [0, 2] for key in run.progress.kept}
     run.begin_state()
     training = StateTraining(run)
-    assert training.model is not run.dense
+    assert training.network.model is not run.dense
     images = torch.randn(2, 3, 16, 16)
-    for model in (training.model, training.selected, run.dense):
+    for model in (training.network.model, training.network.selected, run.dense):
         assert len(model.train()(images)) == 2
         tokens = model.eval().forward_features(images)
         mean = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from micro import load, log_of
 from test_reliable import BASE, MODE, MODES, assert_good, assert_same_bits, ending
 
-from engine.processes import word_of_this_life
+from engine.processes import session_token
 
 ROOT = Path(__file__).resolve().parent.parent
 # the command with the tests' small model, in which rank 1 kills itself at a moment of its first life, if it is told to
@@ -50,9 +50,9 @@ def test_processes_that_are_started_again_do_not_take_dead_ones_for_themselves()
     store, words = dist.HashStore(), []
     with ThreadPoolExecutor(3) as pool:
         for _ in range(3):
-            others = [pool.submit(word_of_this_life, store, rank, 3) for rank in (2, 0)]
+            others = [pool.submit(session_token, store, rank, 3) for rank in (2, 0)]
             time.sleep(0.05)  # the last one comes when the first has found the one of the life before
-            others.append(pool.submit(word_of_this_life, store, 1, 3))
+            others.append(pool.submit(session_token, store, 1, 3))
             (word,) = {other.result(timeout=20) for other in others}
             words.append(word)
     assert len(set(words)) == 3

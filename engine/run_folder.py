@@ -1,4 +1,4 @@
-"""The folder of a run: flags in, a folder that is this process's alone out, with the files that say what is run."""
+"""The folder of a run: named by the flags, locked for this process, with the files that say what is run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import yaml
 
 from engine.checkpoint import has_checkpoint
-from utils import RunError, precision_name, processor_name, write_csv, write_text
+from utils import RunError, precision_name, processor_name, write_text
 
 try:
     import fcntl
@@ -128,7 +127,7 @@ def run_name(args) -> str:
 
 
 def free_dir(path: Path) -> Path:
-    """`path`, or with _2, _3 and so on behind it when that is taken."""
+    """`path`, or with the first of the endings _2, _3 ... that is free."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}_{number}"), number + 1
@@ -183,9 +182,3 @@ def write_run_facts(save_dir: Path, args, device: torch.device, images: Mapping[
     write_flags(save_dir, args)
     facts = {**environment(device, args.amp), "images": images}
     write_text(save_dir / "environment.json", json.dumps(facts, indent=2) + "\n")
-
-
-def write_metrics(save_dir: Path, history: Sequence[Mapping]) -> None:
-    """metrics.jsonl and metrics.csv, each epoch of `history` exactly once."""
-    write_text(save_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-    write_csv(save_dir / "metrics.csv", history)

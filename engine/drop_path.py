@@ -55,8 +55,8 @@ class StochasticDepth:
         generator = torch.Generator().manual_seed(random_seed(self.seed, state, epoch, step, DEPTH_KEY))
         count = len(images) if count is None else count
         chances = torch.rand(len(self.keep), count, generator=generator, dtype=torch.float64)[:, self.share.of(count)]
-        stays = (chances < self.keep[:, None]) / self.keep[:, None]  # [branches, B]
-        self.factors = to_device(stays.to(images.dtype), images.device)
+        factors = (chances < self.keep[:, None]) / self.keep[:, None]  # [branches, B]
+        self.factors = to_device(factors.to(images.dtype), images.device)
 
     def show(self, start: int, stop: int) -> None:
         """The next forward pass gets these images of the batch."""
