@@ -1,4 +1,4 @@
-"""Configurations: the YAML file that `--config` names in, flags as they would be typed out."""
+"""Configurations: YAML files of flags, as `--config` reads them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from utils import OneLineParser, RunError
 
 
 def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
-    """The flags of the YAML file that `--config` names, to be read before those given by hand.
+    """The flags of the `--config` file as words, to be parsed before those of the command line.
 
-    Flags by hand win over the same ones in the file, and over those that would contradict them: a run's name over the
-    folder of another run, a file of weights over the tag of public ones.
+    Flags on the command line win over the same ones in the file, and over those that would contradict them: --exp_name
+    over save_dir, a file of --pretrained over pretrained_tag.
     """
     finder = OneLineParser(prog=parser.prog, add_help=False)
     for action in parser._actions:
@@ -40,13 +40,13 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
 
 
 def typed_out(content: Mapping, source: str) -> list[str]:
-    """Flags and their values, as YAML holds them, as they would be typed out.
+    """Flags and values of a YAML file as words of a command line.
 
     Args:
-        source: what an error begins with.
+        source: how an error starts.
 
     Raises:
-        RunError: no such flag, or no value of it.
+        RunError: an unknown flag, or a value that it cannot have.
     """
     options = {flag.option.removeprefix("--"): flag for flag in FLAGS.values()}
     options |= {older.removeprefix("--"): flag for flag in FLAGS.values() for older in flag.also}

@@ -29,6 +29,11 @@ def takes_all(flags: Flags) -> bool:
     return bool(flags["vit_structured"]) and flags["vit_prune_target"] == "all"
 
 
+def ranks_both(flags: Flags) -> bool:
+    """Whether one ranking holds heads and neurons."""
+    return takes_all(flags) or (flags["sorting_mode"] == "global" and flags["vit_prune_target"] == "both")
+
+
 def _counted(flags: Flags) -> str:
     """Why ratios do not say how many units stay."""
     if target := target_of(flags):

@@ -64,6 +64,10 @@ def _searched_starts(flags: Flags) -> Values:
     return ["lt", "rewind_lt", "finetune", *(["pt"] if flags["pretrained"] else [])]
 
 
+def _starts_fresh(flags: Flags) -> bool:
+    return not (flags["init"] or flags["pretrained"])
+
+
 def _first_criterion(args: argparse.Namespace) -> str:
     return "magnitude" if args.struct == "imp" and args.vit_structured else "l1"
 
@@ -163,6 +167,7 @@ MODEL = (
     Flag(
         "layer_scale", "our ViTs' branches end in a learned factor from V on; off",
         kind=float, metavar="V", check=OFF_OR_MORE,
+        clash=(lambda f: f["pretrained"], "pretrained weights were trained without; leave one of them out"),
     ),
     Flag(
         "stem",
@@ -181,23 +186,32 @@ MODEL = (
         "allow_partial",
         "load --pretrained or --init weights that lack tensors of the model, or hold tensors that it has no place for",
         False, bool, computes=False,
+        clash=(_starts_fresh, "is about weights that a run starts from; add --pretrained"),
     ),
     Flag(
         "preprocessing",
         "whose mean, std, interpolation and centre crop images get; the model's where it starts from weights that have "
         "a record of them (timm's configuration, a run of this program), else the data set's",
         choices=("model", "dataset"), computes=False,
+        clash=(
+            lambda f: f["preprocessing"] == "model" and _starts_fresh(f),
+            "is about weights that a run starts from; add --pretrained",
+        ),
     ),
     Flag(
         "init", "initial weights: a file or folder with all weights of this model, classifier included", metavar="FILE"
     ),
 )  # fmt: skip
 
+_BELOW = "must not lie below --min_lr {min_lr}, where the cosine ends"
 _FINISHES = ("finish_epochs", "which says for how long")
 TRAINING = (
     Flag("epochs", "per state", 120, int, check=at_least(1), common=True),
     Flag("opt", "optimizer", "sgd", choices=("sgd", "adamw"), common=True),
-    Flag("lr", "learning rate after the warm-up", 0.01, float, check=POSITIVE, common=True),
+    Flag(
+        "lr", "learning rate after the warm-up", 0.01, float, check=POSITIVE, common=True,
+        clash=(lambda f: f["lr"] < (f["min_lr"] or 0), _BELOW),
+    ),
     Flag("momentum", "of SGD", 0.9, float, check=SHARE, idle=effect.momentum),
     Flag("weight_decay", "on weight matrices, not biases and norms", 1e-4, float, check=at_least(0)),
     Flag(
@@ -205,12 +219,20 @@ TRAINING = (
         follows=lambda args: args.epochs // 6,
     ),
     Flag("sched", "learning-rate schedule", "multistep", choices=("multistep", "cosine")),
-    Flag("min_lr", "the cosine ends there, at the last step of a state", kind=float, check=at_least(0)),
+    Flag(
+        "min_lr", "the cosine ends there, at the last step of a state", kind=float, check=at_least(0),
+        clash=(lambda f: f["sched"] != "cosine", "is where a cosine ends; add --sched cosine"),
+    ),
     Flag(
         "layer_decay",
         "for pretrained starts: layer i of a ViT with N blocks trains at D^(N + 1 - i) of the learning rate, the "
         "embedding being layer 0 and the classifier N + 1",
         kind=float, metavar="D", check=NOT_ZERO,
+        clash=(
+            lambda f: f["struct"] == "rsst" and f["reg_form"] == "gradient",
+            "the dose of --reg_form gradient depends on the learning rate, which would differ from layer to layer; use "
+            "--reg_form decay",
+        ),
     ),
     Flag(
         "decreasing_lr", "epochs at which lr is divided by 10; 1/2 and 3/4 when not given",
@@ -230,6 +252,10 @@ TRAINING = (
         "stochastic depth: images skip a block's branches with a chance that grows from 0 in the first block of a ViT "
         "to R in the last; off",
         kind=float, metavar="R", check=SHARE,
+        clash=(
+            lambda f: f["compile"] in GRAPHS,
+            "drops other branches in every step, and --compile {compile} captures one; use --compile default",
+        ),
     ),
     Flag(
         "ema_decay",
@@ -247,6 +273,7 @@ TRAINING = (
     Flag(
         "finish_lr", "learning rate of the finish; --lr when not given", kind=float, metavar="LR", check=POSITIVE,
         follows=lambda args: args.lr if args.finish_epochs else None, needs=_FINISHES,
+        clash=(lambda f: f["finish_lr"] < (f["min_lr"] or 0), _BELOW),
     ),
     Flag(
         "finish_on_all",
@@ -286,6 +313,9 @@ PRUNING = (
         "element-wise, in the place of --rate: in the end N of every M consecutive weights of a row stay, as in 2:4; "
         "--ratio_schedule says how many stay before that; off when not given",
         metavar="N:M", idle=effect.prunes,
+        clash=(
+            lambda f: f["vit_structured"], "is a pattern of single weights; leave it or --vit_structured out"
+        ),
     ),
     Flag(
         "criteria", f"score of a unit: {', '.join(CRITERIA)}; l1 when not given", check=one_of(CRITERIA),
@@ -299,6 +329,7 @@ PRUNING = (
     Flag(
         "fillback_rate", "element-wise refill: share given back a layer", 0.0, float, check=CLOSED,
         idle=effect.fillback_rate,
+        clash=(lambda f: f["nm"], "would fill groups beyond --nm {nm}; leave it out"),
     ),
     Flag(
         "prune_patch_embed", "the patch embedding (a conv stem's 1x1) is prunable too, element-wise", False, bool,
@@ -352,10 +383,17 @@ PRUNING = (
         "prune_type",
         "a state starts from: initial weights, weights after --rewind_epoch, pretrained ones, trained ones",
         "lt", choices=("lt", "rewind_lt", "pt", "finetune"), idle=effect.prunes, search=_searched_starts, common=True,
+        clash=(
+            lambda f: f["prune_type"] == "pt" and not f["pretrained"],
+            "rewinds to pretrained weights; give --pretrained or choose another type",
+        ),
     ),
     Flag(
         "rewind_epoch", "epoch of state 0 that rewind_lt returns to; epochs // 5", kind=int, check=at_least(0),
         follows=lambda args: args.epochs // 5, idle=effect.rewind_epoch,
+        clash=(
+            lambda f: f["prune_type"] == "rewind_lt" and f["rewind_epoch"] >= f["epochs"], "must be below --epochs"
+        ),
     ),
     Flag(
         "ratio_schedule",
@@ -366,6 +404,10 @@ PRUNING = (
         "rank_by",
         "score_per_mac ranks heads and neurons together by cost; needs global sorting and target both",
         "score", choices=("score", "score_per_mac"), idle=effect.rank_by,
+        clash=(
+            lambda f: f["rank_by"] != "score" and not effect.ranks_both(f),
+            "compares heads with neurons; add --sorting_mode global --vit_prune_target both",
+        ),
     ),
     Flag(
         "min_units", "units a layer keeps at least; 0 may empty it", 1, int, check=at_least(0), idle=effect.min_units
@@ -403,6 +445,7 @@ RSST = (
     Flag(
         "reg_clock", "gradient form: the ramp restarts each epoch (default) or not", choices=("epoch", "state"),
         idle=effect.rsst,
+        clash=(lambda f: f["reg_form"] == "decay", "belongs to --reg_form gradient; decay has one ramp a state"),
     ),
     Flag(
         "reg_finish", "share of the state before the cut; 0.25, gradient form 1", kind=float, check=NOT_ZERO,
@@ -420,6 +463,10 @@ DISTILLATION = (
         "the run's folder that holds it; a checkpoint, or a file of weights of this architecture; public weights of "
         "timm that know the data set's classes",
         metavar="self|PATH|timm/NAME", idle=effect.teacher, common=True,
+        clash=(
+            lambda f: f["teacher"] == "self" and effect.prunes(f) and not f["finish_epochs"],
+            "state 0 teaches later states, and this run has none; leave it out",
+        ),
     ),
     Flag(
         "kd_alpha", "the teacher's share of the loss, in [0, 1]; 0.5 with a teacher", kind=float, check=CLOSED,
@@ -428,6 +475,7 @@ DISTILLATION = (
     Flag(
         "kd_temperature", "divides the logits of both; 2 with a teacher", kind=float, check=POSITIVE,
         follows=lambda args: None if args.teacher is None or args.kd_hard else 2.0, needs=_TEACHES,
+        clash=(lambda f: f["kd_hard"], "a label has none; leave it or --kd_hard out"),
     ),
     Flag(
         "kd_hard",

@@ -125,7 +125,7 @@ def test_layer_decay_slows_early_layers_in_a_run(house, tmp_path):
 
 def test_rates_that_cannot_be_are_refused(refused):
     refused("--min_lr 0.01", "--min_lr 0.01", "--sched cosine")
-    refused("--sched cosine --min_lr 0.06", "--min_lr 0.06", "[0, --lr]")
+    refused("--sched cosine --min_lr 0.06", "--lr 0.05", "--min_lr 0.06")
     refused("--layer_decay 0", "--layer_decay 0.0", "(0, 1]")
     refused("--layer_decay nan", "--layer_decay nan", "(0, 1]")
     refused("--layer_decay 0.5 --reg_form gradient", "--reg_form decay")
