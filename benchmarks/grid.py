@@ -37,8 +37,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
+from cli.config import read_yaml
 from cli.parse import parse_args
 from dataset import split_sizes
 from engine.model import make_model, run_length
@@ -103,12 +103,7 @@ def read_study(
     Raises:
         RunError: the file is no study, or a run of it could not be made; names the cell.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; give the YAML file of a study") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not a YAML file ({error})") from error
+    content = read_yaml(path, str(path), "the YAML file of a study")
     cells = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(cells, list) or not cells or not all(isinstance(cell, dict) for cell in cells):
         raise RunError(f"{path}: needs `cells`, a list of mappings with name, each and flags")

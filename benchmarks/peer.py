@@ -44,7 +44,7 @@ from engine.model import first_model
 from engine.objective import cross_entropy
 from engine.optimizer import Schedule, make_optimizer, milestones_of, set_rate
 from families import family_of
-from reporting.runs import Run, load_run
+from reporting.runs import RunFiles, load_run
 from utils import OneLineParser, RunError, autocast, pick_device, pick_precision, seed_everything, write_csv
 
 EVERY = 10  # steps between increments of the growing penalty, as in the paper for CIFAR
@@ -148,7 +148,7 @@ def cut_to(model: nn.Module, macs: float) -> nn.Module:
     return nearer or small
 
 
-def counts_of_states(run: Run, states: int) -> dict[int, dict[str, int]]:
+def counts_of_states(run: RunFiles, states: int) -> dict[int, dict[str, int]]:
     """How many units of each layer a run had in each of its states.
 
     Raises:

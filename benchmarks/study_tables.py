@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reporting.figures import BLUE, GREEN, GREY, LINES, MARKERS, ORANGE, PURPLE, SKY, VERMILLION, draw, percent_axis
+from reporting.figures import COLORS, GREEN, GREY, LINES, MARKERS, VERMILLION, draw, percent_axis
 from reporting.page import publish, write_bytes
 from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import md_table, percent, plural, thousands
@@ -245,14 +245,7 @@ def wide_table(section: Section) -> str:
 
 
 def _difference(found: Difference) -> str:
-    claim = _claim(found)
-    return f"({100 * found.mean:+.2f}{', ' if claim else ''}{claim})"
-
-
-def _claim(found: Difference) -> str:
-    """`better`, `worse`, or nothing where no difference was found."""
-    word = found.verdict.partition(" ")[0]
-    return word if word in ("better", "worse") else ""
+    return f"({100 * found.mean:+.2f}{', ' if found.claim else ''}{found.claim})"
 
 
 def accuracy_table(entries: Sequence[Entry]) -> str:
@@ -348,7 +341,7 @@ def _picture(found: Sequence[Section]) -> bytes:
 
 def _paint_lines(panel, section: Section) -> None:
     """Test accuracy with 95% intervals over MACs, over the weights left where MACs are the same; dense as points."""
-    ax, colors = panel.add_subplot(), [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY]
+    ax, colors = panel.add_subplot(), [*COLORS, GREY]
     costs = [entry.mean("macs") for entry in section.entries if entry.asked]
     cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
     methods = list(dict.fromkeys(entry.method for entry in section.entries))
@@ -381,7 +374,7 @@ def _paint_differences(panel, section: Section) -> None:
     to = list(dict.fromkeys(section.reference(other) for _, other, _ in section.found))
     names = []
     for index, (entry, other, difference) in enumerate(section.found):
-        color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
+        color = {"better": GREEN, "worse": VERMILLION}.get(difference.claim, GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)

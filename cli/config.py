@@ -25,18 +25,31 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
     path = by_hand.config
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"--config {path}: {error.strerror}; give a YAML file of flags") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RunError(f"--config {path}: not a YAML file ({error})") from error
+    content = read_yaml(Path(path), f"--config {path}", "a YAML file of flags")
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
     overruled = ["save_dir"] if by_hand.exp_name is not None else []
     overruled += ["pretrained_tag"] if isinstance(by_hand.pretrained, str) else []
     content = {name: value for name, value in content.items() if name not in overruled}
     return typed_out(content, f"--config {path}")
+
+
+def read_yaml(path: Path, source: str, wanted: str) -> object:
+    """The content of a YAML file.
+
+    Args:
+        source: how an error starts.
+        wanted: the file to give instead, in an error.
+
+    Raises:
+        RunError: no such file, or no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{source}: {error.strerror}; give {wanted}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise RunError(f"{source}: not a YAML file ({error})") from error
 
 
 def typed_out(content: Mapping, source: str) -> list[str]:

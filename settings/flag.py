@@ -1,4 +1,4 @@
-"""A flag as a record, and what follows from a table of them: a parser, help, checks, and flags written out again."""
+"""A flag as a record, and what a table of them gives: parser, help, checks, and flags as words of a command."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ class Flag:
         also: older spellings of the flag.
         both: a switch with both --name and --no-name.
         check: what a value must fulfil; a value that is not given is not checked.
-        follows: what stands for a value that is not given, from the other flags; filled in in the order of the table.
+        follows: the value where none is given, from the other flags; filled in in the order of the table.
         needs: (another flag, why): an error where this one is given without it.
         clash: (a condition on all flags, words with {name} for their values): an error where this one is set and the
             condition holds.
-        idle: "" where the flag has an effect beside the others, else a reason such as "without --vit_structured".
-        computes: whether it is part of what is computed, rather than where and how.
+        idle: "" where the flag has an effect with the others, else a reason such as "without --vit_structured".
+        computes: whether it changes the result, rather than where and how the run is made.
         resumes: whether a resumed run may change it.
-        search: what a search draws from, or a function of the other flags that gives it; None: only if asked to.
+        search: the choices or range of a search, or a function of the other flags; None: not searched by default.
         searchable: whether a search may draw it at all.
         common: whether plain --help shows it.
         words: how a report says it, with {} for the value.
