@@ -113,7 +113,7 @@ if [[ $auto == n ]]; then
     fi
 fi
 
-# Waiting threads of PyTorch otherwise spin: beside one busy process a step took 5.2 s, with this 0.8 s.
+# Waiting threads of PyTorch otherwise spin: with one other busy process a step took 5.2 s, with this 0.8 s.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # shellcheck source=/dev/null
 source ./setup_env.sh

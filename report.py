@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What runs did, from the CSV and JSON files that they left: plots, a report, a comparison of several.
+"""Reports of runs, from their CSV and JSON files: plots, a report of one run, a comparison of several.
 
     python report.py results/NAME                          writes report.md, report.html and plots/ into the run
     python report.py results/A results/B [--out DIR]       compares them: compare.csv, .png, .md and .html,
                                                            and compare_paired.csv where groups share seeds
 
 No weights are loaded. Runs that differ only in their seed are one group: its mean and sample standard deviation are
-shown, and methods are held against each other where they reach the same density: means side by side, and where they
-share seeds, differences with intervals. Each HTML file carries its pictures.
+shown, and methods are compared where they reach the same density: by means and, where they share seeds, by differences
+with intervals. Each HTML file contains its pictures.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from reporting.flags import command, flags_without_effect
 from reporting.groups import Point, equal_density, group_runs
 from reporting.results import state_columns
 from reporting.run_report import write, write_report
-from reporting.runs import Run, load_run
+from reporting.runs import RunFiles, load_run
 from reporting.timeline import cut_epochs
 from utils import RunError
 
 __all__ = [
-    "Point", "Run", "build_parser", "command", "compare", "cut_epochs", "equal_density", "flags_without_effect",
+    "Point", "RunFiles", "build_parser", "command", "compare", "cut_epochs", "equal_density", "flags_without_effect",
     "group_runs", "load_run", "main", "write",
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ __all__ = [
 def build_parser() -> utils.OneLineParser:
     parser = utils.OneLineParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run; several are compared")
-    parser.add_argument("--out", help="folder of the comparison; `compare` beside the runs when not given")
+    parser.add_argument("--out", help="folder of the comparison; `compare` next to the runs when not given")
     return parser
 
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.out is not None and len(args.run_dirs) == 1:
-        parser.error(f"--out {args.out}: belongs to a comparison; the report of one run stands in its folder")
+        parser.error(f"--out {args.out}: belongs to a comparison; the report of one run is written to its folder")
     try:
         if len(args.run_dirs) > 1:
             out = compare(args.run_dirs, args.out)

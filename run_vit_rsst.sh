@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The example experiment: RSST on a ViT, 15 states of 120 epochs. Every setting is an environment variable, and
-# whatever follows goes to the command as it is, the last one winning:
+# arguments are passed on to the command, where the last one wins:
 #
 #     bash run_vit_rsst.sh
 #     DATASET=cifar10 RATE=0.3 SEED=0 bash run_vit_rsst.sh --vit_structured --vit_prune_target both
@@ -71,7 +71,7 @@ command+=(
 [[ -z ${SAVE_DIR:-} ]] || command+=(--save_dir "$SAVE_DIR")
 command+=("$@")
 
-# Waiting threads of PyTorch otherwise spin: beside one busy process a step took 5.2 s, with this 0.8 s.
+# Waiting threads of PyTorch otherwise spin: with one other busy process a step took 5.2 s, with this 0.8 s.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # shellcheck source=/dev/null
 source ./setup_env.sh

@@ -5,10 +5,10 @@
 #     SETUP_DEV=1 source setup_env.sh     what the tests need as well (requirements-dev.txt)
 #
 # An active environment (VIRTUAL_ENV) that has everything is used as it is. Otherwise it is $VENV, by default .venv
-# beside this script (a relative path counts from here): made with $PYTHON (default python3) where it is missing,
+# next to this script (a relative path counts from here): made with $PYTHON (default python3) where it is missing,
 # and filled once. A stamp inside tells which requirement files it has; when they change, pip runs again.
 
-_setup_env() ( # prints the folder of the environment; a subshell, so the caller's folder and options stay
+_setup_env() ( # prints the folder of the environment; a subshell, so the caller's folder and options are unchanged
     fail() { echo "setup_env.sh: $*" >&2; exit 1; }
     has() { # has PYTHON: are the requirements met? Reads metadata only; what it cannot read counts as missing.
         "$1" - "${files[@]}" <<'PY' 2>/dev/null
@@ -40,7 +40,7 @@ PY
     if [ "${VIRTUAL_ENV:-}" ] && [ ! "$VIRTUAL_ENV" -ef "$venv" ] && has "$VIRTUAL_ENV/bin/python"; then
         printf '%s' "$VIRTUAL_ENV" && exit
     fi
-    if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or the Python that it was made with is gone
+    if ! "$venv/bin/python" -c '' 2>/dev/null; then # missing, or the Python that it was made with was removed
         command -v "$python" >/dev/null || fail "no $python found: install Python 3.10 or newer, or set PYTHON to one"
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
             fail "$python does not start or is older than 3.10: set PYTHON to a newer one, as in PYTHON=python3.11"

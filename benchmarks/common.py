@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, memory, a line about the machine, a JSON file beside each table."""
+"""What the benchmarks share: interleaved timing, memory, a line about the machine, a JSON file for each table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(name: str, content: dict) -> None:
 def interleaved(
     candidates: Mapping[str, Callable[[], float]], repeats: int, fewer: Mapping[str, int] | None = None
 ) -> dict[str, list[float]]:
-    """What each candidate returns (seconds, images per second), round by round: a drift of the machine hits all alike.
+    """What each candidate returns (seconds, images per second), round by round, so that drift affects all equally.
 
     Args:
         candidates: each measures itself and returns one number.

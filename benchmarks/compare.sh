@@ -12,7 +12,7 @@ usage="usage: [OUT=DIR] [PROCESSES=N] bash benchmarks/$name.sh DATASET SEED... [
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     echo "$usage"
     echo "FLAGs are added to every run, as in: -- --data /usr/share/datasets/fashion-mnist --epochs 10 --pruning_times 4"
-    echo "{seed} in a FLAG stands for the seed, as in: -- --init results/dense_s{seed}/model/model.safetensors"
+    echo "{seed} in a FLAG is replaced by the seed, as in: -- --init results/dense_s{seed}/model/model.safetensors"
     exit
 fi
 if [[ ! ${2:-} =~ ^[0-9]+$ || $1 == -* ]]; then # no seed, or no data set

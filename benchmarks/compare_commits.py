@@ -3,10 +3,10 @@
     python benchmarks/compare_commits.py OLD NEW [--jobs 1] [--only NAME ...] [--kill]
 
 Each commit is checked out into a temporary worktree ("." for NEW is the tree as it is) and runs short commands of every
-kind on digits, on the CPU with one thread. What they leave must be equal: the tensors of model/model.safetensors bit by
-bit, states.csv but for its seconds, and the kept units (units.csv, model/config.json); columns that only NEW has are
-allowed. With --kill each command of OLD is started once more, killed in its state 1 and finished by NEW: it must end
-as OLD's unbroken run did. When anything differs, the exit status is 1 and the folders of all runs stay.
+kind on digits, on the CPU with one thread. Their results must be equal: the tensors of model/model.safetensors bit
+by bit, states.csv except its seconds, and the kept units (units.csv, model/config.json); columns that only NEW has are
+allowed. With --kill each command of OLD is started again, killed in its state 1 and resumed by NEW: the result must
+equal that of OLD's uninterrupted run. When anything differs, the exit status is 1 and the folders of all runs are kept.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def checked_out(commit: str):
 
 
 def start(tree: Path, folder: Path, resume: bool = False) -> subprocess.Popen:
-    """The command that the folder is named after, by the code of `tree`; its output in a file beside the folder."""
+    """The command that the folder is named after, by the code of `tree`; its output in a file next to the folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     flags = "--resume" if resume else f"{BASE} {COMMANDS[folder.name]}"
     command = [sys.executable, tree / "main_imp_fillback.py", *flags.split(), "--save_dir", folder.name]

@@ -1,4 +1,4 @@
-"""The grid of a study: a YAML file in, ordinary runs with their full commands out, in the order they should be made.
+"""The grid of a study: the runs of a YAML file with their full commands, in order.
 
     speed: 5.6                          # GMACs (forward) that one process trains a second, until runs tell
     processes: 2                        # at once; as many as there are cores when left out
@@ -18,8 +18,8 @@
         flags: {rate: '{gone}', init: '{out}/start_s{seed}/model/model.safetensors'}
 
 Its runs are start_s0, both_refill_0.5_s0 and so on. In flags `{out}` is the folder of all runs, `{seed}` and every
-other name of `each` stands for its value, `{gone}` for 1 - density and `{rate}` for the share of the weights left that
-goes at each of S - 1 prunings, so that the density is reached, fillback included: with the fillback f and
+other name of `each` are replaced by their values, `{gone}` by 1 - density and `{rate}` by the share of the remaining
+weights to prune at each of S - 1 prunings that reaches the density, including the fillback f: with
 m = (1 - rate)^(S - 1), density = m + f (1 - m). A path into the folder of another run makes a run wait for that one. A
 flag that is null is left out. `program` names another program than main_imp_fillback.py, which takes the same flags.
 """
@@ -37,8 +37,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
+from cli.config import read_yaml
 from cli.parse import parse_args
 from dataset import split_sizes
 from engine.model import make_model, run_length
@@ -103,12 +103,7 @@ def read_study(
     Raises:
         RunError: the file is no study, or a run of it could not be made; names the cell.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; give the YAML file of a study") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not a YAML file ({error})") from error
+    content = read_yaml(path, str(path), "the YAML file of a study")
     cells = content.get("cells") if isinstance(content, dict) else None
     if not isinstance(cells, list) or not cells or not all(isinstance(cell, dict) for cell in cells):
         raise RunError(f"{path}: needs `cells`, a list of mappings with name, each and flags")
@@ -161,7 +156,7 @@ def _runs_of(
 
 
 def _shares(chosen: Mapping, flags: Mapping) -> dict[str, float]:
-    """What `{gone}` and `{rate}` stand for."""
+    """The values of `{gone}` and `{rate}`."""
     if "density" not in chosen:
         return {}
     density, states = float(chosen["density"]), int(flags.get("pruning_times", 20))
@@ -201,12 +196,12 @@ def check(run: Planned, base: Mapping) -> argparse.Namespace:
         flags = {name: value for name, value in flags.items() if name in vars(build_parser().parse_args([]))}
     if "arch" in pending and "arch" in base:
         flags["arch"] = base["arch"]
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             return parse_args([*_typed(flags), *run.words])
     except SystemExit as leaving:
-        raise RunError(f"{run.name}: {said.getvalue().strip() or leaving.code}") from leaving
+        raise RunError(f"{run.name}: {errors.getvalue().strip() or leaving.code}") from leaving
 
 
 def cost(args: argparse.Namespace) -> float:

@@ -6,7 +6,7 @@
     python benchmarks/inference.py --arch timm/vit_small_patch16_dinov3 --img_size 224 --head_ratio 0.5 --mlp_ratio 0.5
 
 All start from one model of the architecture's geometry, for ViTs on timm's modules. Two thirds of the heads, 70% of the
-MLP neurons and half of the filters go unless told otherwise, chosen by magnitude. The limit is dense over removed MACs;
+MLP neurons and half of the filters are removed by default, chosen by magnitude. The limit is dense over removed MACs;
 "over dense" compares with the dense network as PyTorch runs it, "same engine" with the dense network in the same form.
 "compiled" is AOTInductor's package, which needs a C++ compiler and a minute or more; ONNX rows need onnx, onnxscript
 and onnxruntime; Torch-Pruning's need `pip install torch-pruning` and a ViT that its graph can follow: a ResNet's

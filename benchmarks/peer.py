@@ -1,18 +1,18 @@
 #!/usr/bin/env python
-"""Torch-Pruning on the same ViT: the flags of a run in, the files of a run out, for the rows of a study.
+"""Torch-Pruning on the same ViT, with the flags and the files of our runs, for the rows of a study.
 
     python benchmarks/peer.py --pruner growing --dataset digits --arch vit_mini --init dense.safetensors \
         --like results/refill --pruning_times 3 --epochs 2 --save_dir results/peer
 
-Weights, order of images, rates, epochs, choice of the epoch and evaluation are those that main_imp_fillback.py takes
-from the same flags (`--prune_type finetune`); Torch-Pruning chooses the units (`pip install torch-pruning`), by group
-magnitude; the width of the tokens stays.
+Weights, order of images, rates, epochs, choice of the epoch and evaluation are those of main_imp_fillback.py with the
+same flags (`--prune_type finetune`). Torch-Pruning (`pip install torch-pruning`) chooses the units by group magnitude;
+the width of the tokens is kept.
 
---heads narrow, the default, takes neurons and dimensions of all heads, the same share of each layer, as is its default.
-The ratio is searched for, so that MACs come down, by a geometric schedule, to those that the run of `--like` ended
-with. (Its global ranking leaves layers whole that it would empty, and does not reach a tenth of the MACs.)
---heads whole takes neurons and whole heads, as many of each layer in each state as the run of `--like` did; which
-cannot be all of a layer's.
+--heads narrow, the default, prunes neurons and dimensions of all heads, the same share of each layer, as is its
+default. The ratio is searched, so that MACs reach those of the run of `--like` on a geometric schedule. (Its global
+ranking does not prune layers that it would empty, and does not reach a tenth of the MACs.)
+--heads whole prunes neurons and whole heads, as many of each layer in each state as the run of `--like`; not all of a
+layer.
 
 magnitude: cut before each state but the first. growing: `GrowingRegPruner` (Wang et al., "Neural Pruning via Growing
 Regularization", ICLR 2021) regularises each state but the last, at whose end is cut. The paper raises the penalty to 1
@@ -44,7 +44,7 @@ from engine.objective import cross_entropy
 from engine.optimizer import Schedule, make_optimizer, milestones_of, set_rate
 from engine.run_folder import write_run_facts
 from families import family_of
-from reporting.runs import Run, load_run
+from reporting.runs import RunFiles, load_run
 from utils import OneLineParser, RunError, autocast, pick_device, pick_precision, seed_everything, write_csv
 
 EVERY = 10  # steps between increments of the growing penalty, as in the paper for CIFAR
@@ -104,7 +104,7 @@ def cut_to_counts(model: nn.Module, left: Mapping[str, int]) -> nn.Module:
     gone = {key: (group.count - left[key] - 0.5) / group.count for key, group in family_of(small).units(small).items()}
     _remove(
         small,
-        0.5,  # of dimensions, which stay; it looks for heads only in layers where some would go
+        0.5,  # of dimensions, which are kept; it only prunes heads of layers that lose some
         prune_num_heads=True,
         prune_head_dims=False,
         head_pruning_ratio_dict={small.get_submodule(key).qkv: gone[key] for key in gone if key.endswith("attn")},
@@ -148,7 +148,7 @@ def cut_to(model: nn.Module, macs: float) -> nn.Module:
     return nearer or small
 
 
-def counts_of_states(run: Run, states: int) -> dict[int, dict[str, int]]:
+def counts_of_states(run: RunFiles, states: int) -> dict[int, dict[str, int]]:
     """How many units of each layer a run had in each of its states.
 
     Raises:

@@ -274,7 +274,7 @@ class Study:
                 self._finish(run, time.perf_counter() - started)
             elif not stopping:
                 said = (run.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                self._fail(run, f"exit status {process.returncode}: {said[-1] if said else 'it said nothing'}")
+                self._fail(run, f"exit status {process.returncode}: {said[-1] if said else 'no output'}")
 
     def _finish(self, run: Planned, wall_seconds: float) -> None:
         row = row_of(run, wall_seconds)

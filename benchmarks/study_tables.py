@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tables and pictures of a study: the rows that study.py wrote in, study.md and study*.png out.
+"""Tables and pictures of a study: study.md and study*.png from the study.csv of study.py.
 
     python benchmarks/study_tables.py results/study_cpu/study.csv --out results/study_cpu
 
@@ -21,19 +21,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reporting.figures import BLUE, GREEN, GREY, LINES, MARKERS, ORANGE, PURPLE, SKY, VERMILLION, draw, percent_axis
+from reporting.figures import COLORS, GREEN, GREY, LINES, MARKERS, VERMILLION, draw, percent_axis
 from reporting.page import publish, write_bytes
 from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import md_table, percent, plural, thousands
 from utils import OneLineParser, RunError, write_text
 
-# cells whose methods stand in one table and in one picture; the first names them
+# cells whose methods share a table and a picture; the first names them
 TOGETHER = {
     "both": ("both", "small", "peer", "more", "dense"),
     "counts": ("counts", "counts_peer", "counts_small"),
     "vit_small_both": ("vit_small_both", "vit_small_dense"),
 }
-# what the methods of a cell are compared with, (cell, method): one for all, or one for each; if not here, the first
+# the reference of a cell's methods, (cell, method): one for all, or one for each; by default the cell's first method
 REFERENCES = {
     "both": ("both", "refill"),
     "factor": ("both", "rsst"),
@@ -53,7 +53,7 @@ REFERENCES = {
 # cells and methods of study.png
 MODELS = ("both", "vit_small_both")
 HEADLINE = ("dense", "small", "refill", "rsst", "imp", "refill_sensitivity", "tp_magnitude", "tp_growing")
-# questions that have some lines of tables to themselves: cells, and the methods of each; the corrections stay
+# questions that also show some lines of other tables, with the same corrections: cells, and the methods of each
 _CRITERIA, _WHEN = ("magnitude", "l2", "saliency", "remain", "random"), ("states_2", "states_6", "linear", "constant")
 _HOW_LONG = ("epochs_1", "epochs_4", "finish_6", "lr_0.001", "lr_0.002")
 QUESTIONS = {
@@ -61,7 +61,7 @@ QUESTIONS = {
     "when": {"both": ("oneshot",), "refill_factor": _WHEN, "factor": _WHEN},
     "how_long": {"refill_factor": _HOW_LONG, "factor": _HOW_LONG},
 }
-LINES_FROM = 3  # shares: so many are drawn as a line a method, fewer as differences
+LINES_FROM = 3  # shares, from which a picture has a line for each method; with fewer it has differences
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ def read_entries(path: Path) -> tuple[list[Entry], list[str]]:
 
 @dataclass(frozen=True)
 class Section:
-    """The methods that stand in one table, and how they differ from their references, corrected for all of them.
+    """The methods of one table, and their differences from their references, corrected for all of them.
 
-    A question's section has `found` alone, lines of other groups.
+    The section of a question only has `found`, lines of other sections.
     """
 
     name: str
@@ -128,16 +128,16 @@ class Section:
 
     @property
     def has_lines(self) -> bool:
-        """Whether accuracy over cost is drawn, not differences: with shares enough and one cell to compare with."""
+        """Whether to draw accuracy over cost, not differences: with enough shares and references of one cell."""
         return not self.found or (len(self.shares) >= LINES_FROM and len(self._cells) == 1)
 
     @property
     def _cells(self) -> set[str]:
-        """Those of what the entries are compared with."""
+        """The cells of the references."""
         return {other.cell for _, other, _ in self.found}
 
     def reference(self, other: Entry) -> str:
-        """How its lines name what they are compared with."""
+        """The name of a reference in its lines."""
         return other.method if len(self._cells) == 1 else f"{other.method} of {other.cell}"
 
     @property
@@ -151,7 +151,7 @@ class Section:
 
     @property
     def headline(self) -> Section:
-        """Of the methods that most want to see."""
+        """The same with the methods of HEADLINE only."""
         return replace(self, entries=[entry for entry in self.entries if entry.method in HEADLINE])
 
 
@@ -166,13 +166,13 @@ def sections(entries: Sequence[Entry]) -> list[Section]:
             first = next((entry.method for entry in own if entry.asked), own[0].method)
             to = REFERENCES.get(cell, (cell, first))
             lines = differences(own, entries, to)
-            lines.sort(key=lambda line: (-float(line[1].asked or 2), -line[2].mean))  # what helps most comes first
+            lines.sort(key=lambda line: (-float(line[1].asked or 2), -line[2].mean))  # the best first
             found.append(Section(cell, own, lines))
     return found + _questions(found)
 
 
 def _questions(found: Sequence[Section]) -> list[Section]:
-    """The lines of QUESTIONS that are there."""
+    """The sections of QUESTIONS that have lines."""
     lines = [line for section in found for line in section.found]
     asked = [
         Section(name, [], [line for line in lines if line[0].method in methods.get(line[0].cell, ())])
@@ -245,14 +245,7 @@ def wide_table(section: Section) -> str:
 
 
 def _difference(found: Difference) -> str:
-    claim = _claim(found)
-    return f"({100 * found.mean:+.2f}{', ' if claim else ''}{claim})"
-
-
-def _claim(found: Difference) -> str:
-    """`better`, `worse`, or nothing where no difference was found."""
-    word = found.verdict.partition(" ")[0]
-    return word if word in ("better", "worse") else ""
+    return f"({100 * found.mean:+.2f}{', ' if found.claim else ''}{found.claim})"
 
 
 def accuracy_table(entries: Sequence[Entry]) -> str:
@@ -293,7 +286,7 @@ def difference_table(section: Section) -> str:
 
 
 def cut_table(entries: Sequence[Entry]) -> str:
-    """How far validation accuracy fell at the cuts of RSST's runs: the mean over all cuts, the largest fall of one."""
+    """The fall of validation accuracy at the cuts of RSST: the mean over all cuts, and the largest."""
     kinds: dict[tuple[str, str, str], list[Mapping]] = {}
     for entry in entries:
         for row in entry.runs.values():
@@ -348,7 +341,7 @@ def _picture(found: Sequence[Section]) -> bytes:
 
 def _paint_lines(panel, section: Section) -> None:
     """Test accuracy with 95% intervals over MACs, over the weights left where MACs are the same; dense as points."""
-    ax, colors = panel.add_subplot(), [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY]
+    ax, colors = panel.add_subplot(), [*COLORS, GREY]
     costs = [entry.mean("macs") for entry in section.entries if entry.asked]
     cost, unit = ("macs", 1e6) if costs and max(costs) > 1.01 * min(costs) else ("density", 0.01)
     methods = list(dict.fromkeys(entry.method for entry in section.entries))
@@ -381,7 +374,7 @@ def _paint_differences(panel, section: Section) -> None:
     to = list(dict.fromkeys(section.reference(other) for _, other, _ in section.found))
     names = []
     for index, (entry, other, difference) in enumerate(section.found):
-        color = {"better": GREEN, "worse": VERMILLION}.get(_claim(difference), GREY)
+        color = {"better": GREEN, "worse": VERMILLION}.get(difference.claim, GREY)
         for (low, high), width in ((difference.corrected, 1.2), (difference.interval, 3.5)):
             ax.plot([100 * low, 100 * high], [index, index], color=color, linewidth=width, solid_capstyle="butt")
         ax.plot(100 * difference.mean, index, color=color, marker="o", markersize=5)

@@ -5,9 +5,9 @@
     python benchmarks/train_step.py --models vit_tiny vit_small vit_base     memory, images/s, seconds an epoch
 
 The plain step is what one writes without much thought: eager float32, `torch.nn.utils.prune` masks, a penalty that
-goes through the layers with index lists, `.item()` in every step. "plain, no lists" is the same without that penalty:
+visits the layers with index lists, `.item()` in every step. "plain, no lists" is the same without that penalty:
 the gap between the two is what the lists alone cost. All train the same network on the same images in the RSST ramp of
-a state whose first units are gone already; the plain steps are handed their batches ready made, ours augment theirs.
+a state whose first units are cut already; the plain steps get ready-made batches, ours augment theirs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CIFAR_IMAGES = 50_000
 def training_state(flags: list[str], device: str = "cpu", steps: int = 4) -> StateTraining:
     """The training of a run on random images, ready for `step()` in the RSST ramp of state 2.
 
-    A third of the heads and neurons is gone and another part is doomed; `flags` are the command line's.
+    A third of the heads and neurons is cut and another part is doomed; `flags` are the command line's.
     """
     folder = tempfile.mkdtemp(prefix="bench-")
     ratios = ["--vit_structured", "--vit_prune_target", "both", "--rate", "0.67", "--mlp_prune_ratio", "0.7"]

@@ -1,6 +1,6 @@
-"""The command line: words of a shell in, flags that are complete and make sense out.
+"""The command line: from `sys.argv` to complete, checked flags.
 
-flags.py is the table, config.py reads `--config`, checks.py refuses what cannot work, resume.py takes the flags of a
-run that goes on, plan.py says what a command would do, archs.py which of timm's models it could take, errors.py turns
-failures into a line for the user.
+parse.py does it in one call. config.py reads `--config`, checks.py refuses what cannot work, resume.py takes the flags
+of a resumed run from its checkpoint, plan.py predicts what a command would do, archs.py lists timm's models that can be
+pruned, errors.py turns failures into a line for the user. The flags themselves are a table in settings/flags.py.
 """

@@ -1,14 +1,15 @@
-"""The table of `--list_archs`: a pattern comes in, timm's names that can be pruned here go out, with what they hold.
+"""The table of `--list_archs`: timm's models that can be pruned, with their sizes and units.
 
-    print(list_archs("*dinov3*", verbose=True))                 # verbose: those that cannot, too, and why
+    print(list_archs("*dinov3*", verbose=True))                 # verbose: also those that cannot, and why
 
-Models are built on the meta device, without weights. As that takes about a second each, what was found is kept in a
-file of the user's cache folder, one for each version of timm; it counts for nothing once the families' code changes.
+Models are built on the meta device, without weights. That takes about a second each, so results are cached in a file of
+the user's cache folder, one for each version of timm; the cache is invalid once the code of families/ changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -53,7 +54,7 @@ def list_archs(pattern: str, verbose: bool = False) -> str:
 
 
 def _names(pattern: str) -> list[str]:
-    """Names of the timm files that families look at, in timm's order."""
+    """Matching names from those files of timm that the families know, sorted."""
     try:
         timm = import_timm("--list_archs")
     except PretrainedError as error:
@@ -68,12 +69,12 @@ def _names(pattern: str) -> list[str]:
 
 
 def _kind_of_reason(why: str) -> str:
-    """A reason without the number of the block, to be counted."""
+    """A reason without block numbers, so that equal reasons can be counted."""
     return ".".join(part for part in why.split(".") if not part.isdigit())
 
 
 def _survey(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What each model holds, or why it is refused; from the cache where it is known."""
+    """Facts about each model, or why it is refused; cached."""
     path, digest = _cache_file(), _digest_of_families()
     known = _read(path, digest)
     missing = [name for name in names if name not in known]
@@ -111,14 +112,8 @@ def _facts(name: str) -> dict[str, str]:
 
 
 def _counts(counts: list[int]) -> str:
-    """12 layers of 6 as "12 x 6", runs of other layers behind it."""
-    runs: list[list[int]] = []
-    for count in counts:
-        if runs and runs[-1][1] == count:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, count])
-    return " + ".join(f"{layers} x {count}" for layers, count in runs)
+    """Twelve layers of 6, then two of 8, as "12 x 6 + 2 x 8"."""
+    return " + ".join(f"{len(list(layers))} x {count}" for count, layers in itertools.groupby(counts))
 
 
 # ------------------------------------------------------------------------------------------ the cache
@@ -148,4 +143,4 @@ def _write(path: Path, content: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=0, sort_keys=True))
     except (OSError, RunError) as error:
-        log.debug("--list_archs: nothing is kept for the next time (%s)", error)
+        log.debug("--list_archs: the cache cannot be written (%s)", error)

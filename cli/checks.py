@@ -1,7 +1,7 @@
-"""Rules between flags: values as parsed in, complete ones out; what cannot work ends in one line, before any work.
+"""Checks of a whole command, before any work starts.
 
-What concerns one flag alone, its type, its range and the flag that it belongs to, stands in the table
-(`settings/flags.py`).
+The table (`settings/flags.py`) has the checks of each flag: type, range, the flag that it belongs to, and the values of
+others that it cannot work with. This module has those that need files, processes or several flags at once.
 """
 
 from __future__ import annotations
@@ -24,102 +24,58 @@ from pruning.nm import parse_pattern
 from reporting.words import plural
 from settings import effect
 from settings.effect import TARGETS, takes_all, target_of
-from settings.flag import check_values, require
-from settings.flags import FLAGS, GRAPHS, SEARCH, SENSITIVITY, SORTING, idle_flags
+from settings.flag import check_clashes, check_values, require
+from settings.flags import FLAGS, SEARCH, SENSITIVITY, SORTING, idle_flags
 from utils import RunError
 
 
 def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
-    """Fill in what is left to itself, refuse what cannot work; returns notes for the log.
+    """Fill in values that were not given and refuse what cannot work; returns notes for the log.
 
     Args:
-        given: the flags that were given by hand, by name.
+        given: the flags on the command line, by name.
 
     Raises:
-        RunError: naming the flag, the value and the way out.
+        RunError: naming the flag, its value and what to do.
     """
     check_arch(args.arch)
     check_values(FLAGS.values(), args)
     _check_allocation(args, given)
-    _check_combinations(args)
+    milestones_of(args)  # raises
+    check_clashes(FLAGS.values(), args)
+    _check_pattern(args)
+    _check_teacher(args)
     _check_processes(args)
     return _notes(args, given)
 
 
 def check_model_folder(args: argparse.Namespace) -> None:
-    """Refuse a run's folder whose model/ holds files of others, which the run would replace at its end."""
+    """Refuse a folder whose model/ holds files of other programs, which the run would overwrite at its end."""
     folder = args.save_dir or (args.exp_name and named_dir(args.exp_name))
     if folder and (args.export or args.overwrite):
         check_folder(Path(folder) / "model", "--save_dir" if args.save_dir else "--exp_name")
 
 
 def check_search(args: argparse.Namespace) -> None:
-    """What a search cannot do together with other flags."""
+    """Refuse flags that a search cannot work with."""
     check_values(SEARCH, args)
     if args.search is None:
         return
     refused = {
-        "resume": "the same command goes on with a search, and with the trials that it has begun",
-        "checkpoint": "every trial starts anew",
-        "overwrite": "a search goes on with what its folder holds; choose another --save_dir",
-        "finish_on_all": "leaves no images on which trials could be compared",
+        "resume": "the same command resumes a search and its unfinished trials",
+        "checkpoint": "every trial starts from the beginning",
+        "overwrite": "a search continues with the trials in its folder; choose another --save_dir",
+        "finish_on_all": "it leaves no validation images to compare trials on",
     }
     for name, reason in refused.items():
         if getattr(args, name):
-            raise RunError(f"--{name}: has no place beside --search: {reason}; leave it out")
+            raise RunError(f"--{name}: cannot be combined with --search: {reason}; leave it out")
     if not (args.save_dir or args.exp_name):
-        raise RunError(
-            f"--search {args.search}: needs --save_dir DIR or --exp_name NAME, where the same command goes on"
-        )
+        raise RunError(f"--search {args.search}: needs --save_dir DIR or --exp_name NAME, so that it can be resumed")
     if args.search_objective == "latency" and not args.export:
-        raise RunError("--search_objective latency: measures the small model; leave --no-export out")
+        raise RunError("--search_objective latency: needs the small model; leave --no-export out")
     if world_size() > 1:
-        raise RunError(
-            f"--search {args.search}: is no work for torchrun; start the same command once for each process instead"
-        )
-
-
-def _check_combinations(args: argparse.Namespace) -> None:
-    if args.prune_type == "rewind_lt":
-        require(args.rewind_epoch < args.epochs, "--rewind_epoch", args.rewind_epoch, "must be below --epochs")
-    if args.prune_type == "pt" and not args.pretrained:
-        raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
-    milestones_of(args)  # raises
-    if args.min_lr is not None and args.sched != "cosine":
-        raise RunError(f"--min_lr {args.min_lr}: is where a cosine ends; add --sched cosine")
-    if args.min_lr is not None:
-        require(args.min_lr <= args.lr, "--min_lr", args.min_lr, "must lie in [0, --lr]")
-        fits = not args.finish_epochs or args.min_lr <= args.finish_lr
-        require(fits, "--finish_lr", args.finish_lr, f"must not lie below --min_lr {args.min_lr}, where it ends")
-    if args.reg_form == "decay" and args.reg_clock:
-        raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
-    _check_teacher(args)
-    _check_pattern(args)
-    for name, value in (("allow_partial", ""), ("preprocessing", "model")):
-        if getattr(args, name) and value in ("", getattr(args, name)) and not (args.init or args.pretrained):
-            raise RunError(f"--{name} {value}".rstrip() + ": is about weights that a run starts from; add --pretrained")
-    if args.layer_scale and args.pretrained:
-        raise RunError(
-            f"--layer_scale {args.layer_scale}: pretrained weights were trained without; leave one of them out"
-        )
-    if args.drop_path and args.compile in GRAPHS:
-        raise RunError(
-            f"--drop_path {args.drop_path}: drops other branches in every step, and --compile {args.compile} captures "
-            "one; use --compile default"
-        )
-    if args.layer_decay is not None and args.struct == "rsst" and args.reg_form == "gradient":
-        raise RunError(
-            f"--layer_decay {args.layer_decay}: the dose of --reg_form gradient goes by the learning rate, which would "
-            "differ from layer to layer; use --reg_form decay"
-        )
-    if (
-        args.rank_by == "score_per_mac"
-        and not takes_all(vars(args))
-        and not (args.sorting_mode == "global" and args.vit_prune_target == "both")
-    ):
-        raise RunError(
-            "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
-        )
+        raise RunError(f"--search {args.search}: does not run under torchrun; start the same command several times")
 
 
 def _check_pattern(args: argparse.Namespace) -> None:
@@ -129,30 +85,24 @@ def _check_pattern(args: argparse.Namespace) -> None:
         parse_pattern(args.nm)
     except ValueError as error:
         raise RunError(f"--nm {args.nm}: {error}") from error
-    if args.vit_structured:
-        raise RunError(f"--nm {args.nm}: is a pattern of single weights; leave it or --vit_structured out")
-    if args.fillback_rate:
-        raise RunError(f"--fillback_rate {args.fillback_rate}: would fill groups beyond --nm {args.nm}; leave it out")
 
 
 def _check_allocation(args: argparse.Namespace, given: dict) -> None:
-    """What says how many units stay; a file's counts go along as `unit_counts`, so that a resumed run has them."""
-    targets, target = [name for name in TARGETS if getattr(args, name)], target_of(vars(args))
-    how = args.ratio_allocation
+    """Check the flags that say how many units are kept; reads a file's counts into `unit_counts`, for resumed runs."""
+    targets, target, how = [t for t in TARGETS if getattr(args, t)], target_of(vars(args)), args.ratio_allocation
     if len(targets) > 1:
-        raise RunError(
-            f"--{targets[1]} {getattr(args, targets[1]):g}: a run has one target; leave it or --{target} out"
-        )
+        other = f"--{targets[1]} {getattr(args, targets[1]):g}"
+        raise RunError(f"{other}: a run can have only one target; leave it or --{target} out")
     if target and args.pruning_times == 1 and args.struct != "dense" and not getattr(args, "resumed_from", None):
         raise RunError(
-            f"--{target} {getattr(args, target):g}: nothing is pruned before state 1, and --pruning_times 1 has "
-            "state 0 alone; give 2 or more"
+            f"--{target} {getattr(args, target):g}: --pruning_times 1 has state 0 alone, and the first pruning "
+            "comes before state 1; give 2 or more"
         )
     args.unit_counts = getattr(args, "unit_counts", None)
-    whole, asked = args.vit_structured and args.vit_prune_target in DEPTH, target or (how and "ratio_allocation")
-    if whole and asked:
+    whole, by = args.vit_structured and args.vit_prune_target in DEPTH, target or (how and "ratio_allocation")
+    if whole and by:
         raise RunError(
-            f"--{asked} {getattr(args, asked)}: --vit_prune_target {args.vit_prune_target} goes by --rate; use all"
+            f"--{by} {getattr(args, by)}: --vit_prune_target {args.vit_prune_target} is set by --rate only; use all"
         )
     if takes_all(vars(args)):
         if how not in (None, "global"):
@@ -171,22 +121,18 @@ def _check_allocation(args: argparse.Namespace, given: dict) -> None:
 
 def _check_processes(args: argparse.Namespace) -> None:
     size = world_size()
-    shared = f"cannot be shared by {size} processes, each of which takes as many images"
-    require(args.batch_size % size == 0, "--batch_size", args.batch_size, f"{shared}; give a multiple of {size}")
+    even = f"cannot be split evenly over {size} processes; give a multiple of {size}"
+    require(args.batch_size % size == 0, "--batch_size", args.batch_size, even)
     if size > 1 and args.compile not in (None, "default"):
         raise RunError(
-            f"--compile {args.compile}: captures steps whole, and {size} processes exchange gradients in the middle of "
-            "one; use --compile default"
+            f"--compile {args.compile}: captures whole steps, but {size} processes exchange gradients within a step; "
+            "use --compile default"
         )
 
 
 def _check_teacher(args: argparse.Namespace) -> None:
     if args.teacher is None:
         return
-    if args.kd_hard and args.kd_temperature is not None:
-        raise RunError(f"--kd_temperature {args.kd_temperature}: a label has none; leave it or --kd_hard out")
-    if args.teacher == SELF and (args.pruning_times == 1 or args.struct == "dense") and not args.finish_epochs:
-        raise RunError("--teacher self: state 0 teaches later states, and this run has none; leave it out")
     if args.teacher.startswith(models.TIMM):
         try:
             models.check_arch(args.teacher)
@@ -197,21 +143,23 @@ def _check_teacher(args: argparse.Namespace) -> None:
 
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:
-    """What should be said about flags that have no effect."""
+    """Notes on flags that have no effect, and on unusual learning-rate schedules."""
     late = [epoch for epoch in milestones_of(args) if epoch >= args.epochs]
     notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
     length = run_length(args)[1]
     if args.warmup > length:
-        notes.append(
-            f"--warmup {args.warmup}: longer than the {plural(length, 'epoch')} of a state; lr never gets full"
-        )
+        state = f"the {plural(length, 'epoch')} of a state"
+        notes.append(f"--warmup {args.warmup}: longer than {state}; lr never reaches its full value")
     elif args.warmup == length:
         notes.append(f"--warmup {args.warmup}: all epochs of a state; lr rises to its last step and never falls")
     idle = idle_flags({**vars(args), **given})
-    told = [name for name in given if name in idle and idle[name] != effect.DENSE]  # that has a note of its own
-    notes += [f"{FLAGS[name].option}: has no effect {idle[name]}" for name in told]
+    notes += [
+        f"{FLAGS[name].option}: has no effect {idle[name]}"
+        for name in given
+        if name in idle and idle[name] != effect.DENSE  # one note below says that for all flags
+    ]
     if "gpu" in given and world_size() > 1:
-        notes.append("--gpu: has no effect under torchrun, which gives each process a GPU of its own")
+        notes.append("--gpu: has no effect under torchrun, which gives each process its own GPU")
     if effect.prunes(vars(args)):
         notes.append("nothing is pruned in this run: it trains dense")
     return notes

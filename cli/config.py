@@ -1,4 +1,4 @@
-"""Configurations: the YAML file that `--config` names in, flags as they would be typed out."""
+"""Configurations: YAML files of flags, as `--config` reads them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from utils import OneLineParser, RunError
 
 
 def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
-    """The flags of the YAML file that `--config` names, to be read before those given by hand.
+    """The flags of the `--config` file as words, to be parsed before those of the command line.
 
-    Flags by hand win over the same ones in the file, and over those that would contradict them: a run's name over the
-    folder of another run, a file of weights over the tag of public ones.
+    Flags on the command line win over the same ones in the file, and over those that would contradict them: --exp_name
+    over save_dir, a file of --pretrained over pretrained_tag.
     """
     finder = OneLineParser(prog=parser.prog, add_help=False)
     for action in parser._actions:
@@ -25,12 +25,7 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
     path = by_hand.config
     if path is None:
         return []
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"--config {path}: {error.strerror}; give a YAML file of flags") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RunError(f"--config {path}: not a YAML file ({error})") from error
+    content = read_yaml(Path(path), f"--config {path}", "a YAML file of flags")
     if not isinstance(content, dict):
         raise RunError(f"--config {path}: must hold flags and values such as 'epochs: 120'")
     overruled = ["save_dir"] if by_hand.exp_name is not None else []
@@ -39,14 +34,32 @@ def config_flags(parser: OneLineParser, argv: list[str]) -> list[str]:
     return typed_out(content, f"--config {path}")
 
 
-def typed_out(content: Mapping, source: str) -> list[str]:
-    """Flags and their values, as YAML holds them, as they would be typed out.
+def read_yaml(path: Path, source: str, wanted: str) -> object:
+    """The content of a YAML file.
 
     Args:
-        source: what an error begins with.
+        source: how an error starts.
+        wanted: the file to give instead, in an error.
 
     Raises:
-        RunError: no such flag, or no value of it.
+        RunError: no such file, or no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{source}: {error.strerror}; give {wanted}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise RunError(f"{source}: not a YAML file ({error})") from error
+
+
+def typed_out(content: Mapping, source: str) -> list[str]:
+    """Flags and values of a YAML file as words of a command line.
+
+    Args:
+        source: how an error starts.
+
+    Raises:
+        RunError: an unknown flag, or a value that it cannot have.
     """
     options = {flag.option.removeprefix("--"): flag for flag in FLAGS.values()}
     options |= {older.removeprefix("--"): flag for flag in FLAGS.values() for older in flag.also}

@@ -1,4 +1,4 @@
-"""Failures: an exception in, one line for the user and an exit status out."""
+"""Failures: one line and an exit status for errors that the user can act on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.processes import Processes
 from settings.flags import AUTO, GRAPHS
 from utils import DISK_ERRORS, cannot_write, cause
 
-# what gloo and NCCL say of a message from or to another process that failed: the other end, or the way to it, is gone
+# messages of gloo and NCCL after another process died or the network failed
 LOST = re.compile(
     r"gloo/transport|Connection (closed|reset|refused)|Broken pipe|Socket Timeout|Timed out waiting|"
     r"remote process exited|ncclRemoteError|ncclSystemError|communicator was aborted"
@@ -27,7 +27,7 @@ MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNO
 
 
 def leave(processes: Processes, message: str, code: int) -> int:
-    """Say on standard error why the run ends; of several processes that do, the first one to come says it."""
+    """Print on standard error why the run ends; of several processes only the first to call this prints."""
     if processes.reports_end():
         print(f"{Path(sys.argv[0]).name}: {processes.name}{message}", file=sys.stderr, flush=True)
     return code
@@ -35,7 +35,7 @@ def leave(processes: Processes, message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def one_voice(processes: Processes) -> Iterator[None]:
-    """Of several processes that leave the block with an error, the first one to come says it."""
+    """Of several processes that leave the block with an error, only the first prints its message."""
     if not processes.several:
         yield
         return
@@ -52,7 +52,7 @@ def one_voice(processes: Processes) -> Iterator[None]:
 
 
 def way_on(args: argparse.Namespace) -> str:
-    """How a run that has ended early goes on: from its checkpoint where it has one, else from the start."""
+    """How to continue a run that ended early: from its checkpoint where it has one, else from the start."""
     if args.save_dir and has_checkpoint(Path(args.save_dir)):
         return f"go on from the last checkpoint with --resume --save_dir {args.save_dir}"
     again = "" if args.resume == AUTO else ", with --overwrite"
@@ -60,15 +60,15 @@ def way_on(args: argparse.Namespace) -> str:
 
 
 def explain(error: Exception, args: argparse.Namespace, processes: Processes) -> str | None:
-    """A line for errors of the system and of PyTorch that the user can mend; None for others, which are bugs."""
+    """A line for errors of the system and of PyTorch that the user can fix; None for others, which are bugs."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and MEMORY.search(text)
     ):
         return (
             f"out of memory with --batch_size {args.batch_size} --accum_steps {args.accum_steps} --amp {args.amp} "
-            f"({cause(error)[:200]}): start anew with a lower --batch_size and a higher --accum_steps; where something "
-            f"else filled the memory: {way_on(args)}"
+            f"({cause(error)[:200]}): start anew with a lower --batch_size and a higher --accum_steps; if another "
+            f"program filled the memory: {way_on(args)}"
         )
     if processes.several and _is_message_lost(error, text):
         return f"{processes.dead_ranks()} ({cause(error)[:200]}); {way_on(args)}"
@@ -84,7 +84,7 @@ def explain(error: Exception, args: argparse.Namespace, processes: Processes) ->
 
 
 def _is_message_lost(error: Exception, text: str) -> bool:
-    """Whether a message to or from another process failed. A failed check ("enforce fail") is a disagreement, a bug."""
+    """Whether a message between processes failed. A failed check of gloo ("enforce fail") is a bug instead."""
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return True
     return isinstance(error, RuntimeError) and "enforce fail" not in text and bool(LOST.search(text))

@@ -1,4 +1,4 @@
-"""Parsing in one call: argv in, a namespace out in which nothing is left open; see cli/__init__.py for the rooms."""
+"""Parsing in one call: from argv to complete, checked flags."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from utils import RunError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags, with everything left to itself filled in; contradictions end here, before any work.
+    """Flags, with defaults filled in; exits with an error for values and combinations that cannot work.
 
-    `notes` holds what should be said in the log about flags that have no effect, and `given`, for a search, what was
-    given by hand. `--list_archs` answers here and leaves, as `--help` does; so does `--resume auto` on a run that is
-    complete.
+    `notes` are remarks for the log, such as flags that have no effect; a search gets the flags of the command line as
+    `given`. `--list_archs` prints its table here and exits, as `--help` does, and `--resume auto` on a complete run.
     """
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -55,10 +54,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.given = given
         if auto and not resumes:
             args.notes.append(f"--resume auto: {args.save_dir} holds no checkpoint yet; the run starts")
-        ends_here = auto and resumes and not args.dry_run and is_complete(args)
+        nothing_to_do = auto and resumes and not args.dry_run and is_complete(args)
     except RunError as error:
         parser.error(str(error))
-    if ends_here:
+    if nothing_to_do:
         print(f"{args.save_dir} is complete: all its states are trained; nothing to do")
         if (failed := Path(args.save_dir) / EXPORT_FAILED).is_file():
             print(f"it has no model/: {failed.read_text().strip()}")

@@ -1,6 +1,6 @@
-"""The flags of a run that goes on: its checkpoint's, with those of today's command that are free to change.
+"""The flags of a resumed run: those of its checkpoint, with those of the new command that may change.
 
-With `--resume auto` a command says both how its run starts and that it goes on; here is found which of them it does.
+With `--resume auto` the same command starts a run and resumes it; `finds_run` decides which.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from utils import OneLineParser, RunError, load_tensors
 
 
 def finds_run(args: argparse.Namespace) -> bool:
-    """Whether the folder of `--resume auto` has a checkpoint to go on from; fills in `save_dir`.
+    """Whether the folder of `--resume auto` has a checkpoint to resume from; fills in `save_dir`.
 
     Raises:
-        RunError: the command names no folder, or not clearly; or its run had checkpoints and has lost them.
+        RunError: the command names no folder, or contradicts itself; or the run's checkpoints are missing.
     """
     check_values([FLAGS["exp_name"]], args)
     if not (args.save_dir or args.exp_name):
-        raise RunError("--resume auto: needs --save_dir DIR or --exp_name NAME, or it would not find its run again")
+        raise RunError("--resume auto: needs --save_dir DIR or --exp_name NAME to find its run")
     if args.checkpoint:
         raise RunError(f"--checkpoint {args.checkpoint}: --resume auto takes the latest one; leave one of them out")
     args.save_dir = args.save_dir or str(named_dir(args.exp_name))
     folder = Path(args.save_dir)
     if args.overwrite:
-        raise RunError(f"--overwrite: replaces {folder}, which --resume auto goes on with; leave one of them out")
+        raise RunError(f"--overwrite: replaces {folder}, which --resume auto resumes; leave one of them out")
     try:
         if has_checkpoint(folder):
             return True
         lost = [name for name in ("states.csv", "model") if (folder / name).exists()]
     except OSError as error:
         raise RunError(f"--save_dir {folder}: cannot be read ({error.strerror}); choose another") from error
-    if lost:  # both are written when checkpoints are there already
+    if lost:  # a run writes both after its first checkpoint
         raise RunError(
             f"--resume auto: {folder} holds {lost[0]}, but no checkpoint any more; "
-            "start anew with --overwrite in its place, or choose another --save_dir"
+            "replace --resume auto by --overwrite to start again, or choose another --save_dir"
         )
     return False
 
 
 def is_complete(args: argparse.Namespace) -> bool:
-    """Whether a run that would go on has trained all its states and written what a run writes in the end."""
+    """Whether a resumed run has trained all its states and written its last files."""
     before, rounds = args.resumed_from["args"], run_length(args)[0] + bool(args.finish_epochs)
     longer = (before.get("finish_epochs") or 0) < (args.finish_epochs or 0)
     if longer or args.resumed_from["run"]["state"] < rounds:
@@ -57,11 +57,11 @@ def is_complete(args: argparse.Namespace) -> bool:
     if not all((folder / name).is_file() for name in files):
         return False
     checkpoint, *last = ((folder / name).stat().st_mtime_ns for name in files)
-    return min(last) >= checkpoint  # older ones are of the time before the run got more states
+    return min(last) >= checkpoint  # older files are from before the run was extended
 
 
 def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -> argparse.Namespace:
-    """The flags of the run that goes on, with those of today's that are free to change."""
+    """The flags of the checkpoint, with those of the new command that may change."""
     if not (args.save_dir or args.checkpoint or args.exp_name):
         parser.error("--resume: needs --save_dir DIR, --exp_name NAME or --checkpoint FILE")
     if not args.save_dir:
@@ -94,10 +94,10 @@ def resumed_args(parser: OneLineParser, args: argparse.Namespace, given: dict) -
 
 
 def _extensions(stored: dict, given: dict, state: int) -> set[str]:
-    """Those of the given flags that make a run longer which stands in `state`.
+    """Those of the given flags that extend a run which has reached `state`.
 
     Raises:
-        RunError: what it has trained so far would have been trained otherwise in the longer run.
+        RunError: the longer run would have trained the finished states differently.
     """
     longer, states = set(), stored["pruning_times"]
     if given.get("pruning_times", 0) > states:
@@ -110,12 +110,12 @@ def _extensions(stored: dict, given: dict, state: int) -> set[str]:
                 "start a new run"
             )
         elif stored["finish_epochs"] and state >= states:
-            reason = "this run is in its finish, which no state can follow; leave it out"
+            reason = "this run is in its finish, after which no state can follow; leave it out"
         if reason:
             raise RunError(f"--pruning_times {given['pruning_times']}: {reason}")
         longer.add("pruning_times")
     if given.get("finish_epochs", 0) > (stored["finish_epochs"] or 0):
         longer.add("finish_epochs")
-        if not stored["finish_epochs"]:  # nothing of a finish is trained yet
+        if not stored["finish_epochs"]:  # no finish has started yet
             longer |= {"finish_lr", "finish_on_all"}
     return longer

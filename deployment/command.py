@@ -43,7 +43,7 @@ from engine.evaluation import accuracy
 from families import family_of
 from models import BUILDERS
 from models.merging import merged_tokens
-from reporting.onnx_columns import onnx_columns
+from reporting.words import onnx_columns
 from utils import RunError
 
 log = logging.getLogger("export")

@@ -12,8 +12,7 @@ import torch
 from dataset import Batches, FolderBatches
 from deployment.onnx_file import cores, open_session
 from engine.latency import medians
-from reporting.onnx_columns import onnx_columns
-from reporting.words import md_table
+from reporting.words import md_table, onnx_columns
 
 Session = Callable[[np.ndarray], np.ndarray]
 

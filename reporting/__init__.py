@@ -1,11 +1,11 @@
-"""Reports and comparisons of runs, from the CSV and JSON files that they left; `report.py` is the door.
+"""Reports and comparisons of runs, from the CSV and JSON files in their folders. `report.py` is the program.
 
-runs          what a run left, as plain values             timeline      where its states, cuts and penalty lie
-flags         which of its flags matter                    words         numbers as words, Markdown
+runs          the files of a run, as plain values          timeline      its states, cuts and penalty over epochs
+flags         which of its flags matter                    words         numbers as text, Markdown
 figures       what all pictures share                      plots         the pictures of one run
-page          HTML, and files that appear all at once      run_report    the report of one run
-groups        runs that differ in their seed               compare       several runs, and compare_plot their picture
-paired        differences, their intervals, claims     compare_paired    which of them a comparison makes
+page          HTML, and files written all at once          run_report    the report of one run
+groups        runs that differ only in their seed          compare       several runs, and compare_plot their picture
+paired        differences, their intervals, claims     compare_paired    the differences that a comparison computes
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The comparison of several runs: from their folders to compare.csv, .md, .html, .png and compare_paired.csv."""
+"""The comparison of several runs: compare.csv, .md, .html and .png, and compare_paired.csv."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import utils
 from reporting import need
-from reporting.compare_paired import Comparison, Unpaired, paired_comparisons, paired_rows, paired_text
+from reporting.compare_paired import Comparison, Unpaired, blank_nan, paired_comparisons, paired_rows, paired_text
 from reporting.compare_plot import plot_compare
 from reporting.groups import SAME_DENSITY, Group, data_of, equal_density, group_runs
 from reporting.page import publish, to_html, write_bytes
-from reporting.runs import COUNTS, Run, load_run
+from reporting.runs import COUNTS, RunFiles, load_run
 from reporting.words import duration, escaped, giga, md_table, percent, plural, thousands
 from utils import RunError
 
 PAIRED = "compare_paired.csv"
+
+
+@dataclass
+class Block:
+    """The runs of one data set, whose accuracies can be compared."""
+
+    data: str
+    groups: list[Group]
+    comparisons: list[Comparison]
+    unpaired: list[Unpaired]
 
 
 def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -29,42 +40,22 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
     Where two groups share two seeds or more, compare_paired.csv has their differences.
 
     Args:
-        out: where to; `compare` in the folder that the runs share when None, else results/compare.
+        out: the folder to write to; by default `compare` in the folder that the runs share, else results/compare.
 
     Raises:
         RunError: a folder is no run, a file is damaged, or no run is finished; then nothing is written.
     """
     need("markdown")
     places = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
-    runs = [load_run(folder) for folder in places]
-    notes = [
-        f"{run.name}: not finished ({len(run.states)} of {run.length[0]} states"
-        f"{', then a finish' if run.finish_epochs else ''})"
-        for run in runs
-        if not run.finished
-    ]
-    runs = [run for run in runs if run.finished]
-    if not runs:
-        raise RunError(f"no finished run to compare: {'; '.join(notes)}")
-    blocks: list[tuple[str, list[Group]]] = []
-    for data in dict.fromkeys(map(data_of, runs)):
-        groups = group_runs([run for run in runs if data_of(run) == data])
-        for group in groups:
-            seeds: dict[str, Run] = {}
-            for run in group.runs:
-                first = seeds.setdefault(str(run.args["seed"]), run)
-                if first is not run:  # the same random numbers once more are no further sample
-                    notes.append(f"{run.name}: same flags and seed as {first.name}")
-            group.runs = list(seeds.values())
-        blocks.append((data, groups))
+    runs, notes = _finished([load_run(folder) for folder in places])
+    blocks = [_block(data, runs, notes) for data in dict.fromkeys(map(data_of, runs))]
     out = _common_out(places) if out is None else Path(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out}: is a file; give a folder")
-    rows = [row for data, groups in blocks for group in groups for row in compare_rows(data, group)]
-    pairs = [paired_comparisons(groups) for _, groups in blocks]
-    differences = [row for (data, _), (found, _) in zip(blocks, pairs, strict=True) for row in paired_rows(data, found)]
-    png = plot_compare(blocks)
-    text = comparison_text(blocks, notes, pairs)
+    rows = [row for block in blocks for group in block.groups for row in compare_rows(block.data, group)]
+    differences = [row for block in blocks for row in paired_rows(block.data, block.comparisons)]
+    png = plot_compare([(block.data, block.groups) for block in blocks])
+    text = comparison_text(blocks, notes)
     page = to_html("Comparison of runs", text, {"compare.png": png})
     files = {
         "compare.csv": partial(utils.write_csv, rows=rows),
@@ -80,6 +71,37 @@ def compare(folders: Sequence[Path], out: Path | None = None) -> Path:
     return out
 
 
+def _finished(runs: Sequence[RunFiles]) -> tuple[list[RunFiles], list[str]]:
+    """The finished runs, and notes on the others.
+
+    Raises:
+        RunError: none is finished.
+    """
+    notes = [
+        f"{run.name}: not finished ({len(run.states)} of {run.length[0]} states"
+        f"{', then a finish' if run.finish_epochs else ''})"
+        for run in runs
+        if not run.finished
+    ]
+    finished = [run for run in runs if run.finished]
+    if not finished:
+        raise RunError(f"no finished run to compare: {'; '.join(notes)}")
+    return finished, notes
+
+
+def _block(data: str, runs: Sequence[RunFiles], notes: list[str]) -> Block:
+    """The runs of a data set in groups, one run a seed; notes the repeated ones."""
+    groups = group_runs([run for run in runs if data_of(run) == data])
+    for group in groups:
+        seeds: dict[str, RunFiles] = {}
+        for run in group.runs:
+            first = seeds.setdefault(str(run.args["seed"]), run)
+            if first is not run:  # the same random numbers are no further sample
+                notes.append(f"{run.name}: same flags and seed as {first.name}")
+        group.runs = list(seeds.values())
+    return Block(data, groups, *paired_comparisons(groups))
+
+
 def _common_out(places: Sequence[Path]) -> Path:
     shared = Path(os.path.commonpath([place.parent for place in places]))
     own = shared.parent != shared and os.access(shared, os.W_OK)
@@ -87,7 +109,7 @@ def _common_out(places: Sequence[Path]) -> Path:
 
 
 def compare_rows(data: str, group: Group) -> list[dict]:
-    """Rows of compare.csv; cells that do not exist are empty."""
+    """Rows of compare.csv; missing values are empty."""
     rows = []
     for point in group.points:
         accuracies = zip(("val_mean", "val_sd", "test_mean", "test_sd"), (*point.val, *point.test), strict=True)
@@ -95,9 +117,7 @@ def compare_rows(data: str, group: Group) -> list[dict]:
         row |= {**point.counts, **dict(accuracies)}
         if math.isfinite(point.top5[0]):
             row |= {"test_top5_mean": point.top5[0], "test_top5_sd": point.top5[1]}
-        rows.append(
-            {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
-        )
+        rows.append(blank_nan(row))
     return rows
 
 
@@ -106,7 +126,7 @@ def _points_sd(value: float) -> str:
 
 
 def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence], object]]:
-    """Title to a function of (group, point): what all tables of points end with."""
+    """The last columns of all tables of points; each is a function of (group, point)."""
     top5 = {}
     if any(math.isfinite(point.top5[0]) for group in groups for point in group.points):
         top5["top-5"] = lambda row: percent(row[1].top5[0])
@@ -123,37 +143,35 @@ def _accuracy_columns(groups: Sequence[Group]) -> dict[str, Callable[[Sequence],
     }
 
 
-def comparison_text(
-    blocks: Sequence[tuple[str, list[Group]]],
-    notes: Sequence[str],
-    pairs: Sequence[tuple[list[Comparison], list[Unpaired]]],
-) -> str:
-    """compare.md; `pairs` has for each block its comparisons and the unpaired seeds."""
-    runs = sum(len(group.runs) for _, groups in blocks for group in groups)
+def comparison_text(blocks: Sequence[Block], notes: Sequence[str]) -> str:
+    """compare.md."""
+    groups = [group for block in blocks for group in block.groups]
+    runs = [run for group in groups for run in group.runs]
     parts = [
         "# Comparison of runs",
-        f"{plural(runs, 'run')} in {plural(sum(len(groups) for _, groups in blocks), 'group')}; the runs of a group "
-        "differ in their seeds only. Accuracies are of the model that validation selects in each state. sd is the "
+        f"{plural(len(runs), 'run')} in {plural(len(groups), 'group')}; the runs of a group differ only in their "
+        "seeds. Accuracies are of the model that validation selects in each state. sd is the "
         'sample standard deviation over seeds, in percentage points; with n = 1 there is none, shown as "-".',
     ]
-    if any(run.args.get("finish_on_all") for _, groups in blocks for group in groups for run in group.runs):
-        parts.append("> A finish on all images has no validation accuracy: what its last step leaves is tested.")
-    if any(len(group.runs) == 1 for _, groups in blocks for group in groups):
+    if any(run.args.get("finish_on_all") for run in runs):
+        parts.append("> A finish on all images has no validation accuracy: the model after its last step is tested.")
+    if any(len(group.runs) == 1 for group in groups):
         parts.append("> Groups with n = 1 show one seed: no ranking of methods follows from them.")
     if len(blocks) > 1:
-        parts.append("> Several data sets: each has its own tables and plot, since their accuracies do not compare.")
+        parts.append("> Several data sets: each has its own tables and plot, as accuracies do not compare.")
     if notes:
         parts.append("Left out:\n\n" + "\n".join(f"- {escaped(note)}" for note in notes))
     parts.append("![Test accuracy over density](compare.png)")
-    for (data, groups), (comparisons, unpaired) in zip(blocks, pairs, strict=True):
+    for block in blocks:
         if len(blocks) > 1:
-            parts.append(f"## Data set: {escaped(data)}")
-        parts += _data_set_text(data, groups, paired_text(data, groups, comparisons, unpaired))
+            parts.append(f"## Data set: {escaped(block.data)}")
+        parts += _data_set_text(block)
     return "\n\n".join(parts) + "\n"
 
 
-def _data_set_text(data: str, groups: Sequence[Group], differences: Sequence[str]) -> list[str]:
-    """Its groups, who reaches which density, the paragraphs about differences, and all states."""
+def _data_set_text(block: Block) -> list[str]:
+    """Groups, methods at equal density, paired differences, and all states of a data set."""
+    data, groups = block.data, block.groups
     columns = {
         "group": lambda group: group.label,
         "runs": lambda group: ", ".join(run.name for run in group.runs),
@@ -164,7 +182,8 @@ def _data_set_text(data: str, groups: Sequence[Group], differences: Sequence[str
     parts = [f"### Groups: {escaped(data)}", md_table(groups, columns, left=2)]
     noted = [run for group in groups for run in group.runs if run.args.get("pretrained_note")]
     parts += [f"> **Note:** {escaped(run.name)}: {escaped(run.args['pretrained_note'])}" for run in noted]
-    parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups), *differences]
+    parts += [f"### At equal density: {escaped(data)}", *_equal_density_text(groups)]
+    parts += paired_text(data, groups, block.comparisons, block.unpaired)
     counts = [name for name in COUNTS if any(name in point.counts for group in groups for point in group.points)]
     columns = {
         "group": lambda row: row[0].label,
@@ -178,7 +197,7 @@ def _data_set_text(data: str, groups: Sequence[Group], differences: Sequence[str
 
 
 def _equal_density_text(groups: Sequence[Group]) -> list[str]:
-    """The table of methods at equal density, with every dense run in each of its blocks."""
+    """The table of methods at equal density; every level also shows the dense runs."""
     dense = [(group, group.points[-1]) for group in groups if group.method == "dense"]
     pruned = [group for group in groups if group.method != "dense"]
     levels = equal_density(pruned)
@@ -187,7 +206,7 @@ def _equal_density_text(groups: Sequence[Group]) -> list[str]:
         density = statistics.fmean(point.density for _, point in members)
         for position, (group, point) in enumerate([*members, *dense]):
             rows.append((group, point, "" if position else percent(density)))
-    parts = []
+    parts, within = [], f"within {100 * SAME_DENSITY:g} percentage point"
     if rows:
         columns = {
             "density level": lambda row: row[2],
@@ -197,15 +216,13 @@ def _equal_density_text(groups: Sequence[Group]) -> list[str]:
             **_accuracy_columns(groups),
         }
         spent = "the epochs of all states" if any(point.finish for _, point in dense) else "all its epochs"
-        reference = f" A dense run spends {spent} on one schedule; it stands in every block to compare with."
-        reference *= bool(dense)
-        parts += [f"Densities within {100 * SAME_DENSITY:g} percentage point count as equal.{reference}"]
-        parts += [md_table(rows, columns, left=2)]
+        reference = f" A dense run trains for {spent} on one schedule; every level shows it for comparison."
+        parts += [f"Densities {within} count as equal.{reference if dense else ''}", md_table(rows, columns, left=2)]
     if not any(point.density < 1 for members in levels for _, point in members):
         what = "No two groups reach the same density below 100%" if rows else "No two groups reach the same density"
         reached = [
             f"- {escaped(group.label)}: {', '.join(percent(point.density) for point in group.points)}"
             for group in groups
         ]
-        parts += [f"{what} (within {100 * SAME_DENSITY:g} percentage point). Reached are:", "\n".join(reached)]
+        parts += [f"{what} ({within}). The densities reached:", "\n".join(reached)]
     return parts

@@ -1,4 +1,4 @@
-"""Paired comparisons of groups of runs, seed by seed: the rows and text of their differences."""
+"""Paired comparisons of groups of runs, seed by seed, as rows of compare_paired.csv and as text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from reporting.groups import Group, Point, equal_density, equal_levels
 from reporting.paired import Difference, corrected, difference_columns, paired
 from reporting.words import escaped, giga, md_table, percent
 
-ALL_PAIRS = 6  # so many groups are compared each with each; more, each with the first one
+ALL_PAIRS = 6  # up to so many groups all pairs are compared, beyond that each group with the first
 SAME_MACS = 0.02  # MACs this close, relative to each other, count as equal
-LONG = 24  # characters of a label from which on groups are numbered instead
+LONG = 24  # characters; groups with longer labels are numbered instead
 Member = tuple[Group, Point]
-Unpaired = tuple[Group, Group, str]  # seeds of a group that another one does not have
+Unpaired = tuple[Group, Group, str]  # seeds that the first group has and the second has not
 
 
 @dataclass
 class Comparison:
-    """Two groups where they reach the same: A - B of the test accuracies of those seeds that both have."""
+    """Two groups at an equal density or cost: A - B of the test accuracies of the seeds that both have."""
 
-    equal: str  # in what: `density`, `MACs`, or `nothing pruned`
-    level: float  # their mean: a share for densities, a number for MACs
+    equal: str  # `density`, `MACs`, or `nothing pruned`
+    level: float  # the mean density or MACs
     a: Member
     b: Member
     seeds: list[str]
@@ -31,7 +31,7 @@ class Comparison:
 
     @property
     def place(self) -> str:
-        """Level of the comparison, in words."""
+        """The level as text."""
         if self.equal == "nothing pruned":
             return "dense"
         return f"density {percent(self.level)}" if self.equal == "density" else f"MACs {giga(self.level)}"
@@ -40,10 +40,10 @@ class Comparison:
 def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[Unpaired]]:
     """All comparisons of one data set, corrected for their number, and the unpaired seeds.
 
-    Two groups are compared where they reach the same density below 100%, or the same MACs at different densities,
-    as heads and neurons do; dense runs with each other, and with every pruned state of the others. Up to
-    ALL_PAIRS groups are compared each with each, more with the first of their level, so that the number of comparisons,
-    which widens the corrected intervals, grows no faster than the groups. No two states are compared twice.
+    Two groups are compared where they reach the same density below 100%, or the same MACs at different densities, as
+    heads and neurons do. Dense runs are compared with each other and with every pruned state. Up to ALL_PAIRS groups,
+    all pairs are compared; beyond that each group with the first of its level, so that the number of comparisons, which
+    widens the corrected intervals, grows only linearly. No two states are compared twice.
     """
     found: list[Comparison] = []
     unpaired: dict[tuple, Unpaired] = {}
@@ -74,14 +74,14 @@ def paired_comparisons(groups: Sequence[Group]) -> tuple[list[Comparison], list[
 
 
 def _levels(groups: Sequence[Group]) -> Iterable[tuple[str, list[Member]]]:
-    """What can be compared, and in what it is equal; dense runs come last in each level."""
+    """Members that can be compared, and what is equal; dense runs come last in each level."""
     dense = [(group, group.points[-1]) for group in groups if group.method == "dense"]
     pruned = [group for group in groups if group.method != "dense"]
     yield "nothing pruned", dense
     levels = [[each for each in members if each[1].density < 1] for members in equal_density(pruned)]
-    met = {(id(group), point.state) for members in levels for group, point in members}
+    in_levels = {(id(group), point.state) for members in levels for group, point in members}
     points = [(group, point) for group in pruned for point in group.points if point.density < 1]
-    levels += [[each] for each in points if (id(each[0]), each[1].state) not in met]
+    levels += [[each] for each in points if (id(each[0]), each[1].state) not in in_levels]
     for members in sorted((members for members in levels if members), key=lambda members: -members[0][1].density):
         yield "density", members + dense
     for members in equal_levels(pruned, _log_macs, math.log(1 + SAME_MACS)):
@@ -99,12 +99,12 @@ def _log_macs(point: Point) -> float:
 
 
 def _whole_macs(group: Group) -> float:
-    """MACs below which something has been saved; single weights that are zero save none."""
+    """MACs below which units were removed; zeros among single weights save no MACs."""
     return _measure("MACs", group.points[0]) / (1 + SAME_MACS)
 
 
 def _accuracies(member: Member) -> dict[tuple, float]:
-    """Test accuracies in that state, by what makes runs of two groups a pair: seed, training and validation images."""
+    """Test accuracies in that state by seed, training and validation images, which the runs of a pair share."""
     group, point = member
     found = {}
     for run in group.runs:
@@ -116,7 +116,7 @@ def _accuracies(member: Member) -> dict[tuple, float]:
 
 
 def paired_rows(data: str, comparisons: Iterable[Comparison]) -> list[dict]:
-    """Rows of compare_paired.csv: accuracies as fractions, as in compare.csv; cells that do not exist are empty."""
+    """Rows of compare_paired.csv: accuracies as fractions, as in compare.csv; missing values are empty."""
     rows = []
     for each in comparisons:
         found = each.difference
@@ -124,16 +124,17 @@ def paired_rows(data: str, comparisons: Iterable[Comparison]) -> list[dict]:
         for name, (group, point) in (("a", each.a), ("b", each.b)):
             row |= {name: group.label, f"{name}_state": point.title}
         row |= {"n": found.n, "seeds": " ".join(each.seeds), "mean": found.mean, "sd": found.sd}
-        for name, interval in _intervals(found).items():
-            row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+        intervals = {"t": found.interval, "corrected": found.corrected, "bootstrap": found.bootstrap}
+        for name, (low, high) in intervals.items():
+            row |= {f"{name}_low": low, f"{name}_high": high}
         row |= {"p": found.p, "p_holm": found.p_holm, "comparisons": found.comparisons, "verdict": found.verdict}
-        empty = {name: "" for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
-        rows.append(row | empty)
+        rows.append(blank_nan(row))
     return rows
 
 
-def _intervals(found: Difference) -> dict[str, tuple[float, float]]:
-    return {"t": found.interval, "corrected": found.corrected, "bootstrap": found.bootstrap}
+def blank_nan(row: Mapping) -> dict:
+    """The row of a CSV file with empty cells for NaN."""
+    return {name: "" if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
 def paired_text(
@@ -162,13 +163,13 @@ def paired_text(
 
 
 def _rules(tested: int, groups: int) -> str:
-    against = f" More than {ALL_PAIRS} groups: each is compared with the first of its level." * (groups > ALL_PAIRS)
+    many = f" With more than {ALL_PAIRS} groups, each is compared with the first of its level."
     return (
         "A - B is the difference of test accuracies in percentage points, pair by pair: two runs of one seed, with the "
-        "same training and validation images. The 95% interval is Student's t; the corrected one is wider, such that "
+        "same training and validation images. The 95% interval is Student's t; the corrected one is wider, so that "
         f"those of all comparisons of this table ({tested} have two pairs or more) hold together at 95% (Bonferroni). "
         "A is called better or worse than B only where the corrected interval excludes zero. The bootstrap's 95% "
-        f"interval (BCa) is a second opinion, too narrow with few seeds.{against}"
+        f"interval (BCa) is a second check, too narrow with few seeds.{many if groups > ALL_PAIRS else ''}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The picture of a comparison: test accuracy over density, a curve per group, from groups to the bytes of a PNG."""
+"""The picture of a comparison: test accuracy over density, a curve per group."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from reporting.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, density_axis, draw, percent_axis
-from reporting.groups import Group
+from reporting.figures import COLORS, LINES, MARKERS, density_axis, draw, percent_axis
+from reporting.groups import Group, Point
 
-LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
 STAR = "stars: after the finish"
 
 
@@ -33,34 +32,27 @@ def _legend_label(group: Group) -> str:
     return textwrap.fill(f"{group.label}, n = {len(group.runs)}", 80)
 
 
+def _coordinates(points: Sequence[Point]) -> list[list[float]]:
+    """Densities, accuracies and their standard deviations, in percent."""
+    rows = [(point.density, *point.test) for point in points]
+    return [[100 * row[index] for row in rows] for index in range(3)]
+
+
 def _paint_compare(panel, data: str, groups: Sequence[Group], columns: int) -> None:
     ax = panel.add_subplot()
-    colors = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]
     pruned = [group for group in groups if group.method != "dense"]
     lowest = min((point.density for group in pruned for point in group.points), default=1.0)
     for index, group in enumerate(pruned):
         points = [point for point in group.points if math.isfinite(point.density) and math.isfinite(point.test[0])]
         finish = [point for point in points if point.finish]  # at the density of the last state
         points = [point for point in points if not point.finish]
-        ax.errorbar(
-            [100 * point.density for point in points],
-            [100 * point.test[0] for point in points],
-            [100 * point.test[1] for point in points],
-            color=colors[index % len(colors)],
-            linestyle=LINES[index % len(LINES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markerfacecolor="white" if index % 2 else colors[index % len(colors)],
-            markersize=6,
-            linewidth=1.6,
-            capsize=3.5,
-            elinewidth=1.1,
-            label=_legend_label(group),
-        )
-        for point in finish:
-            mean, sd = (100 * value for value in point.test)
-            look = {"marker": "*", "markersize": 12, "capsize": 3.5, "linestyle": "none"}
-            words = None if any(line.get_label() == STAR for line in ax.containers) else STAR
-            ax.errorbar([100 * point.density], [mean], [sd], color=colors[index % len(colors)], label=words, **look)
+        color, bars = COLORS[index % len(COLORS)], {"capsize": 3.5, "label": _legend_label(group)}
+        look = {"linestyle": LINES[index % len(LINES)], "linewidth": 1.6, "elinewidth": 1.1, "markersize": 6}
+        look |= {"marker": MARKERS[index % len(MARKERS)], "markerfacecolor": "white" if index % 2 else color}
+        ax.errorbar(*_coordinates(points), color=color, **look, **bars)
+        if finish:
+            bars["label"] = None if any(line.get_label() == STAR for line in ax.containers) else STAR
+            ax.errorbar(*_coordinates(finish), color=color, marker="*", markersize=12, linestyle="none", **bars)
     for index, group in enumerate(group for group in groups if group.method == "dense"):
         mean, sd = group.points[-1].test
         style = (0, (6, 2, 1, 2)) if index == 0 else (0, (1 + index, 1.5))

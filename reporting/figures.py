@@ -1,4 +1,4 @@
-"""What all pictures share: colours, look, axes, and the drawing: from a painting function to the bytes of a PNG."""
+"""What all pictures share: colours, style, axes, and drawing into a PNG."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable
 
 from reporting import need
-from reporting.runs import Run
+from reporting.runs import RunFiles
 from reporting.timeline import state_spans
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY = "#767676"
+COLORS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]  # of curves, in turn
 LINES, MARKERS = ["-", "--", "-.", ":"], ["o", "s", "^", "D", "v", "P", "X", "*"]
 _LOOK = {
     "font.family": "DejaVu Sans",
@@ -23,12 +24,12 @@ _LOOK = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "text.parse_math": False,  # names are shown as they are
+    "text.parse_math": False,  # show names literally
 }
 
 
 def draw(width: float, height: float, paint: Callable) -> bytes:
-    """The PNG of a figure of so many inches that `paint(figure)` fills."""
+    """The PNG of a figure, in inches, that `paint(figure)` fills."""
     matplotlib, figures = need("matplotlib"), need("matplotlib.figure")
     agg = need("matplotlib.backends.backend_agg")
     with matplotlib.rc_context(_LOOK):
@@ -58,8 +59,8 @@ def density_axis(ax, lowest: float) -> None:
     ax.set_xlabel("density: share of the prunable weights that is left (dense at the left)")
 
 
-def band_states(ax, run: Run, labels: bool = True) -> None:
-    """Bands and borders of the states; above them their numbers and densities, as many as have room."""
+def band_states(ax, run: RunFiles, labels: bool = True) -> None:
+    """Shade and separate the states; label at most about ten of them with number and density, above the axes."""
     spans, total = state_spans(run), len(run.history)
     tested = {row["state"]: row.get("density", math.nan) for row in run.states}
     for position, (_, before, rows) in enumerate(spans):
@@ -83,5 +84,5 @@ def band_states(ax, run: Run, labels: bool = True) -> None:
         top.spines["top"].set_visible(False)
 
 
-def width_of(run: Run) -> float:
+def width_of(run: RunFiles) -> float:
     return min(10.0, max(6.6, 0.7 * len(state_spans(run)), len(run.history) / 40))

@@ -7,25 +7,25 @@ import re
 import shlex
 
 from pruning.depth import DEPTH
-from reporting.runs import Run
+from reporting.runs import RunFiles
 from settings.flags import FLAGS, complete, idle_flags
 
 KINDS = {"head": "heads", "mlp": "neurons", "both": "heads+neurons", "all": "heads+neurons+branches", **DEPTH}
 TARGETS = {name: flag.words for name, flag in FLAGS.items() if name.startswith("target_")}
 
 
-def flags_without_effect(run: Run) -> set[str]:
+def flags_without_effect(run: RunFiles) -> set[str]:
     """Flags that this run's other flags leave without effect, and `units` of `identity` where none are removed."""
     has_units = True if run.args.get("vit_structured") else has_filters(run)
     return set(idle_flags({**run.args, "has_units": has_units})) | ({"units"} if run.method == "dense" else set())
 
 
-def has_filters(run: Run) -> bool | None:
+def has_filters(run: RunFiles) -> bool | None:
     """Whether its units are filters, as its rows say; None before the first epoch, when it has no row."""
     return "filters" in run.counts if run.counts else None
 
 
-def identity(run: Run) -> dict:
+def identity(run: RunFiles) -> dict:
     """What makes two runs the same experiment: all flags with effect but the seed, and the units that go."""
     args = complete(run.args)
     if run.method != "dense":
@@ -61,7 +61,7 @@ def same(value) -> str:
     return json.dumps(value or None, sort_keys=True, default=str)
 
 
-def command(run: Run) -> str:
+def command(run: RunFiles) -> str:
     """The command line that repeats a run, into a new folder: every flag with effect, as args.yaml has it."""
     left_out = flags_without_effect(run) | {"save_dir", "resume", "checkpoint", "overwrite", "dry_run", "config"}
     lines = ["python main_imp_fillback.py"]

@@ -1,4 +1,4 @@
-"""Several runs in groups that differ in the seed only, and the densities at which groups can be compared."""
+"""Groups of runs that differ only in their seed, and the densities at which groups can be compared."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.flags import flags_without_effect, identity, same, seed_for_all
-from reporting.runs import COUNTS, METHODS, Run
+from reporting.runs import COUNTS, METHODS, RunFiles
 
 SAME_DENSITY = 0.01  # densities this close count as equal
 
 
 @dataclass
 class Point:
-    """What a group of runs reached in one state; means over its seeds, standard deviations NaN below two."""
+    """Means over the seeds of a group in one state; accuracies as (mean, standard deviation), NaN below two seeds."""
 
     state: int
     n: int
@@ -27,7 +27,7 @@ class Point:
     val: tuple[float, float]
     test: tuple[float, float]
     top5: tuple[float, float] = (math.nan, math.nan)  # of the test images; NaN where not measured
-    finish: bool = False  # not a state, but the final training after the last one
+    finish: bool = False  # the final training after the last state
 
     @property
     def title(self) -> int | str:
@@ -36,10 +36,10 @@ class Point:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in their seed."""
 
     flags: dict
-    runs: list[Run]
+    runs: list[RunFiles]
     label: str = ""
 
     @property
@@ -48,23 +48,18 @@ class Group:
 
     @property
     def points(self) -> list[Point]:
-        points = []
-        for rows in zip(*(run.states for run in self.runs), strict=False):
-            names = [name for name in (*COUNTS, "parameters", "macs") if any(name in row for row in rows)]
-            values = {name: [row.get(name, math.nan) for row in rows] for name in names}
-            points.append(
-                Point(
-                    rows[0]["state"],
-                    len(rows),
-                    mean_and_sd(row.get("density", math.nan) for row in rows)[0],
-                    {name: mean_and_sd(cells)[0] for name, cells in values.items()},
-                    mean_and_sd(row.get("best_accuracy", math.nan) for row in rows),
-                    mean_and_sd(row.get("test_accuracy", math.nan) for row in rows),
-                    mean_and_sd(row.get("test_top5", math.nan) for row in rows),
-                    rows[0]["state"] == self.runs[0].finish,
-                )
-            )
-        return points
+        return [self._point(rows) for rows in zip(*(run.states for run in self.runs), strict=False)]
+
+    def _point(self, rows: Sequence[dict]) -> Point:
+        """Of one row of states.csv from each run."""
+        state = rows[0]["state"]
+        names = [name for name in (*COUNTS, "parameters", "macs") if any(name in row for row in rows)]
+        density, *accuracies = (
+            mean_and_sd(row.get(name, math.nan) for row in rows)
+            for name in ("density", "best_accuracy", "test_accuracy", "test_top5")
+        )
+        counts = {name: mean_and_sd(row.get(name, math.nan) for row in rows)[0] for name in names}
+        return Point(state, len(rows), density[0], counts, *accuracies, state == self.runs[0].finish)
 
 
 def mean_and_sd(values: Iterable[float]) -> tuple[float, float]:
@@ -74,8 +69,8 @@ def mean_and_sd(values: Iterable[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def data_of(run: Run) -> str:
-    """The data whose test images a run reports; own folders of images are distinguished by their path."""
+def data_of(run: RunFiles) -> str:
+    """The data set of a run; folders of images are distinguished by their path."""
     name = str(run.args["dataset"])
     return f"{name} {run.args.get('data')}" if name == "folder" else name
 
@@ -84,11 +79,10 @@ def _key(flags: dict) -> str:
     return json.dumps({name: same(value) for name, value in flags.items() if value or None}, sort_keys=True)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[RunFiles]) -> list[Group]:
     """Groups in the order of their first run; labels name the method and the flags that differ.
 
-    A file named after the run's seed, as each seed's own dense network is, does not separate runs, unless several seeds
-    share it.
+    Runs whose initial weights or teachers differ only by the run's own seed in their path are one group.
     """
     found: dict[str, Group] = {}
     identities = [identity(run) for run in runs]
@@ -102,11 +96,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     groups = list(found.values())
     taken: dict[str, int] = {}
     for group in groups:
-        # a dense run always has one long schedule: its length distinguishes it from other dense runs only
-        alike = [other for other in groups if (other.method == "dense") == (group.method == "dense")]
+        # a dense run always has one long schedule, which only distinguishes it from other dense runs
+        same_kind = [other for other in groups if (other.method == "dense") == (group.method == "dense")]
         words = []
         for name, value in group.flags.items():
-            others = alike if name in ("epochs", "pruning_times", "decreasing_lr") else groups
+            others = same_kind if name in ("epochs", "pruning_times", "decreasing_lr") else groups
             values = {
                 same(other.flags.get(name)) for other in others if name not in flags_without_effect(other.runs[0])
             }
@@ -121,7 +115,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 def _flag_words(name: str, value) -> str:
     if isinstance(value, bool):
         return name if value else f"no {name}"
-    if name in ("arch", "criteria", "opt", "sched", "units"):  # the value speaks for itself
+    if name in ("arch", "criteria", "opt", "sched", "units"):  # the value alone is clear
         return str(value)
     if isinstance(value, str) and os.sep in value:
         value = Path(value).name
@@ -138,8 +132,8 @@ def equal_levels(
 ) -> list[list[tuple[Group, Point]]]:
     """Levels of a measure that two groups or more reach within the tolerance of each other, largest first.
 
-    A level holds a group once. The closest points find each other first; a point left over still gets a level with
-    whatever lies close enough. Points whose measure is NaN are left out.
+    A level has one point of a group at most. The closest points are joined first; a remaining point gets a level of its
+    own with all points that are close enough. Points whose measure is NaN are left out.
     """
     points = [
         (index, point) for index, group in enumerate(groups) for point in group.points if math.isfinite(measure(point))

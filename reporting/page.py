@@ -1,4 +1,4 @@
-"""Pages and files: Markdown and pictures to one HTML page, and a set of files into a folder, all or none."""
+"""HTML pages from Markdown and pictures, and writing a set of files into a folder, all or none."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def publish(folder: Path, files: Mapping[str, Callable[[Path], None]], stale: Iterable[str] = ()) -> None:
-    """Let every writer fill its file beside the old ones, then move all of them in: all old or all new, no mixture.
+    """Write all files into a staging folder, then move them into `folder`: after an error all old files are unchanged.
 
-    `stale` files of an earlier report go.
+    `stale` files of an earlier report are removed.
     """
     made = not folder.exists()
     staging = folder / ".report.tmp"
@@ -42,7 +42,7 @@ def publish(folder: Path, files: Mapping[str, Callable[[Path], None]], stale: It
         shutil.rmtree(staging, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # still empty: nothing could be written
+                folder.rmdir()  # only if empty
 
 
 _STYLE = """\
@@ -74,7 +74,7 @@ blockquote { margin: 1rem 0; padding: .1rem 1rem; background: var(--note); borde
 
 
 def to_html(title: str, text: str, pictures: Mapping[str, bytes]) -> str:
-    """Markdown as one page that needs nothing else: style inside, each picture of `pictures` (by its path) too."""
+    """Markdown as one page with its style and its pictures (by their paths) inside."""
     body = need("markdown").markdown(text, extensions=["tables", "fenced_code"])
     for name, png in pictures.items():
         data = base64.b64encode(png).decode()

@@ -1,14 +1,13 @@
-"""Paired comparisons: from the differences of two methods over the same seeds to a mean, its intervals and a verdict.
+"""Paired comparisons: mean, intervals and verdict of the differences of two methods over the same seeds.
 
     found = corrected([paired(a - b) for a, b in comparisons])     # a, b: one accuracy a seed, in the same order
     found[0].mean, found[0].interval, found[0].corrected, found[0].verdict
 
-Whatever unit the differences have, means and intervals have, too. What two runs of one seed share, first weights, order
-of batches, random crops, falls out of their difference, so an interval of differences is narrower than what two
-standard deviations would say.
+Means and intervals have the unit of the differences. Two runs of one seed share initial weights, batches and random
+crops, which cancel in the difference, so its interval is narrower than the two standard deviations suggest.
 
 The rule for claims: A is better or worse than B only where the *corrected* interval, which holds for all comparisons of
-a table at once, excludes zero. The bootstrap is a second opinion that needs no normal distribution; where the two 95%
+a table at once, excludes zero. The bootstrap is a second check that needs no normal distribution; where the two 95%
 intervals disagree about zero, the verdict says so. With a few seeds the bootstrap's interval is too narrow (it covers
 less than 95%), so it makes no claim by itself.
 """
@@ -45,14 +44,20 @@ class Difference:
 
     @property
     def agree(self) -> bool | None:
-        """Whether t and bootstrap say the same about zero, at 95% each; None where one of them has no interval."""
+        """Whether both 95% intervals, t and bootstrap, exclude zero or both contain it; None where one is missing."""
         if math.isnan(self.interval[0]) or math.isnan(self.bootstrap[0]):
             return None
         return excludes_zero(self.interval) == excludes_zero(self.bootstrap)
 
     @property
+    def claim(self) -> str:
+        """`better`, `worse`, or nothing where no difference was found."""
+        word = self.verdict.partition(" ")[0]
+        return word if word in ("better", "worse") else ""
+
+    @property
     def verdict(self) -> str:
-        """What may be said of A against B: `better` and `worse` need a corrected interval without zero."""
+        """How A compares with B: `better` and `worse` need a corrected interval without zero."""
         if self.n < 2:
             return f"no interval (n = {self.n})"
         if self.sd <= ROUNDING:
@@ -64,12 +69,12 @@ class Difference:
 
 
 def excludes_zero(interval: tuple[float, float]) -> bool:
-    """Whether all of it lies on one side of zero; an absent one does not."""
+    """Whether zero lies outside; False for a missing interval."""
     return interval[0] > 0 or interval[1] < 0
 
 
 def paired(differences: Sequence[float]) -> Difference:
-    """Mean difference of pairs with its 95% intervals, as the only comparison made; `corrected` makes it one of many.
+    """Mean difference of pairs with its 95% intervals, as a single comparison; `corrected` is for several.
 
     The t interval is mean -+ t(0.975, n - 1) * sd / sqrt(n) (Student 1908, "The probable error of a mean"): exact for
     normal differences. The bootstrap is BCa (Efron 1987, "Better bootstrap confidence intervals"), with fixed random
@@ -134,10 +139,10 @@ def points(interval: tuple[float, float]) -> str:
 
 
 def difference_columns(difference: Callable[[object], Difference]) -> dict[str, Callable[[object], object]]:
-    """Title to a function of a row, for `md_table`: the numbers of every table of differences of accuracies.
+    """The last columns of every table of differences, in percentage points; each is a function of a row.
 
     Args:
-        difference: the row's, in fractions; it is shown in percentage points.
+        difference: gives the difference of a row, in fractions.
     """
     return {
         "n": lambda row: difference(row).n,

@@ -1,32 +1,27 @@
-"""The pictures of one run, of accuracy, density, penalty, units and sensitivity: a `Run` in, the bytes of a PNG out."""
+"""The pictures of one run: accuracy, density, penalty, units and sensitivity, each the bytes of a PNG."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 
-from reporting import need
-from reporting.figures import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    VERMILLION,
-    band_states,
-    density_axis,
-    draw,
-    percent_axis,
-    width_of,
-)
-from reporting.runs import Run
+from reporting import figures, need
+from reporting.figures import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, density_axis, draw, percent_axis
+from reporting.runs import RunFiles
 from reporting.timeline import cut_epochs, penalty_curves, state_spans
 
 
-def plot_accuracy(run: Run) -> bytes:
+def _mark_cuts(ax, places: Iterable[float]) -> None:
+    for place in places:
+        ax.axvline(place, color=VERMILLION, linestyle=":", linewidth=1.3, zorder=2)
+
+
+def plot_accuracy(run: RunFiles) -> bytes:
     def paint(figure) -> None:
         ax = figure.add_subplot()
-        band_states(ax, run)
+        figures.band_states(ax, run)
         marker = {"marker": "o", "markersize": 3} if len(run.history) <= 60 else {}
         for index, (_, before, rows) in enumerate(state_spans(run)):
             epochs = [before + number for number in range(1, len(rows) + 1)]
@@ -35,39 +30,30 @@ def plot_accuracy(run: Run) -> bytes:
                 ("val_accuracy", "validation", BLUE, "-"),
             ):
                 values = [100 * row.get(key, math.nan) for row in rows]
-                ax.plot(
-                    epochs,
-                    values,
-                    line,
-                    color=color,
-                    label=None if index else label,
-                    linewidth=1.5,
-                    clip_on=False,
-                    **marker,
-                )
-        cells = {row["state"]: row for row in run.states}
-        marks: dict[str, tuple[list[float], list[float]]] = {"before_cut": ([], []), "after_cut": ([], [])}
-        for state, place in cut_epochs(run).items():
-            ax.axvline(place, color=VERMILLION, linestyle=":", linewidth=1.3, zorder=2)
-            for key, (places, values) in marks.items():
-                places.append(place)
-                values.append(100 * cells.get(state, {}).get(f"accuracy_{key}", math.nan))
-        if marks["before_cut"][0]:
-            ax.vlines(marks["before_cut"][0], marks["before_cut"][1], marks["after_cut"][1], VERMILLION, linewidth=1.8)
+                look = {"color": color, "linewidth": 1.5, "clip_on": False, **marker}
+                ax.plot(epochs, values, line, label=None if index else label, **look)
+        cells, cuts = {row["state"]: row for row in run.states}, cut_epochs(run)
+        places = list(cuts.values())
+        before, after = (
+            [100 * cells.get(state, {}).get(f"accuracy_{when}_cut", math.nan) for state in cuts]
+            for when in ("before", "after")
+        )
+        _mark_cuts(ax, places)
+        if places:
+            ax.vlines(places, before, after, VERMILLION, linewidth=1.8)
             look = {"color": VERMILLION, "linestyle": "none", "zorder": 4, "clip_on": False}
-            ax.plot(
-                *marks["before_cut"], marker="o", mfc="white", markersize=8, label="before the cut (dotted)", **look
-            )
-            ax.plot(*marks["after_cut"], marker="v", markersize=4.5, label="after the cut", **look)
+            label = "before the cut (dotted)"
+            ax.plot(places, before, marker="o", mfc="white", markersize=8, label=label, **look)
+            ax.plot(places, after, marker="v", markersize=4.5, label="after the cut", **look)
         percent_axis(ax.yaxis)
         ax.set_xlabel("epochs trained, all states in a row")
         ax.set_ylabel("accuracy")
         figure.legend(loc="outside lower center", ncols=4)
 
-    return draw(width_of(run), 4.0, paint)
+    return draw(figures.width_of(run), 4.0, paint)
 
 
-def plot_density(run: Run) -> bytes:
+def plot_density(run: RunFiles) -> bytes:
     def paint(figure) -> None:
         ax = figure.add_subplot()
         rows = [row for row in run.states if math.isfinite(row.get("density", math.nan))]
@@ -94,18 +80,17 @@ def plot_density(run: Run) -> bytes:
     return draw(6.6, 3.8, paint)
 
 
-def plot_penalty(run: Run) -> bytes:
+def plot_penalty(run: RunFiles) -> bytes:
     curves, cuts = penalty_curves(run), cut_epochs(run)
-    end = max([len(run.history), *(points[-1][0] for points in curves.values())])  # within an epoch, maybe
+    end = max([len(run.history), *(points[-1][0] for points in curves.values())])  # may be within an epoch
 
     def paint(figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True)
         few = len(run.history) <= 60 and not run.penalty
         marker = {"marker": "o", "markersize": 4, "clip_on": False} if few else {}
         for ax in (upper, lower):
-            band_states(ax, run, labels=ax is upper)
-            for place in cuts.values():
-                ax.axvline(place, color=VERMILLION, linestyle=":", linewidth=1.3, zorder=2)
+            figures.band_states(ax, run, labels=ax is upper)
+            _mark_cuts(ax, cuts.values())
         upper.set_xlim(0, end)
         lowest = 0.1
         for points in curves.values():
@@ -122,11 +107,11 @@ def plot_penalty(run: Run) -> bytes:
         lower.set_ylabel("residual: norm of\ndoomed weights over\nthat at the start")
         lower.set_xlabel("epochs trained, all states in a row; dotted: the cut")
 
-    return draw(width_of(run), 4.8, paint)
+    return draw(figures.width_of(run), 4.8, paint)
 
 
-def _unit_panels(run: Run) -> dict[str, dict[str, list[dict]]]:
-    """{title: {layer: rows of units.csv}}: a panel per kind, for weights of blocks one per layer in the block."""
+def _unit_panels(run: RunFiles) -> dict[str, dict[str, list[dict]]]:
+    """{title: {layer: rows of units.csv}}: a panel per kind of units, and per layer type for single weights."""
     panels: dict[str, dict[str, list[dict]]] = {}
     for row in run.units:
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", row["layer"])
@@ -137,7 +122,7 @@ def _unit_panels(run: Run) -> dict[str, dict[str, list[dict]]]:
     return panels
 
 
-def plot_units(run: Run) -> bytes:
+def plot_units(run: RunFiles) -> bytes:
     panels = _unit_panels(run)
     states = sorted({row["state"] for row in run.units})
     columns = min(2, len(panels))
@@ -181,8 +166,8 @@ def plot_units(run: Run) -> bytes:
     return draw(width, height, paint)
 
 
-def plot_sensitivity(run: Run) -> bytes:
-    """Of the first pruning: a panel per kind, a row per layer, a cell where units of that layer alone were gone."""
+def plot_sensitivity(run: RunFiles) -> bytes:
+    """The first pruning's probe: a panel per kind, a row per layer, a cell per share removed from that layer alone."""
     panels: dict[str, list[dict]] = {}
     for layer in run.sensitivity[0]["layers"]:
         panels.setdefault(f"{layer['kind']}s", []).append(layer)
@@ -213,12 +198,11 @@ def plot_sensitivity(run: Run) -> bytes:
             ax.set_ylim(len(layers) - 0.5, -0.5)
             ax.set_xlim(0, 1)
             ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
-            ax.set_xlabel("share of the layer that is gone", fontsize=9)
+            ax.set_xlabel("share of the layer that is removed", fontsize=9)
             ax.set_title(title, fontsize=10)
             ax.grid(False)
         scale = need("matplotlib.cm").ScalarMappable(norm, colors)
-        figure.colorbar(scale, ax=list(axes), label="rise of the loss", fraction=0.04, pad=0.02).outline.set_visible(
-            False
-        )
+        bar = figure.colorbar(scale, ax=list(axes), label="rise of the loss", fraction=0.04, pad=0.02)
+        bar.outline.set_visible(False)
 
     return draw(1.2 + 4.6 * len(panels), height, paint)

@@ -1,4 +1,4 @@
-"""What a run reached: from a `Run` to the table of its states and the key results of its report."""
+"""The table of a run's states, and the key results of its report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from reporting.flags import has_filters
-from reporting.runs import Run
+from reporting.runs import RunFiles
 from reporting.words import duration, giga, md_table, percent, thousands, wilson
 
 
-def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
-    """Columns of the table of states: title to a function of a row of states.csv."""
+def state_columns(run: RunFiles) -> dict[str, Callable[[Mapping], object]]:
+    """Columns of the table of states; each is a function of a row of states.csv."""
     counts = {name: lambda row, name=name: thousands(row.get(name)) for name in run.counts}
     top5 = {"top-5": lambda row: percent(row.get("test_top5"))} if run.has_top5 else {}
     return {
@@ -31,13 +31,13 @@ def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
     }
 
 
-def legend(run: Run) -> str:
-    """What the columns of the table of states mean, as far as that is not plain."""
+def legend(run: RunFiles) -> str:
+    """What the columns of the table of states mean."""
     soft = run.method == "rsst"
     before = "just before the cut" if soft else "at the end of the state before"
-    after = "just after it" if soft else "of the same weights once they are cut, before they are rewound"
+    after = "just after it" if soft else "of the same weights after they are cut, before they are rewound"
     cut = f"Before cut: {before}; after cut: {after}. " if run.method != "dense" else ""
-    top5 = " Top-5: the share of test images whose class is among its five likeliest." if run.has_top5 else ""
+    top5 = " Top-5: the share of test images whose class is among the five most likely." if run.has_top5 else ""
     counts = ""
     if run.method != "dense" and not run.args.get("vit_structured") and (run.method == "imp" or not has_filters(run)):
         counts = " Parameters are those not zero; single zeros do not make the model faster, so MACs count whole units."
@@ -50,46 +50,47 @@ def legend(run: Run) -> str:
     )
 
 
-def _finish(run: Run) -> str:
+def _finish(run: RunFiles) -> str:
     """What the row of the finish means."""
     if run.finish is None or len(run.states) <= run.finish:
         return ""
-    begins = " The finish goes on from the selected model of the last state, with its masks"
-    if not run.args.get("finish_on_all"):
-        return f"{begins}."
-    return f"{begins}, on training and validation images: none is held out, and what its last step leaves is tested."
+    images = ", on training and validation images: the model after its last step is tested"
+    start = " The finish continues from the selected model of the last state, with its masks"
+    return f"{start}{images if run.args.get('finish_on_all') else ''}."
 
 
-def key_results(run: Run) -> list[str]:
-    parts = [_dense_and_last(run) if len(run.states) > 1 else _dense_alone(run), *_interval(run)]
+def key_results(run: RunFiles) -> list[str]:
+    table = _dense_and_last(run) if len(run.states) > 1 else _dense_alone(run)
+    return [table, *_interval(run), *_worst_cut(run), *([_verification(run)] if run.parity else [])]
+
+
+def _worst_cut(run: RunFiles) -> list[str]:
+    """A sentence about the cut that cost the most accuracy; none where nothing was cut."""
     cuts, from_start = [], False
     for row in run.states:
-        before, after = row.get("accuracy_before_cut", math.nan), row.get("accuracy_after_cut", math.nan)
-        start = row.get("accuracy_at_start", math.nan)
+        before, after, start, residual = (
+            row.get(name, math.nan)
+            for name in ("accuracy_before_cut", "accuracy_after_cut", "accuracy_at_start", "residual")
+        )
+        if not (math.isfinite(before) and math.isfinite(after)):
+            continue
         fades = run.method == "rsst" and math.isfinite(start)
-        if math.isfinite(before) and math.isfinite(after):
-            residual = row.get("residual", math.nan)
-            at_start = f"{percent(start)} at the end of the state before, " if fades else ""
-            from_start |= fades
-            left = f", residual {residual:.2g}" if math.isfinite(residual) else ""
-            cuts.append(
-                (
-                    after - (start if fades else before),
-                    f"state {row['state']}: {at_start}{percent(before)} before, {percent(after)} after{left}",
-                )
-            )
-    if cuts:
-        worst = min(cuts)
-        most = f"changed accuracy by {100 * worst[0]:+.2f} points at worst" if worst[0] < 0 else "lost no accuracy"
-        cut = "The cut" if len(cuts) == 1 else f"The {len(cuts)} cuts"
-        cut += f", with the fading before {'it' if len(cuts) == 1 else 'them'}," if from_start else ""
-        parts.append(f"{cut}{'' if run.method == 'rsst' else ', before any retraining,'} {most} ({worst[1]}).")
-    if run.proof:
-        parts.append(_proof(run))
-    return parts
+        from_start |= fades
+        at_start = f"{percent(start)} at the end of the state before, " if fades else ""
+        left = f", residual {residual:.2g}" if math.isfinite(residual) else ""
+        words = f"state {row['state']}: {at_start}{percent(before)} before, {percent(after)} after{left}"
+        cuts.append((after - (start if fades else before), words))
+    if not cuts:
+        return []
+    change, where = min(cuts)
+    cut, them = ("The cut", "it") if len(cuts) == 1 else (f"The {len(cuts)} cuts", "them")
+    cut += f", with the fading before {them}," if from_start else ""
+    cut += "" if run.method == "rsst" else ", before any retraining,"
+    most = f"changed accuracy by {100 * change:+.2f} points at worst" if change < 0 else "lost no accuracy"
+    return [f"{cut} {most} ({where})."]
 
 
-def _interval(run: Run) -> list[str]:
+def _interval(run: RunFiles) -> list[str]:
     """How well the test images know the last accuracy; nothing for runs of older versions, which noted no count."""
     share, counts = run.states[-1].get("test_accuracy", math.nan), run.environment.get("images")
     images = counts.get("test") if isinstance(counts, dict) else None
@@ -101,8 +102,8 @@ def _interval(run: Run) -> list[str]:
     ]
 
 
-def _dense_and_last(run: Run) -> str:
-    """Table of the dense state against the last one."""
+def _dense_and_last(run: RunFiles) -> str:
+    """A table that compares the dense state with the last one."""
     first, last = (row | {"val_top5": _val_top5(run, row)} for row in (run.states[0], run.states[-1]))
     rows = [("test accuracy", "test_accuracy", percent), ("validation accuracy", "best_accuracy", percent)]
     if run.has_top5:
@@ -117,7 +118,7 @@ def _dense_and_last(run: Run) -> str:
             return "-"
         if key.endswith(("accuracy", "top5")):
             return f"{100 * (b - a):+.2f} points"
-        return "same" if a == b else f"{a / b:.2f}x {'less' if key == 'density' else 'fewer'}" if b > 0 else "all gone"
+        return "same" if a == b else f"{a / b:.2f}x {'less' if key == 'density' else 'fewer'}" if b > 0 else "none left"
 
     shown = "finish" if last["state"] == run.finish else f"state {last['state']}"
     columns = {
@@ -129,7 +130,7 @@ def _dense_and_last(run: Run) -> str:
     return md_table(rows, columns, left=1)
 
 
-def _dense_alone(run: Run) -> str:
+def _dense_alone(run: RunFiles) -> str:
     row = run.states[0]
     val_top5 = f" (top-5 {percent(_val_top5(run, row))})" if run.has_top5 else ""
     test_top5 = f" (top-5 {percent(row['test_top5'])})" if run.has_top5 else ""
@@ -141,28 +142,28 @@ def _dense_alone(run: Run) -> str:
     )
 
 
-def _val_top5(run: Run, row: Mapping) -> float:
-    """Top-5 accuracy on validation of the model that a state selected."""
+def _val_top5(run: RunFiles, row: Mapping) -> float:
+    """Validation top-5 accuracy of the model that a state selected."""
     selected = (row["state"], row.get("best_epoch"))
     values = [row.get("val_top5", math.nan) for row in run.history if (row["state"], row["epoch"]) == selected]
     return values[0] if values else math.nan
 
 
-def _proof(run: Run) -> str:
-    """What parity.json and config.json of model/ say."""
+def _verification(run: RunFiles) -> str:
+    """The comparison of outputs in parity.json, and the sizes in config.json, of model/."""
 
     def value(source: Mapping, *keys: str) -> float:
         for key in keys:
             source = source.get(key, {}) if isinstance(source, dict) else {}
         return float(source) if isinstance(source, int | float) else math.nan
 
-    proof = partial(value, run.proof)
-    allowed = proof("bound" if "bound" in run.proof else "bound_float32")  # runs of older versions
+    found = partial(value, run.parity)
+    allowed = found("bound" if "bound" in run.parity else "bound_float32")  # runs of older versions
     text = (
-        f"**Proof:** the small model in model/ computes what the masked one does: its logits differ by at most "
-        f"{proof('max_difference_float64'):.2g} in float64 (allowed: {allowed:.2g}) and "
-        f"{proof('max_difference_float32'):.2g} in float32, and it gives the same class for "
-        f"{percent(proof('top1_agreement'))} of {thousands(proof('images'))} validation images."
+        f"**Verified:** the small model in model/ computes what the masked one does: its logits differ by at most "
+        f"{found('max_difference_float64'):.2g} in float64 (allowed: {allowed:.2g}) and "
+        f"{found('max_difference_float32'):.2g} in float32, and it predicts the same class for "
+        f"{percent(found('top1_agreement'))} of {thousands(found('images'))} validation images."
     )
     sizes = [value(run.config, key, part) for key in ("parameters", "macs") for part in ("dense", "removed")]
     if all(math.isfinite(size) and size > 0 for size in sizes):

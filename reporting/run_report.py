@@ -1,4 +1,4 @@
-"""The report of one run: from a `Run` to report.md, report.html and plots/ in its folder."""
+"""The report of one run: report.md, report.html and plots/ in its folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import utils
 from pruning.depth import DEPTH, WHOLE
 from reporting import need
 from reporting.flags import TARGETS, command, flags_without_effect, has_filters
-from reporting.onnx_columns import onnx_columns
 from reporting.page import publish, to_html, write_bytes
 from reporting.plots import plot_accuracy, plot_density, plot_penalty, plot_sensitivity, plot_units
 from reporting.results import key_results, legend, state_columns
-from reporting.runs import METHODS, Run, load_run
+from reporting.runs import METHODS, RunFiles, load_run
 from reporting.timeline import penalty_curves
-from reporting.words import code, duration, escaped, md_table, percent, plural
+from reporting.words import code, duration, escaped, md_table, onnx_columns, percent, plural
 
 STARTS = {
     "lt": "from the initial weights",
@@ -27,54 +26,48 @@ STARTS = {
     "pt": "from the pretrained weights",
     "finetune": "from the trained weights of the state before",
 }
-SENSITIVE = ", taken from the layers whose loss rises least"
+SENSITIVE = ", allocated by layer sensitivity"
 
 
 def write(save_dir: Path) -> None:
     """Write report.md, report.html and plots/*.png of a run, finished or not, into its folder.
 
     Raises:
-        RunError: no run, a damaged file, a missing package or a full disk; what was there before stays.
+        RunError: no run, a damaged file, a missing package or a full disk; earlier files are unchanged.
     """
     write_report(load_run(Path(save_dir)))
 
 
-def write_report(run: Run) -> None:
-    """What `write` does, for a run that is read already."""
+def write_report(run: RunFiles) -> None:
+    """As `write`, for a run that `load_run` has read."""
     need("markdown")  # before any picture is drawn
-    plots: dict[str, bytes] = {}
-    if run.history:
-        plots["plots/accuracy.png"] = plot_accuracy(run)
-    if len(run.states) > 1:
-        plots["plots/density.png"] = plot_density(run)
-    if penalty_curves(run):
-        plots["plots/penalty.png"] = plot_penalty(run)
-    if run.units:
-        plots["plots/units.png"] = plot_units(run)
-    if run.sensitivity:
-        plots["plots/sensitivity.png"] = plot_sensitivity(run)
+    drawn = {
+        "accuracy": (plot_accuracy, run.history),
+        "density": (plot_density, len(run.states) > 1),
+        "penalty": (plot_penalty, penalty_curves(run)),
+        "units": (plot_units, run.units),
+        "sensitivity": (plot_sensitivity, run.sensitivity),
+    }
+    plots = {f"plots/{name}.png": plot(run) for name, (plot, has_data) in drawn.items() if has_data}
     text = _report(run, plots)
     page = to_html(run.name, text, plots)
     files = {name: partial(write_bytes, content=png) for name, png in plots.items()}
     files["report.md"] = partial(utils.write_text, text=text)
     files["report.html"] = partial(utils.write_text, text=page)
-    stale = {f"plots/{name}.png" for name in ("accuracy", "density", "penalty", "units", "sensitivity")} - set(plots)
-    publish(run.folder, files, stale)
+    publish(run.folder, files, stale={f"plots/{name}.png" for name in drawn} - set(plots))
 
 
-def _report(run: Run, plots: Mapping[str, bytes]) -> str:
+def _report(run: RunFiles, plots: Mapping[str, bytes]) -> str:
     """report.md."""
     parts = [f"# {escaped(run.name)}"]
     if run.args.get("pretrained_note"):
         parts.append(f"> **Note:** {escaped(run.args['pretrained_note'])}")
     states = run.length[0]
     if not run.finished:
-        epochs = plural(len(run.history), "epoch")
-        behind = ", the finish not" if run.finish is not None else ""
+        finish = ", the finish not" if run.finish is not None else ""
         parts.append(
-            f"> **This run is not finished:** {len(run.states)} of {plural(states, 'state')} done{behind}, {epochs} "
-            "trained. "
-            "What follows is what there is so far."
+            f"> **This run is not finished:** {len(run.states)} of {plural(states, 'state')} done{finish}, "
+            f"{plural(len(run.history), 'epoch')} trained. This report shows the results so far."
         )
     parts.append(describe(run))
     if run.states:
@@ -87,34 +80,34 @@ def _report(run: Run, plots: Mapping[str, bytes]) -> str:
     if run.onnx:
         table = md_table(run.onnx, onnx_columns(run.onnx), left=1)
         parts += ["ONNX files under ONNX Runtime on a CPU, measured by `export.py --onnx --int8`:", table]
-    more, star = (" The finish goes on from the last.", " Stars: after the finish.") if run.finish else ("", "")
+    more, star = (" The finish continues the last one.", " Stars: after the finish.") if run.finish else ("", "")
     captions = {
         "plots/accuracy.png": (
             "Accuracy over epochs",
-            f"Every state trains anew; above it stands its density.{more}",
+            f"Every state has a new schedule; the top shows densities.{more}",
         ),
         "plots/density.png": ("Accuracy over density", f"The model selected on validation in each state.{star}"),
-        "plots/penalty.png": ("Penalty", "Its strength, and how much of the doomed weights it leaves."),
-        "plots/units.png": ("Units kept per layer", "Percent of each layer that every state ends with."),
+        "plots/penalty.png": ("Penalty", "Its strength, and the residual of the doomed weights."),
+        "plots/units.png": ("Units kept per layer", "Percent of each layer at the end of every state."),
         "plots/sensitivity.png": (
             "Sensitivity",
-            "By how much the loss on training images rises where a layer alone loses its lowest-scored units, before "
-            "the first pruning; marks show how far the last state went.",
+            "The rise of the loss on training images where one layer alone loses its lowest-scored units, before the "
+            "first pruning; marks show the share removed in the last state.",
         ),
     }
     if plots:
         parts.append("## Plots")
         parts += [f"### {captions[name][0]}\n\n{captions[name][1]}\n\n![{captions[name][0]}]({name})" for name in plots]
-    parts += ["## Going on", "All commands run in the folder of the program.", *_going_on(run)]
+    parts += ["## Next steps", "All commands run in the folder of the program.", *_next_steps(run)]
     return "\n\n".join(parts) + "\n"
 
 
-def _going_on(run: Run) -> list[str]:
-    """The commands for what comes next."""
+def _next_steps(run: RunFiles) -> list[str]:
+    """Commands to resume, export and repeat the run."""
     where = _shown_path(run)
     if not run.finished:
         resume = f"python main_imp_fillback.py --save_dir {shlex.quote(where)} --resume"
-        parts = ["Go on where the last checkpoint stands:", code(resume, "bash")]
+        parts = ["Resume from the last checkpoint:", code(resume, "bash")]
     else:
         export = f"python export.py {shlex.quote(where)} --onnx --latency --evaluate"
         again = " again" if run.config else ""
@@ -124,15 +117,15 @@ def _going_on(run: Run) -> list[str]:
     return [*parts, "Repeat this run in a new folder:", code(command(run), "bash")]
 
 
-def _shown_path(run: Run) -> str:
-    """The run's folder as its command named it, absolute when it has moved since."""
+def _shown_path(run: RunFiles) -> str:
+    """The run's folder as in its command; absolute if it was moved."""
     recorded = str(run.args.get("save_dir") or "")
     here = run.folder.resolve()
     return recorded if Path(recorded).name == here.name else str(here)
 
 
-def describe(run: Run) -> str:
-    """One paragraph in words: method, network, data, pruning, training, machine, time."""
+def describe(run: RunFiles) -> str:
+    """One paragraph: method, network, data, pruning, training, machine, time."""
     args, (states, epochs) = run.args, run.length
     name, words = METHODS.get(run.method, (str(args["struct"]), ""))
     method = f"**{escaped(name)}**{f' ({words})' if words else ''}"
@@ -140,21 +133,18 @@ def describe(run: Run) -> str:
     data = args["dataset"] if args["dataset"] != "folder" else f"the image folder {args.get('data')}"
     sentences = [
         f"{method} on {escaped(args['arch'])} and {escaped(data)}: {shape}, from {escaped(first_weights(args))}, "
-        f"seed {escaped(args['seed'])}."
+        f"seed {escaped(args['seed'])}.",
+        _pruning_words(run) if run.method != "dense" else "",
+        _training_words(run),
+        _finish_words(run) if run.finish is not None else "",
+        _machine_words(run.environment) if run.environment else "",
+        f"Training took {duration(run.seconds)}{'' if run.finished else ' so far'}.",
     ]
-    if run.method != "dense":
-        sentences.append(_pruning_words(run))
-    sentences.append(_training_words(run))
-    if run.finish is not None:
-        sentences.append(_finish_words(run))
-    if run.environment:
-        sentences.append(_machine_words(run.environment))
-    sentences.append(f"Training took {duration(run.seconds)}{'' if run.finished else ' so far'}.")
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
 def first_weights(args: Mapping) -> str:
-    """What state 0 starts from, by name."""
+    """The initial weights of state 0, as text."""
     given = args.get("pretrained")
     if args.get("init"):
         return f"the weights of {args['init']}"
@@ -166,7 +156,7 @@ def first_weights(args: Mapping) -> str:
     return f"timm's pretrained weights{tag}"
 
 
-def _training_words(run: Run) -> str:
+def _training_words(run: RunFiles) -> str:
     args, rate = run.args, run.args.get("lr")
     training = [str(args.get("opt", "")).upper().replace("ADAMW", "AdamW")]
     training += [f"learning rate {rate:g}"] if isinstance(rate, int | float) else []
@@ -179,15 +169,15 @@ def _training_words(run: Run) -> str:
     return f"Training: {escaped(', '.join(filter(None, training)))}."
 
 
-def _finish_words(run: Run) -> str:
+def _finish_words(run: RunFiles) -> str:
     rate, on_all = run.args.get("finish_lr"), run.args.get("finish_on_all")
-    words = f"A finish of {plural(run.finish_epochs, 'epoch')} behind the last state trains its selected model further"
+    words = f"A finish of {plural(run.finish_epochs, 'epoch')} after the last state trains its selected model further"
     words += f" at learning rate {rate:g}" if isinstance(rate, int | float) else ""
     if not on_all:
         return f"{words}; its best epoch on validation is the final model."
     return (
-        f"{words}, on training and validation images together: nothing is left to select by, the final model is what "
-        f"its last step leaves{', averaged' if run.args.get('ema_decay') else ''}."
+        f"{words}, on training and validation images together; without validation images, the final model is the one "
+        f"after the last step{', averaged' if run.args.get('ema_decay') else ''}."
     )
 
 
@@ -202,9 +192,9 @@ def _machine_words(machine: Mapping) -> str:
 
 
 def budget_words(args: Mapping) -> str:
-    """What a target or a file of counts asks for; nothing where a run goes by ratios."""
+    """The goal of a target or a file of counts; empty where ratios set it."""
     if args.get("unit_counts"):
-        return f"Each layer keeps in the end what a file says ({sum(args['unit_counts'].values()):,} units)"
+        return f"In the end each layer keeps the counts of a file ({sum(args['unit_counts'].values()):,} units)"
     target = next((name for name in TARGETS if args.get(name) is not None), None)
     if target is None:
         return ""
@@ -214,40 +204,48 @@ def budget_words(args: Mapping) -> str:
     return f"{words[0].upper()}{words[1:]}{ranked}"
 
 
-def _pruning_words(run: Run) -> str:
+def _pruning_words(run: RunFiles) -> str:
     args = run.args
-    rate = args.get("rate", math.nan)
+    criterion = f"criterion {escaped(args.get('criteria'))}"
+    schedule = f"on a {escaped(args.get('ratio_schedule', ''))} schedule"
     if goal := budget_words(args):
-        schedule = escaped(args.get("ratio_schedule", ""))
-        cut = f"{goal}, chosen by criterion {escaped(args.get('criteria'))}, on a {schedule} schedule"
+        words = f"{goal}, chosen by {criterion}, {schedule}"
         if run.timed:
-            cut += (
+            words += (
                 f"; measured were {run.timed['measured_ms']:.2f} ms, {run.timed['dense_ms']:.2f} of the dense network"
             )
-    elif not args.get("vit_structured"):
-        prunings = f"Each of {run.length[0] - 1} prunings" if run.length[0] > 2 else "The pruning"
-        cut = f"{prunings} takes {percent(rate)} of the prunable weights that are left"
-        if args.get("nm"):  # in the place of the rate
-            keep, _, group = str(args["nm"]).partition(":")
-            schedule = f", on a {escaped(args.get('ratio_schedule', ''))} schedule" if run.length[0] > 2 else ""
-            cut = f"Of every {escaped(group)} consecutive weights of a row {escaped(keep)} stay in the end{schedule}"
-        chooses = args.get("fillback_rate") or has_filters(run)
-        if chooses and "criteria" not in flags_without_effect(run):
-            back = f", and refill gives back {percent(args.get('fillback_rate'))}" if args.get("fillback_rate") else ""
-            cut += f"{back}, chosen by criterion {escaped(args.get('criteria'))}"
+    elif args.get("vit_structured"):
+        words = f"{_structured_goal(args)} by {criterion}, {schedule}"
     else:
-        neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
-        target = args.get("vit_prune_target")
-        goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
-        goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
-        goals += [f"{percent(rate)} of all {DEPTH[target]}"] if target in DEPTH else []
-        goals += [f"{percent(rate)} of the MACs of all heads and neurons"] if target == "all" else []
-        ranked = "over the whole model" if target in WHOLE else escaped(args.get("sorting_mode", "layer-wise"))
-        probed = args.get("ratio_allocation") == "sensitivity"
-        how = f"{SENSITIVE}, chosen" if probed else f", chosen {ranked}"
-        cut = (
-            f"{' and '.join(goals)} are gone in the end{how} by criterion {escaped(args.get('criteria'))}, on a "
-            f"{escaped(args.get('ratio_schedule', ''))} schedule"
-        )
+        words = _element_wise_words(run, criterion, schedule)
     start = STARTS.get(args.get("prune_type"), "").format(rewind_epoch=args.get("rewind_epoch"))
-    return f"{cut}. Every state starts {start}." if start else f"{cut}."
+    return f"{words}. Every state starts {start}." if start else f"{words}."
+
+
+def _structured_goal(args: Mapping) -> str:
+    """The shares of whole units that are removed, and how they are chosen."""
+    rate, target = args.get("rate", math.nan), args.get("vit_prune_target")
+    neurons = rate if args.get("mlp_prune_ratio") is None else args["mlp_prune_ratio"]
+    goals = [f"{percent(rate)} of all heads"] if target in ("head", "both") else []
+    goals += [f"{percent(neurons)} of all neurons"] if target in ("mlp", "both") else []
+    goals += [f"{percent(rate)} of all {DEPTH[target]}"] if target in DEPTH else []
+    goals += [f"{percent(rate)} of the MACs of all heads and neurons"] if target == "all" else []
+    ranked = "over the whole model" if target in WHOLE else escaped(args.get("sorting_mode", "layer-wise"))
+    how = f"{SENSITIVE}, chosen" if args.get("ratio_allocation") == "sensitivity" else f", chosen {ranked}"
+    return f"{' and '.join(goals)} are removed in the end{how}"
+
+
+def _element_wise_words(run: RunFiles, criterion: str, schedule: str) -> str:
+    args, several = run.args, run.length[0] > 2
+    if args.get("nm"):  # instead of the rate
+        keep, _, group = escaped(args["nm"]).partition(":")
+        words = (
+            f"Of every {group} consecutive weights of a row {keep} stay in the end{f', {schedule}' if several else ''}"
+        )
+    else:
+        prunings = f"Each of {run.length[0] - 1} prunings" if several else "The pruning"
+        words = f"{prunings} removes {percent(args.get('rate', math.nan))} of the remaining prunable weights"
+    if (args.get("fillback_rate") or has_filters(run)) and "criteria" not in flags_without_effect(run):
+        back = f", and refill gives back {percent(args['fillback_rate'])}" if args.get("fillback_rate") else ""
+        words += f"{back}, chosen by {criterion}"
+    return words

@@ -1,4 +1,4 @@
-"""What a run left in its folder: from the path of a folder to a `Run` of plain values, or a line naming the damage."""
+"""The files in a run's folder as plain values."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import yaml
 from utils import RunError
 
 METHODS = {
-    "rsst": ("RSST", "what is chosen shrinks under a growing penalty while the state trains, then it is cut"),
-    "refill": ("Refill", "what is chosen is cut before the state trains, and surviving units are whole"),
+    "rsst": ("RSST", "chosen weights shrink under a growing penalty while the state trains, then they are cut"),
+    "refill": ("Refill", "chosen weights are cut before the state trains, and surviving units are whole"),
     "imp": ("IMP", "iterative magnitude pruning, the lottery-ticket baseline: cut before the state trains"),
-    "oneshot": ("One-shot", "all units go at once after the dense state"),
+    "oneshot": ("One-shot", "all units are removed at once after the dense state"),
     "dense": ("Dense", "nothing is pruned"),
 }
 COUNTS = ("heads", "neurons", "filters")  # a ViT has the first two, a CNN the last
 
 
 @dataclass
-class Run:
+class RunFiles:
     """The files of one run as plain values; accuracies, densities and residuals are fractions, absent cells NaN."""
 
     folder: Path
@@ -35,13 +35,13 @@ class Run:
     history: list[dict]  # a row an epoch
     states: list[dict]  # a row a state
     units: list[dict]  # a row per state and layer; empty for older runs
-    penalty: list[dict]  # many rows per state in which something is doomed, up to its cut; empty for older runs
-    sensitivity: list[dict]  # of sensitivity.json, a state each; empty where nothing was probed
-    config: dict  # of model/, empty when not exported
-    proof: dict
+    penalty: list[dict]  # many rows per state with doomed weights, up to its cut; empty for older runs
+    sensitivity: list[dict]  # of sensitivity.json, a state each; empty without a probe
+    config: dict  # model/config.json, empty when not exported
+    parity: dict  # model/parity.json, the comparison of the small model's outputs with the masked one's
     latency: str
-    onnx: list[dict]  # of model/onnx.csv, a row a file; empty when none was quantised
-    timed: dict[str, float]  # what a run by milliseconds ended with, of latency.json; empty before and without
+    onnx: list[dict]  # model/onnx.csv, a row a file; empty when none was quantised
+    timed: dict[str, float]  # of latency.json, with --target_latency_ms; else empty
 
     @property
     def name(self) -> str:
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def finish_epochs(self) -> int:
-        """Of the finish behind the last state; 0 without one."""
+        """Epochs of the finish after the last state; 0 without one."""
         return self.args.get("finish_epochs") or 0
 
     @property
     def finish(self) -> int | None:
-        """The number as which the finish counts among the states; None without one."""
+        """The state number of the finish; None without one."""
         return self.length[0] if self.finish_epochs else None
 
     @property
@@ -73,37 +73,37 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all states begun."""
+        """Training time of all states, including an unfinished one."""
         done = {row["state"] for row in self.states}
         rows = [*self.states, *(row for row in self.history if row["state"] not in done)]
         return sum(row["seconds"] for row in rows if math.isfinite(row.get("seconds", math.nan)))
 
     @property
     def has_top5(self) -> bool:
-        """Whether its top-5 accuracy was measured, as it is for data sets of many classes."""
+        """Whether top-5 accuracy was measured, as for data sets with many classes."""
         return any(math.isfinite(row.get("test_top5", math.nan)) for row in self.states)
 
     @property
     def counts(self) -> list[str]:
-        """Kinds of units that its tables count."""
+        """The kinds of units in its tables."""
         return [name for name in COUNTS if any(name in row for row in [*self.states, *self.history])]
 
 
 def method_of(args: Mapping) -> str:
-    """Key of METHODS, or whatever --struct was; a single state of any method is dense training."""
+    """Key of METHODS, or an unknown --struct; any method with a single state is dense training."""
     return "dense" if args["pruning_times"] == 1 else str(args["struct"])
 
 
-def load_run(folder: Path) -> Run:
-    """Read the files of a run; only args.yaml must be there.
+def load_run(folder: Path) -> RunFiles:
+    """Read the files of a run; only args.yaml is required.
 
     Raises:
-        RunError: no run, or a file of it is damaged; names the file.
+        RunError: no run, or a damaged file; names the file.
     """
     folder = Path(folder)
     if not (folder / "args.yaml").is_file():
-        raise RunError(f"{folder}: not the folder of a run (no args.yaml in it); give what --save_dir named")
-    return Run(
+        raise RunError(f"{folder}: not the folder of a run (no args.yaml in it); give the folder of --save_dir")
+    return RunFiles(
         folder,
         _read(folder / "args.yaml", _parse_args_file),
         _read(folder / "environment.json", _parse_object, {}),

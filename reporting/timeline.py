@@ -1,13 +1,13 @@
-"""Where things lie on the axis of a run's epochs, all states in a row: from a `Run` to its states, cuts and penalty."""
+"""States, cuts and penalty of a run on one axis of epochs, all states in a row."""
 
 from __future__ import annotations
 
 import math
 
-from reporting.runs import Run
+from reporting.runs import RunFiles
 
 
-def state_spans(run: Run) -> list[tuple[int, int, list[dict]]]:
+def state_spans(run: RunFiles) -> list[tuple[int, int, list[dict]]]:
     """(state, epochs before it, its rows of metrics.jsonl), in order."""
     spans, before = [], 0
     for state in sorted({row["state"] for row in run.history}):
@@ -17,8 +17,8 @@ def state_spans(run: Run) -> list[tuple[int, int, list[dict]]]:
     return spans
 
 
-def cut_epochs(run: Run) -> dict[int, float]:
-    """{state: epochs before its cut}, counted over the run; states in which density never falls have none."""
+def cut_epochs(run: RunFiles) -> dict[int, float]:
+    """{state: epochs before its cut}, counted over the run; only states in which density falls."""
     cuts, density = {}, math.inf
     total = run.length[1]
     for state, before, rows in state_spans(run):
@@ -26,7 +26,7 @@ def cut_epochs(run: Run) -> dict[int, float]:
             if row.get("density", math.nan) < density and state > 0:
                 place = 0.0
                 if run.args["struct"] == "rsst":
-                    # where --reg_finish says, or the epoch border next to it, within the epoch whose density fell
+                    # at --reg_finish, or at the nearest end of an epoch, within the epoch in which density fell
                     place = float(run.args.get("reg_finish") or 0.0) * total
                     border = max(1, math.floor(place + 0.5))
                     place = border if abs(border - place) < total / 10 else place
@@ -36,10 +36,10 @@ def cut_epochs(run: Run) -> dict[int, float]:
     return cuts
 
 
-def penalty_curves(run: Run) -> dict[int, list[tuple[float, float, float]]]:
-    """{state: its points (epochs over the run, lambda, residual)} where something is doomed, from start to cut.
+def penalty_curves(run: RunFiles) -> dict[int, list[tuple[float, float, float]]]:
+    """{state: its points (epochs over the run, lambda, residual)} of states with doomed weights, from start to cut.
 
-    Points are the rows of penalty.csv; for states that it does not know, as in older runs, those of metrics.jsonl.
+    Points are the rows of penalty.csv; for states without any, as in older runs, those of metrics.jsonl.
     """
     cuts, at_cut = cut_epochs(run), {row["state"]: row.get("residual", math.nan) for row in run.states}
     spans = {state: (before, rows) for state, before, rows in state_spans(run)}
@@ -51,7 +51,7 @@ def penalty_curves(run: Run) -> dict[int, list[tuple[float, float, float]]]:
         if not rows:
             continue
         points = [(before, 0.0, 1.0), *((place, row["lambda"], row.get("residual", math.nan)) for place, row in rows)]
-        # a cut within an epoch leaves nothing to measure at its end
+        # after a cut within an epoch its end has no residual
         if state in cuts and not any(place >= cuts[state] and residual > 0 for place, _, residual in points):
             points.append((cuts[state], math.nan, at_cut.get(state, math.nan)))
         curves[state] = sorted(points, key=lambda point: point[0])

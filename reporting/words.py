@@ -1,4 +1,4 @@
-"""Numbers as words, and Markdown that shows any text literally: values in, strings out."""
+"""Numbers as text, and Markdown that shows any text literally."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def escaped(value) -> str:
 
 
 def md_table(rows: Sequence[Mapping], columns: Mapping[str, Callable[[Mapping], object]], left: int = 0) -> str:
-    """`left` columns are words; the others are numbers, aligned right."""
+    """The first `left` columns are text; the others are numbers, aligned right."""
     lines = [list(columns), ["---" if i < left else "---:" for i in range(len(columns))]]
     lines += [[escaped(get(row)) for get in columns.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -57,3 +57,17 @@ def md_table(rows: Sequence[Mapping], columns: Mapping[str, Callable[[Mapping], 
 def code(text: str, language: str = "") -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def onnx_columns(rows: Sequence[Mapping]) -> dict[str, Callable[[Mapping], str]]:
+    """Columns of a table of onnx.csv; "ms_2_threads_batch_64" becomes "batch 64, 2 threads"."""
+    columns = {
+        "model": lambda row: row["model"],
+        "file": lambda row: f"{row['megabytes']:.2f} MB",
+        "test": lambda row: percent(row["test_accuracy"]),
+    }
+    for name in rows[0]:
+        if name.startswith("ms_"):
+            threads, _, batch = name.removeprefix("ms_").partition("_batch_")
+            columns[f"batch {batch}, {threads.replace('_', ' ')}"] = lambda row, name=name: f"{row[name]:.2f} ms"
+    return columns

@@ -1,5 +1,5 @@
-"""The search over flags: a command and the number of trials in, the runs that no other beats in accuracy and cost out.
+"""The search over flags: N trials, each an ordinary run, and the Pareto front of validation accuracy and cost.
 
-space.py says what is searched, trials.py keeps the study and follows each trial, which is a run of the command in a
-process of its own, front.py writes what no trial dominates, command.py puts them together.
+space.py has the flags to search, trials.py the study and its trials, front.py the files about the front, command.py the
+program.
 """

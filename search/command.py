@@ -1,4 +1,4 @@
-"""The command with `--search`: complete flags in; a study with its trials and its front, and an exit status, out."""
+"""The command with `--search`: runs a study and writes its front."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ from utils import RunError, Stopped, format_table
 
 log = logging.getLogger(__name__)
 
-# of the search itself, not of its trials
+# flags of the search itself, not of its trials
 OWN = {"save_dir", "exp_name", "resume", "checkpoint", "config", "dry_run", "overwrite", "list_archs"}
 
 
 def search(args: argparse.Namespace) -> int:
-    """Try `args.search` sets of flags, this process or all that share the study, and write what none of them beats.
+    """Run trials until the study, which several processes may share, has `args.search`; then write its front.
 
     Raises:
-        RunError: what cannot work, in a line.
+        RunError: the search cannot work.
     """
     need_optuna()
     with torch.device("meta"):
         model = make_model(args, weights=False)
     has_units = bool(units_of_run(args, model)[0])
-    _complete_objective(args, has_units)
+    args.search_objective = args.search_objective or ("macs" if has_units else "params")
+    if args.search_objective != "params" and not has_units:
+        raise RunError(
+            f"--search_objective {args.search_objective}: single weights leave it as it is; use params, or add "
+            "--vit_structured"
+        )
     space, folder = Space(args, has_units), Path(args.save_dir or named_dir(args.exp_name))
     if args.dry_run:
         print(_planned(args, space, folder))
@@ -60,15 +65,6 @@ def search(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return leave(ALONE, "interrupted; the same command goes on with the search from the last checkpoint", 130)
     return 0
-
-
-def _complete_objective(args: argparse.Namespace, has_units: bool) -> None:
-    args.search_objective = args.search_objective or ("macs" if has_units else "params")
-    if args.search_objective != "params" and not has_units:
-        raise RunError(
-            f"--search_objective {args.search_objective}: single weights leave it as it is; use params, or add "
-            "--vit_structured"
-        )
 
 
 def _space_table(space: Space) -> str:

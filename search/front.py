@@ -1,6 +1,6 @@
-"""The front of a search: its study in; tables, picture, report and a file of flags for each point out.
+"""The Pareto front of a search: tables, picture, report and a file of flags for each point.
 
-Trials are judged by validation accuracy and cost alone. Test accuracy is shown beside them and chooses nothing.
+Only validation accuracy and cost decide; test accuracy is shown for information.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+from collections import Counter
 
 import yaml
 
@@ -40,25 +41,30 @@ def write(study) -> str:
         row["point"] = f"{point:03}"
         _write_flags(study, best[row["trial"]], row)
     write_csv(folder / "pareto.csv", [{"point": row["point"], **row} for row in front])
-    columns = {"point": lambda row: row["point"], "trial": lambda row: row["trial"]}
-    columns |= {"validation": lambda row: percent(row["val_accuracy"])}
-    columns |= {"test": lambda row: percent(row["test_accuracy"]), "cost": lambda row: study.in_words(row["cost"])}
-    columns |= {name: lambda row, name=name: row.get(name, "-") for name in study.space.values}
+    columns = {
+        "point": lambda row: row["point"],
+        "trial": lambda row: row["trial"],
+        "validation": lambda row: percent(row["val_accuracy"]),
+        "test": lambda row: percent(row["test_accuracy"]),
+        "cost": lambda row: study.in_words(row["cost"]),
+        **{name: lambda row, name=name: row.get(name, "-") for name in study.space.values},
+    }
     write_text(folder / "report.md", _report(study, rows, front, columns))
     write_bytes(folder / "pareto.png", draw(7.4, 4.6, lambda figure: _paint(figure, study, rows, front)))
-    left = len(study.trials(study.running))
-    elsewhere = f"\n{left} of them still run in other processes, the last of which writes the front anew" * bool(left)
-    return f"{len(rows)} trials, {len(front)} on the front{elsewhere}\n\n{format_table(front, columns)}\n\n{folder}"
+    title = f"{len(rows)} trials, {len(front)} on the front"
+    if left := len(study.trials(study.running)):
+        title += f"\n{left} of them still run in other processes; the last one writes the front again"
+    return f"{title}\n\n{format_table(front, columns)}\n\n{folder}"
 
 
 def _row(study, trial) -> dict:
-    """A trial's line of trials.csv; of a complete one with what its last state reached, as far as its run is there."""
+    """A trial's row of trials.csv; a complete one has the results of its last state, unless its run was deleted."""
     words = {study.complete: "complete", study.weak: "stopped", study.failed: "failed", study.running: "running"}
     row = {"trial": trial.number, "state": words[trial.state], "cost": math.nan, "val_accuracy": math.nan}
     row |= {"test_accuracy": math.nan, "macs": "", "parameters": ""}
     if trial.state == study.complete:
         row["val_accuracy"], row["cost"] = trial.values
-        with contextlib.suppress(RunError):  # its folder may be gone
+        with contextlib.suppress(RunError):  # its folder may be deleted
             last = load_run(study.folder_of(trial)).states[-1]
             row["test_accuracy"] = last["test_accuracy"]
             row |= {name: int(last[name]) for name in ("macs", "parameters")}
@@ -66,9 +72,9 @@ def _row(study, trial) -> dict:
 
 
 def _write_flags(study, trial, row: dict) -> None:
-    """The file for `--config` that runs this point again."""
+    """The `--config` file of this point."""
     head = (
-        f"# trial {trial.number}, validation {percent(row['val_accuracy'])}, {study.in_words(row['cost'])}; again by\n"
+        f"# trial {trial.number}, validation {percent(row['val_accuracy'])}, {study.in_words(row['cost'])}, by\n"
         f"# python main_imp_fillback.py --config {study.folder / 'pareto' / row['point']}.yaml\n"
     )
     flags = yaml.safe_dump(study.flags_of(trial), sort_keys=False, allow_unicode=True)
@@ -100,20 +106,18 @@ def _paint(figure, study, rows: list[dict], front: list[dict]) -> None:
 
 def _report(study, rows: list[dict], front: list[dict], columns: dict) -> str:
     args = study.args
-    counts = {
-        state: sum(row["state"] == state for row in rows) for state in dict.fromkeys(row["state"] for row in rows)
-    }
+    counts = Counter(row["state"] for row in rows)
     searched = [{"flag": f"--{name}", "in": in_words(values)} for name, values in study.space.values.items()]
-    columns_of_space = {name: lambda row, name=name: row[name] for name in ("flag", "in")}
+    columns_of_space = {"flag": lambda row: row["flag"], "in": lambda row: row["in"]}
     given = shlex.join(typed_out({**study.own, **study.base}, "--search"))
     again = f"python main_imp_fillback.py --config {study.folder / 'pareto' / '001.yaml'}"
     return (
         f"# Search: validation accuracy and {args.search_objective} of {args.arch} on {args.dataset}\n\n"
         f"{len(rows)} trials ({', '.join(f'{count} {state}' for state, count in counts.items())}), drawn by "
-        f"multi-objective TPE with seed {args.seed}; given by hand: `{given}`.\n\n## The front\n\n"
+        f"multi-objective TPE with seed {args.seed}; given: `{given}`.\n\n## The front\n\n"
         f"{md_table(front, columns)}\n\nNo other trial is better in one of validation accuracy and cost and at least "
-        "as good in the other. Test accuracy chose nothing. Validation accuracy is here that of the best of many, "
-        "hence too good; quote test accuracy, of several seeds.\n\n![front](pareto.png)\n\nA point runs again by "
+        "as good in the other. Test accuracy chose nothing. The validation accuracy of the best of many trials is too "
+        "optimistic; quote test accuracy, of several seeds.\n\n![front](pareto.png)\n\nRepeat a point with "
         f"`{again}`; its run is in the folder of its trial.\n\n## What was searched\n\n"
         f"{md_table(searched, columns_of_space, 2)}\n"
     )

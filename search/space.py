@@ -1,7 +1,7 @@
-"""What is searched: a command's flags in, the flags that it leaves alone with their ranges and choices out.
+"""The search space: flags with their choices and ranges.
 
-A list is a choice; `{low: 0.1, high: 1, log: true}` is a range, of whole numbers where both ends are. A flag that is
-given by hand is fixed, and one that has no effect beside the others of a trial is not drawn.
+A list is a choice; `{low: 0.1, high: 1, log: true}` is a range, of whole numbers where both ends are. Flags on the
+command line are fixed; a flag that has no effect with the others of a trial is not drawn.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
-
-from cli.config import typed_out
+from cli.config import read_yaml, typed_out
 from settings.effect import TARGETS
 from settings.flag import Flags, Values
 from settings.flags import FLAGS, build_parser, idle_flags
@@ -22,11 +20,11 @@ class Space:
     """The flags that a search draws; `values` has their lists and ranges by name.
 
     Args:
-        args: the command's flags, complete; `given` among them holds those given by hand.
-        has_units: whether the runs remove units, heads or filters, rather than single weights.
+        args: the complete flags of the command; `given` are those on the command line.
+        has_units: whether the runs remove whole units rather than single weights.
 
     Raises:
-        RunError: nothing is left to search, or the file of `--search_space` is none.
+        RunError: no flag is left to search, or the file of `--search_space` is wrong.
     """
 
     def __init__(self, args: argparse.Namespace, has_units: bool):
@@ -49,11 +47,11 @@ class Space:
 
     def _matters(self, name: str, drawn: Flags) -> bool:
         if name == "ratio_allocation" and ("sorting_mode" in self.flags["given"] or self.flags["unit_counts"]):
-            return False  # said by another flag, or by a file
+            return False  # another flag, or a file, sets it
         return name not in idle_flags({**self.flags, **drawn})
 
     def draw(self, trial) -> dict[str, object]:
-        """The flags of one of Optuna's trials; floats have four digits, so that files show what was run."""
+        """The flags of one Optuna trial; floats have four digits, so that files show the exact values."""
         drawn: dict[str, object] = {}
         for name, values in self.values.items():
             if not self._matters(name, drawn):
@@ -68,17 +66,16 @@ class Space:
         return drawn
 
     def largest(self) -> dict[str, object]:
-        """The drawn ratios and targets of a trial that keeps as much as any."""
+        """The ratios and targets of a trial that keeps the most."""
         ratios = {name: _ends(self.values[name])[0] for name in ("rate", "mlp_prune_ratio") if name in self.values}
         return ratios | {name: _ends(self.values[name])[1] for name in TARGETS if name in self.values}
 
 
 def _ends(values: Values) -> tuple:
     """The smallest and the largest value."""
-    if isinstance(values, list):
-        numbers = [value for value in values if value is not None]
-        return min(numbers), max(numbers)
-    return values["low"], values["high"]
+    numbers = values if isinstance(values, list) else (values["low"], values["high"])
+    numbers = [value for value in numbers if value is not None]
+    return min(numbers), max(numbers)
 
 
 def in_words(values: Values) -> str:
@@ -91,15 +88,10 @@ def read_space(path: Path) -> dict[str, Values]:
     """The ranges and choices of a file of `--search_space`, by flag.
 
     Raises:
-        RunError: no such file, no YAML, an unknown flag, or a value that is none of it.
+        RunError: no such file, no YAML, an unknown flag, or a value that a flag cannot have.
     """
     who = f"--search_space {path}"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{who}: {error.strerror}; give a YAML file of ranges and choices") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RunError(f"{who}: not a YAML file ({error})") from error
+    content = read_yaml(path, who, "a YAML file of ranges and choices")
     if not isinstance(content, dict) or not content:
         raise RunError(f"{who}: must hold flags and their values such as 'rate: {{low: 0.1, high: 0.6}}'")
     for name, values in content.items():
@@ -111,7 +103,7 @@ def read_space(path: Path) -> dict[str, Values]:
                 "below high, and above 0 where log is true"
             )
         for value in values if isinstance(values, list) else (values["low"], values["high"]):
-            build_parser().parse_args(typed_out({name: value}, who))  # leaves where it is no value of the flag
+            build_parser().parse_args(typed_out({name: value}, who))  # exits where the flag cannot have the value
     return content
 
 

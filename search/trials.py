@@ -1,8 +1,8 @@
-"""The study and its trials: flags to search in, ordinary runs in trial_0000, trial_0001 and so on out.
+"""The study of a search and its trials, ordinary runs in trial_0000, trial_0001 and so on.
 
-The study is a file of SQLite that Optuna keeps; all else about a trial stands in the folder of its run. Who works on a
-trial holds a lock there, which the system takes back when the process dies: a trial that runs without one is free to
-be gone on with. The list of trials changes under a lock of the study, so that several processes can share it.
+Optuna keeps the study in an SQLite file; the folder of its run holds everything else about a trial. A process that
+works on a trial holds a lock in that folder, which the system releases when the process dies; a running trial without a
+lock can be resumed. The list of trials only changes under a lock of the study, so that several processes can share it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from utils import RunError, StopSignals, cause, pick_device
 log = logging.getLogger(__name__)
 
 COMMAND = Path(__file__).resolve().parents[1] / "main_imp_fillback.py"
-POLL = 0.5  # seconds between two looks at a trial
-BROKEN = 3  # so many failures before anything has worked are no accident
+POLL = 0.5  # seconds between two checks of a trial
+BROKEN = 3  # failures before the first success, after which the search gives up
 STOPPED = [128 + getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-COLUMN = {"macs": "macs", "params": "parameters", "latency": "macs"}  # of a plan, by which trials are compared
+COLUMN = {"macs": "macs", "params": "parameters", "latency": "macs"}  # of the plan, to find trials that cost no more
 
 
 def need_optuna():
@@ -60,16 +60,16 @@ def need_optuna():
 def is_weak(
     history: Sequence[Mapping], peers: Sequence[Sequence[Mapping]], least: int, epochs: Mapping[int, int]
 ) -> bool:
-    """Whether a trial lies below the median of its peers' validation accuracies at the same state and epoch.
+    """Whether a trial is below the median of its peers' validation accuracies at the same state and epoch.
 
-    Peers are complete trials that cost as much or less, so that a small network is never measured by larger ones. The
-    first half of a state does not count: networks that were just rewound or cut find back there, each in its own time.
-    Otherwise the rule is Vizier's (Golovin et al., 2017).
+    Peers are complete trials that cost as much or less, so that a small network is never compared with larger ones. The
+    first half of a state does not count, since networks recover there from rewinding or a cut. Otherwise the rule is
+    Vizier's (Golovin et al., 2017).
 
     Args:
         history: rows of metrics.jsonl, with "state", "epoch" and "val_accuracy".
         peers: the histories of the others.
-        least: so many peers must have been there, at least 1.
+        least: the number of peers that must have reached that epoch, at least 1.
         epochs: of each state.
     """
     if not history or "val_accuracy" not in history[-1]:
@@ -82,7 +82,7 @@ def is_weak(
 
 
 def read_history(folder: Path) -> list[dict]:
-    """The epochs that a run has behind it, as metrics.jsonl has them."""
+    """The rows of a run's metrics.jsonl."""
     try:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -90,23 +90,23 @@ def read_history(folder: Path) -> list[dict]:
 
 
 def run_trial(flags: Sequence[str], folder: Path, weak: Callable[[], bool], signals: StopSignals) -> str:
-    """Run a trial, or go on with it, up to its end: "" when it is complete, "weak", or why it failed.
+    """Run or resume a trial up to its end: "" when it is complete, "weak", or why it failed.
 
     Raises:
-        Stopped: this process was asked to stop; the trial has its checkpoint.
-        RunError: somebody else stopped the trial.
+        Stopped: this process got a signal; the trial has its checkpoint.
+        RunError: another process stopped the trial.
     """
     command = [sys.executable, str(COMMAND), *flags, "--save_dir", str(folder), "--resume", "auto"]
     # a session of its own: Ctrl-C reaches this process alone, which passes it on once
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
     with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stderr=errors, **how) as child:
-        asked = found_weak = False
+        stopping = found_weak = False
         try:
             while child.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(POLL)
-                if not asked and (signals.received or weak()):
-                    asked, found_weak = True, not signals.received
+                if not stopping and (signals.received or weak()):
+                    stopping, found_weak = True, not signals.received
                     child.terminate()
         except BaseException:  # a second signal
             child.kill()
@@ -118,9 +118,9 @@ def run_trial(flags: Sequence[str], folder: Path, weak: Callable[[], bool], sign
     if child.returncode in STOPPED:
         if found_weak:
             return "weak"
-        time.sleep(2 * POLL)  # who ends all processes of a job may not have come to this one yet
+        time.sleep(2 * POLL)  # a scheduler that ends a job may signal this process later
         signals.check()
-        raise RunError(f"{folder}: stopped from elsewhere, with a checkpoint; the same command goes on with it", 1)
+        raise RunError(f"{folder}: stopped by another process, with a checkpoint; the same command resumes it", 1)
     signals.check()
     return last_line or f"exit status {child.returncode}"
 
@@ -131,8 +131,8 @@ class Study:
     Args:
         args: the command's flags, complete, with the objective.
         folder: of the study.
-        base: the flags that all trials get, by name.
-        own: those that may differ from process to process.
+        base: flags of all trials, by name.
+        own: flags that may differ between processes.
 
     Raises:
         RunError: the folder holds a run, another search, or a study that Optuna cannot read.
@@ -187,7 +187,7 @@ class Study:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside the block nobody else changes the list of trials."""
+        """No other process changes the list of trials inside the block."""
         lock = None
         while lock is None:
             self.signals.check()
@@ -199,7 +199,7 @@ class Study:
             lock.release()
 
     def trials(self, *states) -> list:
-        """Trials in these states, all when none is named, that have flags: others died while theirs were drawn."""
+        """Trials in these states, or all; without those whose process died while their flags were drawn."""
         found = self.study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in found if "plan" in trial.user_attrs]
 
@@ -207,7 +207,7 @@ class Study:
         return self.folder / f"trial_{trial.number:04}"
 
     def flags_of(self, trial) -> dict:
-        """What was given by hand and what was drawn, by name."""
+        """The flags of the command line and the drawn ones, by name."""
         return {**self.own, **self.base, **trial.user_attrs["plan"]["flags"]}
 
     def in_words(self, cost: float) -> str:
@@ -216,7 +216,7 @@ class Study:
         return f"{cost:,.0f} parameters" if self.args.search_objective == "params" else f"{cost / 1e6:,.2f} MMACs"
 
     def next(self):
-        """A trial to work on and the lock that says so: one that was left alone, or a new one; None when N are had."""
+        """A trial to work on, an abandoned or a new one, and its lock; None when the study has N."""
         with self.locked():
             for trial in self.trials(self.running):
                 if (lock := _try_lock(self.folder_of(trial), "search.lock")) is not None:
@@ -226,7 +226,7 @@ class Study:
             if len(self.trials()) >= self.args.search:
                 return None
             number = len(self.study.get_trials(deepcopy=False))
-            # a function of the seed and of the trials before, wherever the search was broken off
+            # depends only on the seed and the earlier trials, also after an interruption
             (seed,) = np.random.SeedSequence([self.args.seed, number]).generate_state(1)
             self.study.sampler = self.optuna.samplers.TPESampler(seed=int(seed))
             trial = self.study.ask()
@@ -234,19 +234,19 @@ class Study:
             self.folder_of(trial).mkdir(exist_ok=True)
             lock = RunLock(self.folder_of(trial), "search.lock")
             if lock.trouble:
-                log.warning("%s is not locked: %s; let one process search", self.folder, lock.trouble)
+                log.warning("%s is not locked: %s; use only one process", self.folder, lock.trouble)
             trial.set_user_attr("plan", {"flags": flags, "cost": self._planned_cost(flags)})
             return trial, lock
 
     def _runs(self, trial) -> bool:
-        """Whether a process trains it, for example one that outlived its search; only who holds the trial may ask."""
+        """Whether a process trains it, such as one that outlived its search; call only with the trial's lock."""
         lock = _try_lock(self.folder_of(trial), "run.lock")
         if lock is not None:
             lock.release()
         return lock is None
 
     def _planned_cost(self, drawn: Mapping) -> int | None:
-        """MACs or parameters that a trial with these flags ends with; None where the run will say what is wrong."""
+        """MACs or parameters of the last state of a trial; None for flags that its run will refuse."""
         args = argparse.Namespace(**{**vars(self.args), **drawn})
         try:
             check_and_complete(args, {**self.args.given, **drawn})
@@ -256,7 +256,7 @@ class Study:
         return rows[-1][COLUMN[self.args.search_objective]]
 
     def work_on(self, trial) -> None:
-        """Run a trial to its end and tell the study."""
+        """Run a trial to its end and record the result in the study."""
         folder, number = self.folder_of(trial), trial.number
         words = ", ".join(f"{name} {value}" for name, value in trial.user_attrs["plan"]["flags"].items())
         log.info(f"trial {number} ({len(self.trials())} of {self.args.search} begun): {words}")
@@ -269,7 +269,7 @@ class Study:
             self.study.tell(number, state=self.weak)
             log.info(f"trial {number}: stopped, below the median of those that cost no more")
         elif self._runs(trial):
-            log.info(f"trial {number}: goes on in another process")
+            log.info(f"trial {number}: continues in another process")
         else:
             self.study.tell(number, state=self.failed)
             log.warning("trial %d: failed: %s", number, outcome)
@@ -277,7 +277,7 @@ class Study:
                 raise RunError(f"the first {BROKEN} trials failed, the last one with: {outcome}", 1)
 
     def _judge(self, trial) -> Callable[[], bool]:
-        """weak() of a trial: looks at every epoch once."""
+        """weak() of a trial, which checks every epoch once."""
         plan, seen = trial.user_attrs["plan"], 0
         args = argparse.Namespace(**{**vars(self.args), **plan["flags"]})
         states, epochs, _ = run_length(args)
@@ -296,7 +296,7 @@ class Study:
         return weak
 
     def _values(self, folder: Path) -> tuple[float, float]:
-        """What a complete trial is judged by: validation accuracy and cost; latency is that of one image, in ms."""
+        """Validation accuracy and cost of a complete trial; latency is that of one image, in ms."""
         last = load_run(folder).states[-1]
         if self.args.search_objective != "latency":
             return last["best_accuracy"], last[COLUMN[self.args.search_objective]]

@@ -1,2 +1,2 @@
-"""The flags of the command as data: `flags.py` is the table, `flag.py` what follows from a record, `effect.py` when a
-flag has an effect. Reports, runs and searches read the same table as the command line."""
+"""The flags of the command as data: `flags.py` is the table, `flag.py` the record and what follows from it, `effect.py`
+the rules on when a flag has an effect. The command line, reports and searches all read this table."""

@@ -1,8 +1,8 @@
-"""When a flag has an effect: the other flags in, "" or the reason why it has none out.
+"""When a flag has an effect. Each function takes all flags and returns "", or the reason why it has no effect.
 
-The flags are those of a command or of a run's args.yaml, so a note in the log, the identity of a run and a search read
-the same rules. Runs of older versions lack flags: `complete` gives them the defaults. `has_units` among them says
-whether units are removed rather than single weights; None where only the model would tell.
+The flags are those of a command or of a run's args.yaml, so notes in the log, the identity of a run and a search use
+the same rules. `complete` adds the defaults of flags that an older run did not have. `has_units` among the flags is
+whether units are removed rather than single weights; None where that depends on the model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ def target_of(flags: Flags) -> str | None:
 
 
 def takes_all(flags: Flags) -> bool:
-    """Whether heads, neurons and whole branches are ranked together; without a target, --rate is the share of the MACs
-    of all of them that goes."""
+    """Whether heads, neurons and branches are ranked together; without a target, --rate is a share of their MACs."""
     return bool(flags["vit_structured"]) and flags["vit_prune_target"] == "all"
 
 
+def ranks_both(flags: Flags) -> bool:
+    """Whether one ranking holds heads and neurons."""
+    return takes_all(flags) or (flags["sorting_mode"] == "global" and flags["vit_prune_target"] == "both")
+
+
 def _counted(flags: Flags) -> str:
-    """Why ratios do not say how many units stay."""
+    """Why ratios do not set the number of units."""
     if target := target_of(flags):
         return f"with --{target}, which says how many units stay"
     if flags["unit_counts"] is not None:
@@ -53,7 +57,7 @@ def _one_ranking(flags: Flags) -> str:
 
 
 def _probed(flags: Flags) -> str:
-    return "where layers go by their sensitivity" if flags["ratio_allocation"] == "sensitivity" else ""
+    return "where layer sensitivity sets the shares" if flags["ratio_allocation"] == "sensitivity" else ""
 
 
 def rate(flags: Flags) -> str:
@@ -104,7 +108,7 @@ def criteria(flags: Flags) -> str:
     if flags["vit_structured"]:
         return prunes(flags)
     none = flags["struct"] == "imp" or (flags.get("has_units") is False and not flags["fillback_rate"])
-    return prunes(flags) or ("where single weights go by magnitude" if none else "")
+    return prunes(flags) or ("where single weights are ranked by magnitude" if none else "")
 
 
 def fillback_rate(flags: Flags) -> str:

@@ -23,7 +23,8 @@ import report
 from benchmarks import study
 from benchmarks.grid import check, read_study
 from deployment.command import build_parser
-from settings.flags import GROUPS, markdown
+from settings.flag import markdown
+from settings.flags import GROUPS
 from settings.flags import build_parser as build_main_parser
 from vit_structured_pruning import CRITERIA
 
@@ -286,6 +287,7 @@ def test_the_readme_is_short():
 
 
 def test_the_list_of_flags_is_current():
+    """`python -m settings.flags > docs/flags.md` writes it."""
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == markdown(GROUPS)
 
 

@@ -245,7 +245,7 @@ def test_numbers_are_rounded_and_absent_ones_are_dashes(tmp_path, figures):
     assert key["validation top-5"] == ["93.00%", "93.00%", "+0.00 points"]  # of epoch 3, the selected one
     assert "Training took 1 h 01 min" in text
     assert "The cut lost no accuracy (state 2" in text
-    assert "Proof" not in text
+    assert "Verified" not in text
     assert "units.png" not in text
 
 
@@ -305,7 +305,7 @@ def test_a_finish_is_called_so_and_stands_apart_from_the_states(tmp_path, figure
     tested = {"test": [0.5, 0.5, 0.5, 0.58], "val": [0.6, 0.6, 0.6, 0.63]}
     text = written(make_run(tmp_path / "held out", densities, **flags, **tested))
     assert "3 states of 4 epochs each" in text
-    assert "A finish of 4 epochs behind the last state" in text
+    assert "A finish of 4 epochs after the last state" in text
     assert "at learning rate 0.001; its best epoch on validation is the final model." in text
     assert [row["state"] for row in table_rows(text, "state")] == ["0", "1", "2", "finish"]
     assert table_rows(text, "measure")[0]["final (finish)"] == "58.00%"
@@ -319,7 +319,7 @@ def test_a_finish_is_called_so_and_stands_apart_from_the_states(tmp_path, figure
     folder = make_run(tmp_path / "on all", densities, finish_on_all=True, ema_decay=0.9, **flags, **tested)
     change_states(folder, {}, {}, {}, {"accuracy_trained": "", "best_accuracy": ""})
     text = written(folder)
-    assert "nothing is left to select by, the final model is what its last step leaves, averaged." in text
+    assert "the final model is the one after the last step, averaged." in text
     row = table_rows(text, "state")[-1]
     assert (row["trained"], row["selected"], row["test"]) == ("-", "-", "58.00%")
     assert table_rows(text, "measure")[1]["final (finish)"] == "-"
@@ -347,11 +347,11 @@ def test_names_are_shown_literally(tmp_path, figures):
 @pytest.mark.parametrize(
     ("flags", "single", "words"),
     [
-        ({}, False, "are gone in the end"),
-        (WEIGHTS, True, "Each of 2 prunings takes 34.00% of the prunable weights that are left. "),
+        ({}, False, "are removed in the end"),
+        (WEIGHTS, True, "Each of 2 prunings removes 34.00% of the remaining prunable weights. "),
         (WEIGHTS | {"fillback_rate": 0.1}, True, "gives back 10.00%, chosen by criterion magnitude. "),
-        (CNN, False, "of the prunable weights that are left, chosen by criterion magnitude. "),
-        (CNN | {"struct": "imp"}, True, "of the prunable weights that are left. "),
+        (CNN, False, "of the remaining prunable weights, chosen by criterion magnitude. "),
+        (CNN | {"struct": "imp"}, True, "of the remaining prunable weights. "),
     ],
 )  # fmt: skip
 def test_what_goes_is_said(tmp_path, figures, flags, single, words):
