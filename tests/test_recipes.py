@@ -53,7 +53,8 @@ def parse(*flags):
 
 
 REFUSED = {
-    "--min_lr 0.01": "--sched cosine", "--sched cosine --min_lr 0.06": "--lr 0.05 --min_lr 0.06", "--layer_decay 0": "0.0 (0, 1]",
+    "--min_lr 0.01": "--sched cosine", "--sched cosine --min_lr 0.06": "--lr 0.05 --min_lr 0.06",
+    "--layer_decay 0": "0.0 (0, 1]",
     "--layer_decay nan": "(0, 1]", "--layer_decay 0.5 --reg_form gradient": "--reg_form decay",
     "--layer_decay 0.5 --arch res20s": "0.5 res20s", "--mixup -1": "-1.0 or more", "--cutmix -1": "-1.0 or more",
     "--mixup nan": "nan", "--cutmix nan": "nan", "--drop_path 1": "[0, 1)", "--drop_path 0.1 --arch res20s": "res20s",
