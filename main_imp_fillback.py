@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Prune a Vision Transformer iteratively: train, prune, rewind, retrain.
 
-    python main_imp_fillback.py --dataset digits --struct rsst --epochs 15 --pruning_times 4 --rate 0.3
+    python main_imp_fillback.py --dataset digits --struct rsst --vit_structured --vit_prune_target both --rate 0.5 \\
+        --epochs 10 --pruning_times 3 --prune_type finetune
     python main_imp_fillback.py --dataset fashionmnist --data /usr/share/datasets/fashion-mnist --img_size 28 \\
         --patch_size 7 --struct rsst --vit_structured --vit_prune_target both --rate 0.3 --mlp_prune_ratio 0.3
     python main_imp_fillback.py --save_dir results/NAME --resume
@@ -13,7 +14,8 @@ finish may fine-tune what it selected. `--dry_run` shows what a command would do
 in README.md.
 
 The method is `prune_and_retrain` below; what it calls stands in engine/ (the run, a state's training, the choice).
-Flags and their checks stand in cli/, units, scores and masks in pruning/, what differs between models in families/.
+The table of flags stands in settings/, checks across flags in cli/, units, scores and masks in pruning/, what differs
+between models in families/.
 """
 
 from __future__ import annotations
