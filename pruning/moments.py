@@ -5,7 +5,8 @@
     moments["blocks.0.mlp.fc2"].covariance()                    # float64 [in, in]
 
 A row is what one output of a layer reads: a token of a linear layer, of a convolution a patch the size of its kernel,
-[channels x height x width], zeros of its padding included. Sums are plain, so that those of several batches or processes add up.
+[channels x height x width], zeros of its padding included. Sums are plain, so that those of several batches or
+processes add up.
 """
 
 from __future__ import annotations

@@ -279,6 +279,12 @@ def test_both_ways_to_solve_a_row_and_all_sizes_of_blocks_agree(monkeypatch):
     for row, stays in enumerate(support):
         system = second[stays][:, stays] + level * torch.eye(int(stays.sum())).to(second)
         expected[row, stays] = torch.linalg.solve(system, second[stays][:, ~stays] @ weight[row, ~stays])
+    one = least_squares(second, weight * ~support[3], support[3:4], 0.1)
+    system = second[support[3]][:, support[3]]
+    system = system + 0.1 * system.diagonal().mean() * torch.eye(len(system)).to(system)
+    wanted = second[support[3]][:, ~support[3]] @ weight[:, ~support[3]].T
+    torch.testing.assert_close(one[:, support[3]].T, torch.linalg.solve(system, wanted))
+    assert (one[:, ~support[3]] == 0).all()
     for limit in (1, 3 * 8 * 81 * 2, 1 << 30):
         monkeypatch.setattr(repair_module, "_SOLVE_BYTES", limit)
         torch.testing.assert_close(least_squares(second, weight * ~support, support, 0.1), expected)
