@@ -48,7 +48,8 @@ class Moments:
         rest, middle = around.sum(0).double(), middle.double()
         self.count += len(rows)
         self.total += rest + len(rows) * middle
-        self.outer += (around.T @ around).double()
+        with torch.autocast(rows.device.type, enabled=False):  # which would take these products in half precision
+            self.outer += (around.T @ around).double()
         self.outer += torch.outer(rest + len(rows) * middle, middle) + torch.outer(middle, rest)
 
     def merge(self, other: Moments) -> None:

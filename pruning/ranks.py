@@ -120,7 +120,8 @@ def _collect(model: nn.Module, units: Mapping[str, Units], batches: list[Tensor]
                 activation = found[key] if found[key].dtype == torch.float64 else found[key].float()
                 q, k, _ = tap.layout.split(activation).unbind(-3)  # [images or windows, N, heads, d]
                 k = k - k.mean(-3, keepdim=True)
-                products = [torch.einsum("...hi,...hj->hij", x, x).double() for x in (q, k)]
+                with torch.autocast(q.device.type, enabled=False):
+                    products = [torch.einsum("...hi,...hj->hij", x, x).double() for x in (q, k)]
                 if key in seen:
                     seen[key].queries += products[0]
                     seen[key].keys += products[1]

@@ -328,6 +328,15 @@ def test_moments_keep_their_digits_far_from_zero_and_add_up():
         torch.testing.assert_close(moments.mean(), rows.double().mean(0), rtol=1e-12, atol=0)
 
 
+def test_moments_of_half_precision_are_not_taken_in_it():
+    rows = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moments = Moments(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        moments.add(rows)
+    expected = torch.cov(rows.double().T, correction=0)
+    torch.testing.assert_close(moments.covariance(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_processes_add_up_to_one(add_noise):
     model = built(MODELS["ours"], add_noise)
     units, images = family_of(model).units(model), images_of(model)
