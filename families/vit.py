@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from families.cards import MERGING_CARD, loading_lines, traits_of
-from families.depth import drop_empty_blocks_
+from families.depth import drop_empty_blocks_, with_scale
 from families.parts import (
     BRANCHES,
     GATED_NEURONS,
@@ -68,7 +68,7 @@ def vit_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> di
     units, layers = {}, {"head": 0, "neuron": 0}
     for key, name, module, branch in known_branches(model):
         if branch.kind in kinds:
-            group = branch.units(module, f"{name}.", layers[branch.kind])
+            group = with_scale(model, key, module, branch.units(module, f"{name}.", layers[branch.kind]))
             if branch.kind == "head" and getattr(model, "rope_mixed", False):
                 group = replace(group, followers={**group.followers, "rope.freqs": Stack(1, group.layer, group.count)})
             units[key] = group
