@@ -104,6 +104,16 @@ def layer_scale(model: nn.Module, key: str, module: nn.Module) -> tuple[nn.Modul
     return None
 
 
+def with_scale(model: nn.Module, key: str, module: nn.Module, group: Units) -> Units:
+    """The units of a branch, whose reader knows the factors behind it."""
+    scale = layer_scale(model, key, module)
+    if scale is None:
+        return group
+    block, name, factor = scale
+    leaf = name if getattr(block, name) is factor else f"{name}.gamma"
+    return replace(group, reader=replace(group.reader, scale=f"{key.rpartition('.')[0]}.{leaf}"))
+
+
 # ------------------------------------------------------------------------------------------ branches without units
 
 

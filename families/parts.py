@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.merging import merged_tokens, token_counts
-from pruning.units import Layout, Tap, Units, unit_weights
+from pruning.units import Layout, Reader, Tap, Units, unit_weights
 
 # Where a plain ViT's Attention and Mlp come from; others compute something else with the same layers.
 PLAIN_MODULES = ("models.vit", "timm.layers.attention", "timm.layers.mlp", "timm.models.vision_transformer")
@@ -181,6 +181,12 @@ class Branch:
             listed=self.kind == "head",
             weights=tuple(f"{prefix}{name}.weight" for name, _ in _present(module, self.inputs)),
             module=prefix.removesuffix("."),
+            reader=Reader(
+                f"{prefix}{output}",
+                Layout(1, 1, count, width, side),
+                norm=None if norm is None else f"{prefix}{self.norm}",
+                gate=next((f"{prefix}{name}" for name, _ in _present(module, self.gates)), None),
+            ),
         )
 
     def _activation_tap(self, module: nn.Module, prefix: str, count: int, width: int) -> Tap:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.resnet import ResNet
-from pruning.units import Kept, Layout, LayoutError, Tap, Units
+from pruning.units import Kept, Layout, LayoutError, Reader, Tap, Units
 
 NARROW = 64  # channels of a residual stream; see fold_norms_
 
@@ -38,13 +38,13 @@ def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:
     first convolution together with what reads them, those of its second one because the block places what is left in
     the residual stream, whose width stays. Stem and projections keep theirs.
     """
-    modules = dict(model.named_modules())
+    modules, means = dict(model.named_modules()), shifts(model)
     units = {}
     for layer, (name, convolution) in enumerate(prunable_convolutions(model, conv1).items()):
         count, block = convolution.out_channels, name.rpartition(".")[0]
         rows = Layout(0, 1, count, 1)
         norm = _norm_behind(name)
-        parts, followers, place = {f"{name}.weight": rows}, {}, None
+        parts, followers, place, reader = {f"{name}.weight": rows}, {}, None, None
         if isinstance(modules.get(norm), nn.BatchNorm2d):
             parts |= {f"{norm}.weight": rows, f"{norm}.bias": rows}
             followers = {f"{norm}.running_mean": rows, f"{norm}.running_var": rows}
@@ -52,12 +52,24 @@ def filter_units(model: nn.Module, conv1: bool = False) -> dict[str, Units]:
             parts[f"{name}.bias"] = rows
         in_block = hasattr(modules[block], "out_index")
         if in_block and name.endswith("conv1"):
-            followers[f"{block}.conv2.weight"] = Layout(1, 1, count, 1)
+            columns = followers[f"{block}.conv2.weight"] = Layout(1, 1, count, 1)
+            reader = Reader(f"{block}.conv2", columns, shift=means.get(f"{block}.conv2"))
         elif in_block and name.endswith("conv2"):
             place = f"{block}.out_index"
         output = Tap(name, "output", Layout(1, 1, count, 1))
-        units[name] = Units("filter", layer, count, parts, output, output, followers, place, removable=in_block)
+        units[name] = Units(
+            "filter", layer, count, parts, output, output, followers, place, removable=in_block, reader=reader
+        )
     return units
+
+
+def shifts(model: nn.Module) -> dict[str, str]:
+    """{convolution: the running mean of the batch norm behind it}, which stands for the bias that it has not."""
+    modules = dict(model.named_modules())
+    found = {name: _norm_behind(name) for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+    return {
+        name: f"{norm}.running_mean" for name, norm in found.items() if isinstance(modules.get(norm), nn.BatchNorm2d)
+    }
 
 
 def _norm_behind(name: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families.branches import drop_empty_blocks_
+from families.branches import drop_empty_blocks_, with_scale
 from families.cards import traits_of
 from families.parts import (
     BRANCHES,
@@ -66,7 +66,7 @@ def vit_units(model: nn.Module, kinds: Iterable[str] = ("head", "neuron")) -> di
     units, layers = {}, {"head": 0, "neuron": 0}
     for key, name, module, branch in known_branches(model):
         if branch.kind in kinds:
-            group = branch.units(module, f"{name}.", layers[branch.kind])
+            group = with_scale(model, key, module, branch.units(module, f"{name}.", layers[branch.kind]))
             if branch.kind == "head" and getattr(model, "rope_mixed", False):
                 group = replace(group, followers={**group.followers, "rope.freqs": Stack(1, group.layer, group.count)})
             units[key] = group

@@ -10,6 +10,10 @@ depth.py       the same for whole attentions, MLPs and blocks
 budget.py      how many units each layer keeps under a limit of parameters, MACs or milliseconds
 curves.py      the same with the least loss, by the sensitivity of each layer
 rounding.py    numbers of units as multiples that fit the hardware
+moments.py     what layers read: means and covariances over calibration images
+repair.py      least squares at the cut: the weights that are kept take over what was removed
+ranks.py       heads with fewer dimensions, by rotation
+width.py       a residual stream of fewer channels, by rotation
 removal.py     units physically removed from tensors and models
 reports.py     what a step did, as text
 """

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from pruning.masks import normalise_names
+from pruning.moments import reading
 from pruning.units import Tap, Units
 from utils import plain_weights
 
 log = logging.getLogger(__name__)
 
 SCORE_BATCHES = 10
+RIDGE = 1e-3  # of "obs" and of `pruning.repair`: what is added to a covariance's diagonal, as a share of its mean
 
 
 class NotFiniteError(ValueError):
@@ -41,6 +43,8 @@ class Criterion:
         needs "output":   output activations [images, units, values]           -> [images, units]
         needs "gradient": activations and dL/da, both [images, units, values]  -> [images, units]
         needs "seed":     the number of units and a torch.Generator            -> [units]
+        needs "reader":   the columns [units, rows, columns] of what reads units, and their blocks [units, columns,
+                          columns] of the inverse covariance of all that it reads  -> [units]
     Values per image are averaged over all images; `finish` is applied to that mean. `without_data` scores
     weights in place of missing activations.
     """
@@ -55,6 +59,11 @@ def _abs_sum(weights: Tensor) -> Tensor:
     return weights.abs().sum(1)
 
 
+def _traces(columns: Tensor, inverse: Tensor) -> Tensor:
+    """trace(W_P ([C^-1]_PP)^-1 W_P^T) of each unit, which is |w|^2 / [C^-1]_jj of a single column."""
+    return (torch.linalg.solve(inverse, columns.mT) * columns.mT).flatten(1).sum(1)
+
+
 CRITERIA: dict[str, Criterion | Callable[[Tensor], Tensor]] = {
     # A plain function scores the weights: CRITERIA["largest"] = lambda weights: weights.abs().amax(1)
     "remain": Criterion("mask", lambda mask: mask.sum(1)),
@@ -67,6 +76,11 @@ CRITERIA: dict[str, Criterion | Callable[[Tensor], Tensor]] = {
     # Neural Networks for Resource Efficient Inference", ICLR 2017, eq. 5-7; Michel et al., "Are Sixteen Heads
     # Really Better than One?", NeurIPS 2019, eq. 2.
     "saliency": Criterion("gradient", lambda a, gradient: (a * gradient).sum(2).abs()),
+    # The squared error that is left on a layer's output when a unit goes and least squares lets all other inputs of
+    # that layer take over (`pruning.repair`): Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal
+    # Brain Surgeon", NeurIPS 1992; for groups of weights Frantar and Alistarh, "Optimal Brain Compression",
+    # NeurIPS 2022.
+    "obs": Criterion("reader", _traces),
     "random": Criterion("seed", lambda count, generator: torch.rand(count, generator=generator)),
 }
 
@@ -88,7 +102,8 @@ def score_units(
 
     Args:
         units: what to score, such as `vit_units(model)`.
-        criteria: a key of `CRITERIA`.
+        criteria: a key of `CRITERIA`. By "obs", units that no single layer reads, such as the filters that end a block
+            of a ResNet, have the mean square of what they give: nothing takes over for them.
         mask: element-wise masks by layer name (`X` or `X.weight_mask`). A unit whose scored weights are all zero
             in it gets -inf, so that it is never chosen again.
         trained_weight: state dict to score in place of the model's own weights.
@@ -108,6 +123,9 @@ def score_units(
     if criterion.needs in ("output", "gradient"):
         with trained_weights(model, trained_weight):
             scores = _score_activations(model, units, criterion, batches, loss, max_batches, total)
+    elif criterion.needs == "reader":
+        with trained_weights(model, trained_weight):
+            scores = _score_readers(model, units, criterion, batches, max_batches, total)
     elif criterion.needs == "seed":
         scores = _score_by_seed(units, criterion, seed)
     else:
@@ -141,7 +159,7 @@ def _what_can_be_scored(criteria: str, has_mask: bool, has_data: bool) -> Criter
         criterion = replace(criterion, needs="weights", score=criterion.without_data)
     if criterion.needs == "mask" and not has_mask:
         raise ValueError(f"criterion {criteria!r} needs the element-wise mask (current_mask)")
-    if criterion.needs in ("output", "gradient") and not has_data:
+    if criterion.needs in ("output", "gradient", "reader") and not has_data:
         raise ValueError(f"criterion {criteria!r} needs training data (train_loader)")
     return criterion
 
@@ -196,6 +214,53 @@ def _score_activations(model, units, criterion, batches, loss, max_batches, tota
         raise ValueError("the training data given for scoring is empty")
     finish = criterion.finish or (lambda mean: mean)
     return {key: finish(sums / images_seen) for key, sums in totals.items()}
+
+
+def _score_readers(model, units, criterion, batches, max_batches, total) -> dict[str, Tensor]:
+    batches = list(islice(batches, max_batches))
+    readers = {key: group.reader for key, group in units.items() if group.reader is not None}
+    rest = {key: replace(group, output=_last_seen(group)) for key, group in units.items() if key not in readers}
+    scores = {}
+    if rest:
+        alone = Criterion("output", lambda a: a.square().mean(2))
+        scores = _score_activations(model, rest, alone, batches, None, max_batches, total)
+    parameter = next(model.parameters())
+    layers = dict.fromkeys(reader.layer for reader in readers.values())
+    with torch.no_grad(), evaluating(model), reading(model, layers) as moments:
+        for images, _ in batches:
+            model(images.to(parameter.device, parameter.dtype))
+    for layer in layers:
+        seen, module = moments.pop(layer), model.get_submodule(layer)
+        if total:
+            seen.reduce(total)
+        if seen.count == 0:
+            raise ValueError("the training data given for scoring is empty")
+        here = {key: reader for key, reader in readers.items() if reader.layer == layer}
+        takes_means = module.bias is not None or any(reader.shift for reader in here.values())
+        inverse = _inverse(seen.covariance() if takes_means else seen.second())
+        # LayerScale is a part of how much of an output others hear
+        factors = [model.get_parameter(reader.scale) for reader in here.values() if reader.scale is not None]
+        weight = _float64(module.weight.detach()).to(inverse.device)
+        if factors:
+            weight = weight * _float64(factors[0].detach()).to(weight)[:, None]
+        places = torch.arange(weight[0].numel(), device=weight.device).view(1, *weight.shape[1:])
+        for key, reader in here.items():
+            columns = reader.columns.split(places)[0, 0].flatten(1)  # [units, columns of each]
+            blocks = inverse[columns[:, :, None], columns[:, None, :]]
+            scores[key] = criterion.score(weight.flatten(1)[:, columns].transpose(0, 1), blocks).cpu()
+    return {key: scores[key] for key in units}
+
+
+def _inverse(second: Tensor) -> Tensor:
+    """(C + lambda I)^-1; where nothing varies, lambda is as good as zero."""
+    ridge = max(RIDGE * float(second.diagonal().mean()), 1e-30)
+    return torch.linalg.inv(second + ridge * torch.eye(len(second)).to(second))
+
+
+def _last_seen(group: Units) -> Tap:
+    """The output of the last layer that holds parts of the units, such as a filter's batch norm; a branch's own tap."""
+    module = [*group.parts][-1].rpartition(".")[0]
+    return group.output if group.output.compute is not None else replace(group.output, module=module)
 
 
 def _summed_loss(logits: Tensor, labels: Tensor, loss: Callable | None) -> Tensor:

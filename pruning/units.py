@@ -144,6 +144,27 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """The one layer that reads units: what least squares repairs when some of them go (`pruning.repair`).
+
+    Attributes:
+        layer: its name, a linear layer or a convolution.
+        columns: how dimension 1 of its weight is divided among the units.
+        norm: a norm between units and layer that counts all of them.
+        gate: a layer whose sigmoid multiplies what the norm gives.
+        scale: the factors, a parameter [out], by which what the layer gives is multiplied before others hear it.
+        shift: the running mean of the batch norm behind a layer that has no bias; taking x from it adds x.
+    """
+
+    layer: str
+    columns: Layout
+    norm: str | None = None
+    gate: str | None = None
+    scale: str | None = None
+    shift: str | None = None
+
+
+@dataclass(frozen=True)
 class Units:
     """All units of one kind in one layer.
 
@@ -157,7 +178,7 @@ class Units:
     `resize(module, count)` stores how many units are left in the module that `module`, or else the units' key, names.
     `macs(model, units)` counts what one unit costs; None where that depends on what else is left. Units that are
     `listed` are few enough for reports to name each of them. Parts that are `unranked` are no prunable weights, though
-    weights of a layer.
+    weights of a layer. `reader` is None where no layer or more than one reads them.
     """
 
     kind: str  # "head", "neuron", "filter", "row"
@@ -175,6 +196,7 @@ class Units:
     weights: tuple[str, ...] = ()
     module: str | None = None
     unranked: tuple[str, ...] = ()
+    reader: Reader | None = None
 
     @property
     def scored(self) -> dict[str, Layout]:

@@ -37,7 +37,7 @@ from vit_structured_pruning import remove_units, score_units, select_units, vit_
 from vit_structured_pruning import structured_prune_mlp_neurons as prune_neurons
 from vit_structured_pruning import structured_prune_vit_heads as prune_heads
 
-ALL_CRITERIA = ["remain", "magnitude", "l1", "l2", "saliency", "random"]
+ALL_CRITERIA = ["remain", "magnitude", "l1", "l2", "saliency", "obs", "random"]
 SORTING = ["layer-wise", "global"]
 HEADS, WIDTH, NEURONS, DEPTH = 3, 4, 24, 2  # of the micro model
 MICRO = {"img_size": 8, "patch_size": 4, "num_classes": 5, "embed_dim": 12, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
