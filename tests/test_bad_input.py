@@ -176,7 +176,8 @@ rsst {both} --dry_run -> no transformer blocks; --arch timm/naflexvit_base_patch
 patch embedding; --arch timm/vit_relpos_small_patch16_224 --struct rsst {both} --dry_run -> RelPosAttention; {both}
 --target_macs 0 -> --target_macs 0.0; {both} --target_macs 1 -> --target_macs 1.0; {both} --target_params nan ->
 --target_params nan; {both} --target_latency_ms 0 -> --target_latency_ms 0.0; {both} --target_macs 0.5 --target_params
-0.6 -> --target_params 0.6: a run has one target; {both} --target_macs 0.5 --latency_batch 4 -> --latency_batch 4;
+0.6 -> --target_params 0.6: a run can have only one target;
+{both} --target_macs 0.5 --latency_batch 4 -> --latency_batch 4;
 {both} --latency_batch 0 -> --latency_batch 0; --target_macs 0.5 -> --target_macs 0.5: counts whole units | add
 --vit_structured; --arch res_micro --struct imp --target_macs 0.5 -> --struct refill or rsst; --arch res_micro
 --criteria remain --target_macs 0.5 -> --criteria remain; {both} --target_macs 0.05 -> --target_macs 0.05: 0.3799 of the

@@ -229,6 +229,6 @@ def test_a_plan_says_that_counts_depend_on_the_probe(capsys, tmp_path, monkeypat
     for target in ((), ("--target_params", 0.7)):
         assert call([*MICRO, *PROBED, *target, "--sorting_mode", "global", "--dry_run"]) == 0
         out = capsys.readouterr().out
-        assert "depends on the probe" in out
+        assert "sensitivity probe of each state decides" in out
     assert call([*MICRO, "--ratio_allocation", "sensitivity", "--dry_run"]) == 0
-    assert "depends on the probe" not in capsys.readouterr().out
+    assert "sensitivity probe" not in capsys.readouterr().out
