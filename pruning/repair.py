@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -220,7 +220,6 @@ def repaired_tensors(
     shifts: Mapping[str, str] | None = None,
     ridge: float = RIDGE,
     total: Callable[[Tensor], Tensor] | None = None,
-    known: dict[str, Moments] | None = None,
 ) -> Repair:
     """What `repair` changes, without changing it: new tensors by name, errors by layer, notes.
 
@@ -233,8 +232,6 @@ def repaired_tensors(
         shifts: {layer without a bias: the running mean of the batch norm behind it}, see `families.resnet.shifts`.
         ridge: lambda as a share of the mean diagonal of C_SS; 0 takes the solution of least norm.
         total: where several processes see images of their own, the sum of a float64 tensor over all of them.
-        known: moments by layer of these images and this model, of calls before; what is collected now is added, where
-            it does not go by what is cut.
 
     A layer without a bias or batch norm behind it keeps what it has: B is then E[h_P h_S^T] (E[h_S h_S^T] + lambda)^-1.
     Where a norm counts units before a layer reads them, what it reads changes for the units that stay, too; B is then
@@ -252,12 +249,9 @@ def repaired_tensors(
     repair, few = Repair(), []
     batches = _batches(images)
     for names in _passes(model, cuts):
-        new = {name: cuts[name].behind() for name in names if name not in (known or {})}
-        moments = collect(model, new, batches, total) if new else {}
-        if known is not None:
-            known |= {name: moments[name] for name, behind in new.items() if behind is None}
+        moments = collect(model, {name: cuts[name].behind() for name in names}, batches, total)
         for name in names:
-            seen = moments.pop(name) if name in moments else known[name]
+            seen = moments.pop(name)
             if not bool(seen.outer.isfinite().all()):
                 repair.notes.append(f"repair: {name} reads values that are not finite; cut without repair")
                 continue
@@ -318,11 +312,8 @@ def collect(
     return moments
 
 
-def _batches(images: Tensor | Iterable) -> Iterable:
-    """What can be gone through once for each pass."""
-    if isinstance(images, Tensor):
-        return images.split(_BATCH)
-    return list(images) if isinstance(images, Iterator) else images
+def _batches(images: Tensor | Iterable) -> list:
+    return list(images.split(_BATCH)) if isinstance(images, Tensor) else list(images)
 
 
 def _passes(model: nn.Module, cuts: Mapping[str, _Cut]) -> list[list[str]]:
