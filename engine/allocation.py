@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,7 @@ def allocates(args: argparse.Namespace) -> bool:
     return target_of(vars(args)) is not None or args.unit_counts is not None or takes_all(vars(args))
 
 
-class Allocation:
+class Allocation(ABC):
     """What all ways to share units out have in common.
 
     Attributes:
@@ -91,6 +92,7 @@ class Allocation:
         self.schedule = "constant" if args.struct == "oneshot" else args.ratio_schedule
         self.probes = args.ratio_allocation == SENSITIVITY
 
+    @abstractmethod
     def choose(self, state: int, scores: Scores, kept: Kept, run: Run | None = None, worth: Scores | None = None):
         """Which units stay before `state`, which is not the first one: {units key: ids, ascending}.
 
@@ -99,7 +101,6 @@ class Allocation:
             run: measures what layers can spare, and milliseconds; without it, in a plan, all give the same share.
             worth: as in `budget.step_values`, where branches go as a whole.
         """
-        raise NotImplementedError
 
     def said(self, state: int, kept: Kept) -> str:
         """A line on the choice for the log; empty where there is nothing to say."""

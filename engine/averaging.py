@@ -14,7 +14,7 @@ def averaging_line(decay: float) -> str:
     """What the averaged weights are for, for the log."""
     return (
         f"ema: validated, selected, tested and exported is the average of the weights, decay {decay:g}; scores, "
-        "rewinding and what goes on training use the weights themselves"
+        "rewinding and further training use the weights themselves"
     )
 
 

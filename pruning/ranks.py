@@ -204,7 +204,7 @@ def _all_heads(columns, new, basis, second, mean, takes_means) -> tuple[Tensor, 
     reads = change.T @ second @ change  # the identity within each head
     reads = reads + _FLOOR * torch.eye(len(reads)).to(reads)
     values, vectors = torch.linalg.eigh(reads)
-    # heads that tell the same are not told apart
+    # heads that compute the same are interchangeable
     inverse = torch.where(values > 1e-6, 1 / values.clamp_min(1e-6), 0.0)
     flat = flat + (lost @ second @ change @ vectors * inverse) @ vectors.T
     offset = (columns - flat @ change.T) @ mean if takes_means else None

@@ -116,7 +116,7 @@ def least_squares(second: Tensor, wanted: Tensor, support: Tensor, ridge: float 
         return result
     shift = ridge * float(second.diagonal().mean())
     target, left = wanted @ second, support.sum(1)
-    # w' = w - w_P ([C^-1]_PP)^-1 [C^-1]_P: is the same with systems of the size of what goes
+    # w' = w - w_P ([C^-1]_PP)^-1 [C^-1]_P: is the same with systems of the size of the removed part
     few = left > support.shape[1] // 2
     factor, failed = torch.linalg.cholesky_ex(second + shift * torch.eye(len(second)).to(second))
     if ridge == 0 or bool(failed) or not bool(few.any()):
