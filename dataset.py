@@ -16,7 +16,7 @@ from images.identity import difference
 from images.orders import balanced_order
 from images.preprocessing import Preprocessing, preprocessing_of
 from images.reading import read_idx
-from images.splits import dataset_facts, folder_identity, joined, load_dataset, split_sizes
+from images.splits import dataset_facts, first_images, folder_identity, joined, load_dataset, split_sizes
 
 __all__ = [
     "DATASETS",
@@ -31,6 +31,7 @@ __all__ = [
     "balanced_order",
     "dataset_facts",
     "difference",
+    "first_images",
     "folder_identity",
     "joined",
     "load_dataset",

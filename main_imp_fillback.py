@@ -45,9 +45,10 @@ from engine.checkpoint import check_same_data, check_same_start
 from engine.choose import choose_target
 from engine.distill import named_teacher
 from engine.folder import EXPORT_FAILED, make_save_dir, write_run_facts
-from engine.model import first_model, make_model, run_length, units_of_run
+from engine.model import first_model, make_model, run_length, state_epochs, units_of_run
 from engine.processes import ALONE, Processes, joined
 from engine.run import Run
+from engine.starting import select_start
 from engine.training import StateTraining, resume
 from families import family_of
 from pruning.reports import sparsity_by_kind, sparsity_report
@@ -70,12 +71,14 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
             if run.prunes():
                 target = choose_target(run)  # score the trained network and choose what stays
                 if run.args.struct != "rsst":
-                    run.cut_at_once(target)  # what goes is zero before training starts
+                    run.cut_at_once(target)  # what goes is zero before training starts, and what stays takes over
                 else:
                     run.doom(target)  # what goes trains on, under the penalty
                 run.rewind()  # weights back to where states start from
-        training = training or StateTraining(run)
-        while not training.finished:
+            select_start(run)  # a network that is trained already takes part in the state's selection
+        if run.total_steps:
+            training = training or StateTraining(run)
+        while training and not training.finished:
             training.step()
             if training.at_cut:
                 training.cut()  # what the penalty drove to nothing becomes zero for good, and the rest heals
@@ -84,7 +87,8 @@ def prune_and_retrain(run: Run, training: StateTraining | None = None) -> None:
             elif run.signals.received or run.checkpoint_due():
                 training.break_off()
             run.signals.check()
-        training.close()
+        if training:
+            training.close()
         training = None  # frees its network and, on a GPU, its captured step
         run.end_state()  # test the selected model
         run.signals.check()
@@ -243,7 +247,10 @@ def announce(args: argparse.Namespace, device: torch.device, model: nn.Module, s
     states, epochs, _ = run_length(args)
     behind = f", then a finish of {plural(args.finish_epochs, 'epoch')}" if args.finish_epochs else ""
     which = f"states 0 to {states - 1} of" if states > 1 else "one state of"
-    log.info(f"{which} {plural(epochs, 'epoch')}{' each' if states > 1 else ''}{behind}; files in {args.save_dir}")
+    dense = state_epochs(args, 0)
+    first = f" ({plural(dense, 'epoch')} of state 0)" if dense != epochs else ""
+    each = " each" if states > 1 else ""
+    log.info(f"{which} {plural(epochs, 'epoch')}{each}{first}{behind}; files in {args.save_dir}")
     log.info("epochs count from 1 in this log, from 0 in metrics.jsonl, metrics.csv and states.csv")
     for note in [*args.notes, *notes_on_steps(args, train_images)]:
         log.warning("note: %s", note)

@@ -41,7 +41,7 @@ import yaml
 
 from cli.parse import parse_args
 from dataset import split_sizes
-from engine.model import make_model, run_length
+from engine.model import make_model, run_epochs
 from families import family_of
 from settings.flags import build_parser
 from utils import RunError
@@ -211,10 +211,9 @@ def check(run: Planned, base: Mapping) -> argparse.Namespace:
 
 def cost(args: argparse.Namespace) -> float:
     """Forward MACs of a run as long as nothing is cut: epochs x training images x those of its dense network."""
-    states, epochs, _ = run_length(args)
     images, _ = split_sizes(args.dataset, args.val_fraction, args.train_limit, args.data)
     return (
-        (states * epochs + (args.finish_epochs or 0))
+        run_epochs(args)
         * images
         * _macs(args.arch, args.dataset, args.data, args.img_size, args.patch_size, args.stem, args.layer_scale)
     )

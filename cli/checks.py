@@ -15,7 +15,7 @@ from deployment.folder import check_folder
 from engine.allocation import read_counts
 from engine.distill import SELF
 from engine.folder import named_dir
-from engine.model import run_length
+from engine.model import run_length, state_epochs
 from engine.optimizer import milestones_of
 from engine.processes import world_size
 from engine.shape import check_arch
@@ -39,6 +39,9 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
         RunError: naming the flag, the value and the way out.
     """
     check_arch(args.arch)
+    starts_trained = args.dense_epochs == 0 or args.epochs == 0
+    if starts_trained and "prune_type" not in given and not getattr(args, "resumed_from", None):
+        args.prune_type = "finetune"
     check_values(FLAGS.values(), args)
     _check_allocation(args, given)
     _check_combinations(args)
@@ -81,7 +84,8 @@ def check_search(args: argparse.Namespace) -> None:
 
 def _check_combinations(args: argparse.Namespace) -> None:
     if args.prune_type == "rewind_lt":
-        require(args.rewind_epoch < args.epochs, "--rewind_epoch", args.rewind_epoch, "must be below --epochs")
+        flag = "--epochs" if args.dense_epochs is None else "--dense_epochs"
+        require(args.rewind_epoch < state_epochs(args, 0), "--rewind_epoch", args.rewind_epoch, f"must be below {flag}")
     if args.prune_type == "pt" and not args.pretrained:
         raise RunError("--prune_type pt: rewinds to pretrained weights; give --pretrained or choose another type")
     milestones_of(args)  # raises
@@ -93,6 +97,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
         require(fits, f"--{name}", rate, f"must not lie below --min_lr {args.min_lr}, where the cosine ends")
     if args.reg_form == "decay" and args.reg_clock:
         raise RunError(f"--reg_clock {args.reg_clock}: belongs to --reg_form gradient; decay has one ramp a state")
+    _check_untrained(args)
+    if args.repair in ("mean", "ls") and args.prune_type != "finetune" and not effect.prunes(vars(args)):
+        raise RunError(
+            f"--repair {args.repair}: changes the weights that stay, which --prune_type {args.prune_type} takes back "
+            "when it rewinds; add --prune_type finetune"
+        )
     _check_teacher(args)
     _check_pattern(args)
     for name, value in (("allow_partial", ""), ("preprocessing", "model")):
@@ -119,6 +129,28 @@ def _check_combinations(args: argparse.Namespace) -> None:
     ):
         raise RunError(
             "--rank_by score_per_mac: compares heads with neurons; add --sorting_mode global --vit_prune_target both"
+        )
+
+
+def _check_untrained(args: argparse.Namespace) -> None:
+    """States without epochs: what they start from has to be trained already."""
+    flag = f"--dense_epochs {args.dense_epochs}" if args.dense_epochs == 0 else f"--epochs {args.epochs}"
+    if args.struct != "dense" and state_epochs(args, 0) == 0 and not (args.pretrained or args.init):
+        ways = "give trained weights by --pretrained or --init"
+        raise RunError(f"{flag}: state 0 does not train; {ways}{', or --dense_epochs N' if not args.epochs else ''}")
+    if args.epochs:
+        return
+    if args.struct == "dense":
+        raise RunError("--epochs 0: --struct dense does nothing but train; give 1 or more")
+    if effect.prunes(vars(args)):
+        return
+    if args.struct == "rsst":
+        raise RunError(
+            "--epochs 0: RSST's penalty acts while a state trains; give 1 or more, or --struct refill, imp or oneshot"
+        )
+    if args.prune_type != "finetune":
+        raise RunError(
+            f"--epochs 0: weights that --prune_type {args.prune_type} takes back must train again; use finetune"
         )
 
 
@@ -198,10 +230,13 @@ def _check_teacher(args: argparse.Namespace) -> None:
 
 def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     """What should be said about flags that have no effect."""
-    late = [epoch for epoch in milestones_of(args) if epoch >= args.epochs]
-    notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {args.epochs}" for epoch in late]
+    usual = args.epochs or args.dense_epochs or 0
+    late = [epoch for epoch in milestones_of(args) if epoch >= usual]
+    notes = [f"--decreasing_lr: epoch {epoch} lies beyond the last of {usual}" for epoch in late]
     length = run_length(args)[1]
-    if args.warmup > length:
+    if not length:
+        pass
+    elif args.warmup > length:
         notes.append(
             f"--warmup {args.warmup}: longer than the {plural(length, 'epoch')} of a state; lr never gets full"
         )
@@ -212,6 +247,8 @@ def _notes(args: argparse.Namespace, given: dict) -> list[str]:
     notes += [f"{FLAGS[name].option}: has no effect {idle[name]}" for name in told]
     if "gpu" in given and world_size() > 1:
         notes.append("--gpu: has no effect under torchrun, which gives each process a GPU of its own")
+    if args.criteria == "obs" and args.repair not in ("mean", "ls"):
+        notes.append("--criteria obs: scores what is left once a repair has taken over, and this run does not repair")
     if effect.prunes(vars(args)):
         notes.append("nothing is pruned in this run: it trains dense")
     return notes

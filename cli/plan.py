@@ -13,7 +13,7 @@ from engine.allocation import Allocation
 from engine.finish import finish_images, finish_steps
 from engine.folder import has_run, target_dir
 from engine.journal import cost_columns
-from engine.model import make_model, run_length, units_of_run
+from engine.model import make_model, run_epochs, run_length, state_epochs, units_of_run
 from families import Family, family_of
 from models.merging import merging_line
 from models.weight_files import FILE_SUFFIXES
@@ -64,14 +64,22 @@ def plan(args: argparse.Namespace) -> str:
     return (
         f"{args.struct} on {args.arch}, {args.dataset}: {plural(states, 'state')} x {plural(epochs, 'epoch')} x "
         f"{plural(max(1, train_images // batch), 'step')} of {min(batch, train_images)} images "
-        f"({train_images:,} train, {val_images:,} validate)\n"
+        f"({train_images:,} train, {val_images:,} validate)\n{_state_zero(args)}"
         f"{finish}{merging}{count_parameters(model):,} parameters, {prunable:,} of them prunable weights\n\n{table}\n"
         f"{remark}\n"
         f"About {_disk(args, count_parameters(model), prunable) / 1e6:,.0f} MB of disk.\n{_where(args, resumes)}"
-        f"{plural(states * epochs + (args.finish_epochs or 0), 'epoch')} in all; how long one takes here, a short run "
+        f"{plural(run_epochs(args), 'epoch')} in all; how long one takes here, a short run "
         "tells: --epochs 1 --pruning_times 1."
         + "".join(f"\nnote: {note}" for note in [*args.notes, *notes_on_steps(args, train_images)])
     )
+
+
+def _state_zero(args: argparse.Namespace) -> str:
+    """A line where state 0 is of another length than those behind it."""
+    epochs = state_epochs(args, 0)
+    if epochs == run_length(args)[1]:
+        return ""
+    return f"state 0: {plural(epochs, 'epoch') if epochs else 'the given weights, which are validated, not trained'}\n"
 
 
 def notes_on_steps(args: argparse.Namespace, images: int) -> list[str]:

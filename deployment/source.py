@@ -16,12 +16,13 @@ import utils
 from dataset import dataset_facts
 from deployment.folder import load
 from engine.distill import named_teacher
+from engine.model import run_epochs
 from engine.shape import model_from_flags
 from models import from_weights, load_weights
 from models.weight_files import MisfitError, PretrainedError, read_weights, without_prefixes
 from reporting.runs import method_of
 from settings.effect import TARGETS
-from settings.flags import idle_flags
+from settings.flags import complete, idle_flags
 from utils import RunError
 
 
@@ -32,11 +33,11 @@ def masked_from_run(run_dir: Path) -> tuple[nn.Module, dict[str, list[int]] | No
         args = argparse.Namespace(**yaml.safe_load((run_dir / "args.yaml").read_text()))
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         best = utils.load_tensors(run_dir / "best.pt", "best.pt")
-        epochs = args.pruning_times * args.epochs + (getattr(args, "finish_epochs", None) or 0)
-        if len(rows) != epochs or best["state"] != rows[-1]["state"]:
-            raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
+        epochs = run_epochs(argparse.Namespace(**complete(vars(args))))
         with open(run_dir / "states.csv", newline="", encoding="utf-8") as file:
             last = list(csv.DictReader(file))[-1]
+        if len(rows) != epochs or best["state"] != int(last["state"]):
+            raise RunError(f"{run_dir}: this run is not finished; go on with --resume --save_dir {run_dir}")
         metrics = {} if getattr(args, "finish_on_all", False) else {"val_accuracy": best["accuracy"]}
         metrics["test_accuracy"] = float(last["test_accuracy"])
         weights, kept = best["weights"], best["kept"] or None

@@ -30,14 +30,19 @@ def finish_steps(args: argparse.Namespace, train: int, val: int) -> int:
 
 
 def finish_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """A state's schedule over the steps of the finish: warm-up and milestones keep their shares, in whole steps."""
+    """A state's schedule over the steps of the finish."""
+    return scaled_schedule(args, args.finish_epochs, args.finish_lr, steps_per_epoch)
 
-    def scaled(epochs: int) -> int:
-        return epochs * steps_per_epoch * args.finish_epochs // args.epochs
+
+def scaled_schedule(args: argparse.Namespace, epochs: int, lr: float, steps_per_epoch: int) -> Schedule:
+    """The schedule of `--epochs` over other epochs: warm-up and milestones keep their shares, in whole steps."""
+    usual = args.epochs or args.dense_epochs or 1
+
+    def scaled(epoch: int) -> int:
+        return epoch * steps_per_epoch * epochs // usual
 
     milestones = tuple(scaled(epoch) for epoch in milestones_of(args))
-    total = steps_per_epoch * args.finish_epochs
-    return Schedule(args.sched, args.finish_lr, scaled(args.warmup), milestones, 1, total, args.min_lr)
+    return Schedule(args.sched, lr, scaled(args.warmup), milestones, 1, steps_per_epoch * epochs, args.min_lr)
 
 
 def finish_line(args: argparse.Namespace, images: int, last_state: int) -> str:

@@ -72,17 +72,26 @@ def state_row(progress: RunState, cost: Mapping, units: Mapping[str, Units], tes
         "accuracy_before_cut": progress.cut.get("before", ""),
         "accuracy_after_cut": progress.cut.get("after", ""),
         "residual": progress.cut.get("residual", ""),
-        "accuracy_trained": progress.history[-1].get("val_accuracy", ""),
+        "accuracy_trained": _accuracy_trained(progress),
         "best_epoch": progress.best["epoch"],
         "best_accuracy": progress.best.get("accuracy", ""),
     }
     row |= {f"test_{name}": share for name, share in test.items()} | {"seconds": progress.seconds}
-    return row | {"accuracy_at_start": accuracy_at_start(progress) if progress.cut else ""}
+    row["accuracy_at_start"] = accuracy_at_start(progress) if progress.cut else ""
+    return row | {"accuracy_after_repair": progress.cut.get("repaired", "")}
+
+
+def _accuracy_trained(progress: RunState) -> float | str:
+    """Validation accuracy of the last epoch; of a state that does not train, of what it starts from."""
+    last = progress.history[-1] if progress.history else {}
+    if last.get("state") == progress.state:
+        return last.get("val_accuracy", "")
+    return progress.best.get("accuracy", "")
 
 
 def accuracy_at_start(progress: RunState) -> float:
     """Validation accuracy that the state before ended with, before any weight faded or was cut."""
-    return next(row["val_accuracy"] for row in reversed(progress.history) if row["state"] < progress.state)
+    return progress.states[-1]["accuracy_trained"]
 
 
 def state_line(row: Mapping, title: str) -> str:
@@ -109,14 +118,16 @@ def states_table(rows: Sequence[Mapping], finish: int | None = None) -> str:
     """The table that a run ends with; `finish` is the state as which a finish counts."""
 
     def percent(key: str):
-        return lambda row: f"{100 * row[key]:.2f}%" if row[key] != "" else "-"
+        return lambda row: f"{100 * row[key]:.2f}%" if row.get(key, "") != "" else "-"
 
+    repaired = any(row.get("accuracy_after_repair", "") != "" for row in rows)
     columns = {
         "state": lambda row: "finish" if row["state"] == finish else row["state"],
         "density": percent("density"),
         **cost_columns(rows[0]),
         "before cut": percent("accuracy_before_cut"),
         "after cut": percent("accuracy_after_cut"),
+        **({"repaired": percent("accuracy_after_repair")} if repaired else {}),
         "trained": percent("accuracy_trained"),
         "best": percent("best_accuracy"),
         "test": percent("test_accuracy"),

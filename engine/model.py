@@ -13,7 +13,7 @@ from engine.optimizer import milestones_of
 from engine.preprocessing import weights_want
 from engine.shape import model_from_flags
 from families import Family, family_of
-from models.pretrained import load_whole
+from models.pretrained import TransferReport, load_whole
 from models.weight_files import PretrainedError, import_timm
 from pruning.depth import DEPTH, WHOLE
 from pruning.ranking import KINDS
@@ -64,10 +64,28 @@ def first_model(args: argparse.Namespace) -> nn.Module:
             report = load_whole(model, args.init, "--init", args.allow_partial)
         except (PretrainedError, ValueError) as error:
             raise RunError(str(error)) from error
+    if args.struct != "dense" and state_epochs(args, 0) == 0:
+        _check_trained(args, model, report)
     args.preprocessing_used = weights_want(args)
     if report and report.gaps:
         args.pretrained_note = f"--allow_partial: {report.gaps}"
     return model
+
+
+def _check_trained(args: argparse.Namespace, model: nn.Module, report: TransferReport) -> None:
+    """Raises: RunError, where the first weights, which no state trains, are not all from a file."""
+    flag = "--dense_epochs 0" if args.dense_epochs == 0 else "--epochs 0"
+    source = f"--init {args.init}" if args.init else f"--pretrained {args.pretrained}"
+    if report.failure:
+        raise RunError(f"{flag}: the weights must be trained ones ({report.failure})")
+    if not report.reinitialised:
+        return
+    names = ", ".join(report.reinitialised[:2]) + (" and more" if len(report.reinitialised) > 2 else "")
+    classifier = family_of(model).classifier
+    why = f"{names} of {source} start from random values"
+    if any(name.startswith(classifier) for name in report.reinitialised):
+        why = f"{source} has no classifier for the {dataset_facts(args.dataset, args.data).classes} classes ({names})"
+    raise RunError(f"{flag}: {why}, and what is not trained cannot be validated; fine-tune first, or leave it out")
 
 
 def units_of_run(args: argparse.Namespace, model: nn.Module) -> tuple[dict[str, Units], Allocation | None]:
@@ -137,6 +155,18 @@ def _check_counts(args: argparse.Namespace, units: dict[str, Units]) -> None:
         raise RunError(
             f"{flags}: leave {least} units or more; a layer of {args.arch} has only {min(rounded)}; lower it"
         )
+
+
+def state_epochs(args: argparse.Namespace, state: int) -> int:
+    """Epochs of a state that is no finish."""
+    own = None if state or args.struct == "dense" else args.dense_epochs
+    return run_length(args)[1] if own is None else own
+
+
+def run_epochs(args: argparse.Namespace) -> int:
+    """Epochs of all states and of the finish."""
+    states = run_length(args)[0]
+    return sum(state_epochs(args, state) for state in range(states)) + (args.finish_epochs or 0)
 
 
 def run_length(args: argparse.Namespace) -> tuple[int, int, list[int]]:

@@ -34,12 +34,14 @@ from engine.checkpoint import (
 )
 from engine.distill import SELF, Teacher, is_taught, wants_teacher
 from engine.evaluation import accuracies
-from engine.finish import finish_line, finish_schedule, finish_split, finish_steps
+from engine.finish import finish_line, finish_schedule, finish_split, finish_steps, scaled_schedule
 from engine.folder import plain_args, write_flags
 from engine.mixing import Mixing
-from engine.model import has_two_heads, run_length, units_of_run
+from engine.model import has_two_heads, run_length, state_epochs, units_of_run
 from engine.optimizer import Schedule, check_moments
 from engine.processes import ALONE, Processes, running_statistics
+from engine.repairing import repaired_at_start
+from engine.starting import START, start_is_best
 from engine.tracking import Tracker
 from families import family_of
 from models.merging import merging_line
@@ -113,6 +115,8 @@ class Run:
         self.schedule = Schedule(
             args.sched, args.lr, args.warmup, tuple(milestones), self.steps_per_epoch, self.total_steps, args.min_lr
         )
+        self.usual = self.epochs, self.total_steps, self.schedule  # of the states behind state 0
+        self.dense_steps = self.steps_per_epoch * state_epochs(args, 0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.average: dict[str, Tensor] = {}
         self.rewind_weights: dict[str, Tensor] = {}
@@ -157,6 +161,8 @@ class Run:
             self._lengthen_finish(finish_before)
         elif self.finishing:
             self._enter_finish()
+        else:
+            self._enter_state()
         with fitting("progress"):
             unvalidated = self.finish_state if self.args.finish_on_all else None
             journal.check_rows(self.progress, self.steps_per_epoch, unvalidated)
@@ -260,8 +266,8 @@ class Run:
 
     def whole_run_bar(self) -> tqdm:
         """Steps of all states and of the finish with the time left, on a terminal."""
-        total = self.states * self.state_steps + self.finish_total
-        done = min(total, self.progress.state * self.state_steps + self.progress.step)
+        total = self._steps_before(self.states) + self.finish_total
+        done = min(total, self._steps_before(self.progress.state) + self.progress.step)
         quiet = not sys.stdout.isatty()
         self.bar = tqdm(
             total=total, initial=done, desc="run", unit=" steps", position=1, leave=False, disable=quiet
@@ -283,6 +289,20 @@ class Run:
         progress.cut, progress.best = {}, {}
         if self.finishing:
             log.info(finish_line(self.args, len(self.train_data.labels), self.states - 1))
+        else:
+            self._enter_state()
+
+    def _enter_state(self) -> None:
+        """From now on epochs and rates are those of state 0, which may have its own, or of the states behind it."""
+        self.epochs, self.total_steps, self.schedule = self.usual
+        epochs = state_epochs(self.args, self.progress.state)
+        if epochs != self.epochs:
+            self.epochs, self.total_steps = epochs, epochs * self.steps_per_epoch
+            self.schedule = scaled_schedule(self.args, epochs, self.args.lr, self.steps_per_epoch)
+
+    def _steps_before(self, state: int) -> int:
+        """Optimizer steps of the states before this one."""
+        return state * self.state_steps + (self.dense_steps - self.state_steps if state else 0)
 
     def prunes(self) -> bool:
         """Whether something goes before, or in, the state that begins."""
@@ -296,16 +316,19 @@ class Run:
         progress.kept = {key: sorted({*ids, *progress.target_kept[key]}) for key, ids in progress.kept.items()}
 
     def cut_at_once(self, target: Target) -> None:
-        """Refill: what goes is zero from now on. Measured before the rewind: trained weights without and with masks."""
+        """Refill: what goes is zero from now on, and what stays is repaired. Measured before repair and rewind: trained
+        weights without and with masks."""
         progress = self.progress
+        repaired = repaired_at_start(self, target)
         progress.target, progress.target_kept = target
         progress.masks, progress.kept = target
         masks = self.parameter_masks(*target)
         enforce(self.dense, masks)
-        after = self._selected_accuracy(masks)
-        progress.cut = {"before": progress.history[-1]["val_accuracy"], "after": after}
+        after = self.selected_accuracy(masks)
+        progress.cut = {"before": journal.accuracy_at_start(progress), "after": after}
+        self.dense.load_state_dict(repaired, strict=False)
 
-    def _selected_accuracy(self, masks: dict[str, Tensor]) -> float:
+    def selected_accuracy(self, masks: dict[str, Tensor]) -> float:
         """Of the validation images, under masks by parameter name: by the average of the weights where one is kept."""
         if not self.average:
             return self.evaluate(self.dense, "val")["accuracy"]
@@ -418,6 +441,8 @@ class Run:
         selected = {"val/best_accuracy": progress.best["accuracy"]} if "accuracy" in progress.best else {}
         self.track(test_values | selected, after=1)
         log.info(journal.state_line(row, self.title))
+        if said := start_is_best(self):
+            log.warning("%s", said)
         progress.state, progress.step, progress.begun = progress.state + 1, 0, False
         if finish_follows:
             self._enter_finish()
@@ -432,10 +457,10 @@ class Run:
             log.warning("the weights of the last epoch are tested and kept as the best")
             if finish_follows:
                 log.warning("the finish goes on from them, too")
-            last = progress.history[-1]
-            progress.best = {"epoch": last["epoch"], "accuracy": last["val_accuracy"]}
-            if "val_accuracy" not in last:
-                del progress.best["accuracy"]
+            last = progress.history[-1] if self.total_steps else {"epoch": START}
+            progress.best = {"epoch": last["epoch"]}
+            if "val_accuracy" in last:
+                progress.best["accuracy"] = last["val_accuracy"]
             weights = cpu_copy(self.average) if self.args.ema_decay else weights_of(self.dense)
             save_tensors(path, {"weights": weights, "state": progress.state, "kept": progress.kept, **progress.best})
         self.dense.load_state_dict(load_tensors(path, "best.pt")["weights"])
@@ -495,7 +520,8 @@ class Run:
 
     def track(self, values: dict[str, float], after: int = 0) -> None:
         """Send numbers of the step done, on an axis that rises strictly over the states; each state's end is a step."""
-        self.tracker.log(values, self.progress.state * (self.state_steps + 1) + self.progress.step + after)
+        state = self.progress.state
+        self.tracker.log(values, self._steps_before(state) + state + self.progress.step + after)
 
     def keep_for_rewind(self, name: str) -> None:
         """The weights of now are those that later states start from."""
@@ -536,9 +562,10 @@ class Run:
 
     def _copy_and_write(self) -> None:
         self.writer.wait()  # no more than one copy at a time
-        moments = self.optimizer.state_dict()["state"]
+        moments = self.optimizer.state_dict()["state"] if self.optimizer else {}
         try:
-            check_moments(self.optimizer, self.args, moments)
+            if self.optimizer:
+                check_moments(self.optimizer, self.args, moments)
             self.progress.check_types()
         except (TypeError, ValueError) as error:
             raise RunError(

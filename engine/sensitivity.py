@@ -1,9 +1,10 @@
 """Sensitivity: the trained network in, the loss that each layer alone costs by the share of its units that goes, out.
 
-For every layer and some counts of its units, the lowest-scored units of that layer alone are set to zero and the loss
-of a fixed set of training images is measured, as Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, do for
-filters. The images are the first ones of the training split, whose order holds the classes in their proportions:
-`--score_batches` batches without augmentation. They train, and none of them validates.
+For every layer and some counts of its units, the lowest-scored units of that layer alone are cut, and repaired where
+the run repairs. The loss of a fixed set of training images is measured in the run's precision, as Li et al., "Pruning
+Filters for Efficient ConvNets", ICLR 2017, do for filters. The images are the first ones of the training split, whose
+order holds the classes in their proportions: `--score_batches` batches without augmentation. They train, and none of
+them validates.
 
 The curves of every state stand in sensitivity.json. What stands there for the same weights and ranking is read, not
 measured, so that a killed run chooses what it chose before, whatever the device.
@@ -17,7 +18,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.repairing import Repairer, repairs
 from pruning.budget import Levels
 from pruning.curves import Curve, probed_counts
 from pruning.ranking import best_first
 from pruning.scores import evaluating
-from pruning.units import Units, unit_masks
-from utils import RunError, write_text
+from pruning.units import unit_masks
+from utils import RunError, autocast, write_text
 
 if TYPE_CHECKING:
     from engine.run import Run
@@ -100,7 +102,8 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
     begun, said = time.perf_counter(), False
     quiet = not sys.stdout.isatty()
     bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
-    with evaluating(run.dense), bar:
+    tensors = _probe_tensors(run, ranked, probes)
+    with evaluating(run.dense), autocast(run.device, run.precision), bar:
         for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()
             whole = None  # with nothing removed all layers' probes are the same
@@ -110,7 +113,7 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
                 if nothing_goes and whole is not None:
                     sums[index] += whole
                     continue
-                with _without(run.dense, {key: run.units[key]}, {key: ranked[key][:count]}):
+                with _holding(run.dense, tensors(key, count)):
                     logits = run.dense(images).cpu().double()
                 loss, right = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
                 seen = torch.stack([torch.tensor(float(len(labels))), loss, right.double()]).double()
@@ -122,24 +125,52 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
     return run.processes.sum_(sums)
 
 
+def _probe_tensors(
+    run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]
+) -> Callable[[str, int], dict[str, Tensor]]:
+    """What gives the tensors of `run.dense` that are other ones when a layer keeps so many of its units.
+
+    Repaired ones are solved once for all batches of images: of each probe the layer that reads its units is held.
+    """
+    parameters = dict(run.dense.named_parameters())
+
+    def cut(key: str, count: int) -> dict[str, Tensor]:
+        masks = unit_masks({key: run.units[key]}, {key: ranked[key][:count]}, parameters)
+        return {name: parameters[name].detach() * mask for name, mask in masks.items()}
+
+    if not repairs(run):
+        return cut
+    repairer, solved = Repairer(run), {}
+    for key, count in probes:
+        if count < len(ranked[key]):
+            found = repairer.repair({key: run.units[key]}, {key: sorted(ranked[key][:count])}, {}).tensors
+            solved[key, count] = {name: value for name, value in found.items() if name not in cut(key, count)}
+            reader = run.units[key].reader
+            if reader is not None:
+                solved[key, count] |= {n: v for n, v in found.items() if n == f"{reader.layer}.weight"}
+    return lambda key, count: cut(key, count) | solved.get((key, count), {})
+
+
 @contextlib.contextmanager
-def _without(model: nn.Module, units: Mapping[str, Units], kept: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """The model with the other units at zero inside the block; the very same weights afterwards."""
-    parameters = dict(model.named_parameters())
-    masks = unit_masks(units, kept, parameters)
-    saved = {name: parameters[name].detach().clone() for name in masks}
+def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these tensors inside the block; the very same ones as before afterwards."""
+    own = model.state_dict()
+    saved = {name: own[name].clone() for name in tensors}
     try:
-        for name, mask in masks.items():
-            parameters[name].mul_(mask)
+        for name, value in tensors.items():
+            own[name].copy_(value)
         yield
     finally:
         for name, value in saved.items():
-            parameters[name].copy_(value)
+            own[name].copy_(value)
 
 
 def _fingerprint(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> str:
-    """Of all that decides the curves: weights, which units are probed, how many images are seen."""
-    digest = hashlib.sha256(json.dumps([run.args.score_batches, run.images_a_step, ranked, probes]).encode())
+    """Of all that decides the curves: weights, which units are probed, how many images are seen, and how."""
+    decides = [run.args.score_batches, run.images_a_step, ranked, probes]
+    decides += [run.args.repair, run.args.repair_images] if repairs(run) else []
+    decides += [str(run.precision)] if run.precision else []
+    digest = hashlib.sha256(json.dumps(decides).encode())
     for name, value in run.dense.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

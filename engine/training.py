@@ -34,6 +34,7 @@ from engine.optimizer import (
     set_rate,
 )
 from engine.processes import running_statistics
+from engine.repairing import repair_in_state
 from engine.run import Run, enforce
 from pruning.masks import density
 from pruning.removal import remove_units, scatter_tensors, slice_tensors
@@ -58,7 +59,7 @@ def resume(run: Run, content: dict) -> StateTraining | None:
         with fitting("entries"):
             check_kinds(content)
         run.take_over(content)
-        if not run.progress.begun:
+        if not run.progress.begun or not run.total_steps:
             return None
         training = StateTraining(run)
         with fitting("optimizer"):
@@ -336,14 +337,19 @@ class StateTraining:
         before, residual = run.evaluate(self.selected, "val")["accuracy"], self.penalty.residual()
         self.sync_dense()
         moments = moments_by_name(self.optimizer, self.model, run.units, self.model_kept)
+        unrepaired = repair_in_state(run)
         progress.masks, progress.kept = progress.target, progress.target_kept
         self.build()
         masks = run.parameter_masks(progress.masks, progress.kept)
         put_moments(self.optimizer, self.model, run.units, self.model_kept, moments, masks)
-        after = run.evaluate(self.selected, "val")["accuracy"]
+        accuracy = run.evaluate(self.selected, "val")["accuracy"]
+        after = accuracy if unrepaired is None else unrepaired
         progress.cut = {"before": before, "after": after, "residual": residual}
+        repaired = ""
+        if unrepaired is not None:
+            progress.cut["repaired"], repaired = accuracy, f", {100 * accuracy:.2f}% with repair"
         log.info(
-            f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after; "
+            f"cut at step {progress.step}: accuracy {100 * before:.2f}% before, {100 * after:.2f}% after{repaired}; "
             f"residual {residual:.2g}; the state before ended with {100 * journal.accuracy_at_start(progress):.2f}%"
         )
         if residual > 0.1:

@@ -103,6 +103,13 @@ def joined(first: Split | FolderSplit, second: Split | FolderSplit) -> Split | F
     return Split(torch.cat([first.images, second.images]), labels)
 
 
+def first_images(split: Split | FolderSplit, count: int) -> Split | FolderSplit:
+    """The first images of a split, whose order holds the classes in their proportions; all where it has fewer."""
+    if isinstance(split, FolderSplit):
+        return dataclasses.replace(split, paths=split.paths[:count], labels=split.labels[:count])
+    return Split(split.images[:count], split.labels[:count])
+
+
 def _check_arguments(val_fraction: float, train_limit: int | None) -> None:
     if not 0 < val_fraction < 1:
         raise DataError(f"--val_fraction {val_fraction}: must lie between 0 and 1, such as 0.1")

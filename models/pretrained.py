@@ -38,12 +38,13 @@ class TransferReport:
     reinitialised: list[str] = field(default_factory=list)  # the model's tensors that kept their random values
     skipped: list[str] = field(default_factory=list)  # the file's tensors that have no place in the model
     failure: str = ""  # why all weights are random although pretrained ones were asked for, one line
+    classifier: str = ""  # the file's classifier that was kept, in words
     gaps: str = ""  # what neither fits nor was to be adapted and was allowed, one line
 
     def summary(self) -> str:
         return (
             f"{len(self.transferred)} tensors transferred, {len(self.resampled)} resampled, "
-            f"{len(self.reinitialised)} re-initialised, {len(self.skipped)} skipped"
+            f"{len(self.reinitialised)} re-initialised, {len(self.skipped)} skipped{self.classifier}"
         )
 
 
@@ -121,6 +122,9 @@ def load_pretrained_weights(
         anew = True
     free = (*_head_prefixes(model), *(("patch_embed.",) if anew else ()))
     report = _fill(model, weights, said, free, anew, partial)
+    heads = [name for name in report.transferred if name.startswith(_head_prefixes(model)) and name.endswith("weight")]
+    if heads:
+        report.classifier = f"; its classifier of {len(own[heads[0]])} classes is kept"
     log.info("pretrained weights from %s: %s", source, report.summary())
     adapted = report.resampled + report.reinitialised
     if adapted and not report.gaps:

@@ -220,6 +220,7 @@ def repaired_tensors(
     shifts: Mapping[str, str] | None = None,
     ridge: float = RIDGE,
     total: Callable[[Tensor], Tensor] | None = None,
+    known: dict[str, Moments] | None = None,
 ) -> Repair:
     """What `repair` changes, without changing it: new tensors by name, errors by layer, notes.
 
@@ -232,6 +233,8 @@ def repaired_tensors(
         shifts: {layer without a bias: the running mean of the batch norm behind it}, see `families.resnet.shifts`.
         ridge: lambda as a share of the mean diagonal of C_SS; 0 takes the solution of least norm.
         total: where several processes see images of their own, the sum of a float64 tensor over all of them.
+        known: moments by layer of these images and this model, of calls before; what is collected now is added, where
+            it does not go by what is cut.
 
     A layer without a bias or batch norm behind it keeps what it has: B is then E[h_P h_S^T] (E[h_S h_S^T] + lambda)^-1.
     Where a norm counts units before a layer reads them, what it reads changes for the units that stay, too; B is then
@@ -249,9 +252,12 @@ def repaired_tensors(
     repair, few = Repair(), []
     batches = _batches(images)
     for names in _passes(model, cuts):
-        moments = collect(model, {name: cuts[name].behind() for name in names}, batches, total)
+        new = {name: cuts[name].behind() for name in names if name not in (known or {})}
+        moments = collect(model, new, batches, total) if new else {}
+        if known is not None:
+            known |= {name: moments[name] for name, behind in new.items() if behind is None}
         for name in names:
-            seen = moments.pop(name)
+            seen = moments.pop(name) if name in moments else known[name]
             if not bool(seen.outer.isfinite().all()):
                 repair.notes.append(f"repair: {name} reads values that are not finite; cut without repair")
                 continue

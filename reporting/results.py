@@ -23,6 +23,7 @@ def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
         "MACs": lambda row: giga(row.get("macs")),
         "before cut": lambda row: percent(row.get("accuracy_before_cut")),
         "after cut": lambda row: percent(row.get("accuracy_after_cut")),
+        **({"repaired": lambda row: percent(row.get("accuracy_after_repair"))} if _repairs(run) else {}),
         "trained": lambda row: percent(row.get("accuracy_trained")),
         "selected": lambda row: percent(row.get("best_accuracy")),
         "test": lambda row: percent(row.get("test_accuracy")),
@@ -31,12 +32,18 @@ def state_columns(run: Run) -> dict[str, Callable[[Mapping], object]]:
     }
 
 
+def _repairs(run: Run) -> bool:
+    return any(math.isfinite(row.get("accuracy_after_repair", math.nan)) for row in run.states)
+
+
 def legend(run: Run) -> str:
     """What the columns of the table of states mean, as far as that is not plain."""
     soft = run.method == "rsst"
     before = "just before the cut" if soft else "at the end of the state before"
     after = "just after it" if soft else "of the same weights once they are cut, before they are rewound"
     cut = f"Before cut: {before}; after cut: {after}. " if run.method != "dense" else ""
+    if _repairs(run):
+        cut += "Repaired: after the cut, once the weights that stay have taken over (--repair). "
     top5 = " Top-5: the share of test images whose class is among its five likeliest." if run.has_top5 else ""
     counts = ""
     if run.method != "dense" and not run.args.get("vit_structured") and (run.method == "imp" or not has_filters(run)):
@@ -63,6 +70,9 @@ def key_results(run: Run) -> list[str]:
     cuts, from_start = [], False
     for row in run.states:
         before, after = row.get("accuracy_before_cut", math.nan), row.get("accuracy_after_cut", math.nan)
+        repaired, unrepaired = row.get("accuracy_after_repair", math.nan), ""
+        if math.isfinite(repaired):
+            after, unrepaired = repaired, f" with repair ({percent(after)} without)"
         start = row.get("accuracy_at_start", math.nan)
         fades = run.method == "rsst" and math.isfinite(start)
         if math.isfinite(before) and math.isfinite(after):
@@ -70,12 +80,8 @@ def key_results(run: Run) -> list[str]:
             at_start = f"{percent(start)} at the end of the state before, " if fades else ""
             from_start |= fades
             left = f", residual {residual:.2g}" if math.isfinite(residual) else ""
-            cuts.append(
-                (
-                    after - (start if fades else before),
-                    f"state {row['state']}: {at_start}{percent(before)} before, {percent(after)} after{left}",
-                )
-            )
+            said = f"{percent(before)} before, {percent(after)} after{unrepaired}{left}"
+            cuts.append((after - (start if fades else before), f"state {row['state']}: {at_start}{said}"))
     if cuts:
         worst = min(cuts)
         most = f"changed accuracy by {100 * worst[0]:+.2f} points at worst" if worst[0] < 0 else "lost no accuracy"

@@ -140,7 +140,7 @@ def _parse_args_file(text: str) -> dict:
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
     for name in ("epochs", "pruning_times"):
-        if not isinstance(args[name], int) or args[name] < 1:
+        if not isinstance(args[name], int) or args[name] < (name != "epochs"):
             raise ValueError(f"{name} is {args[name]!r}")
     if not isinstance(args.get("finish_epochs"), int | None):
         raise ValueError(f"finish_epochs is {args['finish_epochs']!r}")

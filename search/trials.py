@@ -29,7 +29,7 @@ from dataset import difference, folder_identity
 from deployment.folder import load
 from deployment.speed import throughput
 from engine.folder import RunLock
-from engine.model import run_length
+from engine.model import run_length, state_epochs
 from reporting.runs import load_run
 from search.space import Space
 from utils import RunError, StopSignals, cause, pick_device
@@ -280,8 +280,8 @@ class Study:
         """weak() of a trial: looks at every epoch once."""
         plan, seen = trial.user_attrs["plan"], 0
         args = argparse.Namespace(**{**vars(self.args), **plan["flags"]})
-        states, epochs, _ = run_length(args)
-        lengths = {**dict.fromkeys(range(states), epochs), states: args.finish_epochs}
+        states = run_length(args)[0]
+        lengths = {**{state: state_epochs(args, state) for state in range(states)}, states: args.finish_epochs}
 
         def weak() -> bool:
             nonlocal seen

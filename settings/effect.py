@@ -116,6 +116,14 @@ def prune_patch_embed(flags: Flags) -> str:
     return prunes(flags) or ("on heads and neurons" if flags["vit_structured"] else "")
 
 
+def repair_images(flags: Flags) -> str:
+    return prunes(flags) or ("" if flags["repair"] in ("mean", "ls") else "where nothing is repaired at the cut")
+
+
+def dense_epochs(flags: Flags) -> str:
+    return "with --struct dense, which has one schedule over all epochs" if flags["struct"] == "dense" else ""
+
+
 def rsst(flags: Flags) -> str:
     return prunes(flags) or ("" if flags["struct"] == "rsst" else f"with --struct {flags['struct']}")
 

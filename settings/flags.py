@@ -68,8 +68,18 @@ def _first_criterion(args: argparse.Namespace) -> str:
     return "magnitude" if args.struct == "imp" and args.vit_structured else "l1"
 
 
+def _schedule_epochs(args: argparse.Namespace) -> int:
+    """Epochs of the states that train, which warm-up and milestones follow."""
+    return args.epochs or args.dense_epochs or 0
+
+
 def _first_milestones(args: argparse.Namespace) -> str:
-    return ",".join(map(str, sorted({args.epochs // 2, args.epochs * 3 // 4} - {0})))
+    epochs = _schedule_epochs(args)
+    return ",".join(map(str, sorted({epochs // 2, epochs * 3 // 4} - {0})))
+
+
+def _first_repair(args: argparse.Namespace) -> str | None:
+    return "ls" if args.prune_type == "finetune" and not effect.prunes(vars(args)) else None
 
 
 WHERE = {"computes": False, "resumes": True, "searchable": False}  # where and how a run is made
@@ -195,14 +205,20 @@ MODEL = (
 
 _FINISHES = ("finish_epochs", "which says for how long")
 TRAINING = (
-    Flag("epochs", "per state", 120, int, check=at_least(1), common=True),
+    Flag("epochs", "per state; 0: states are cut and tested, not trained", 120, int, check=at_least(0), common=True),
+    Flag(
+        "dense_epochs",
+        "of state 0; --epochs when not given. 0: the weights of --pretrained or --init are the trained network, which "
+        "is validated, not trained; later states then fine-tune unless --prune_type says otherwise",
+        kind=int, metavar="N", check=at_least(0), idle=effect.dense_epochs, common=True,
+    ),
     Flag("opt", "optimizer", "sgd", choices=("sgd", "adamw"), common=True),
     Flag("lr", "learning rate after the warm-up", 0.01, float, check=POSITIVE, common=True),
     Flag("momentum", "of SGD", 0.9, float, check=SHARE, idle=effect.momentum),
     Flag("weight_decay", "on weight matrices, not biases and norms", 1e-4, float, check=at_least(0)),
     Flag(
         "warmup", "epochs of linear warm-up, per step; epochs // 6 when not given", kind=int, check=at_least(0),
-        follows=lambda args: args.epochs // 6,
+        follows=lambda args: _schedule_epochs(args) // 6,
     ),
     Flag("sched", "learning-rate schedule", "multistep", choices=("multistep", "cosine")),
     Flag("min_lr", "the cosine ends there, at the last step of a state", kind=float, check=at_least(0)),
@@ -355,7 +371,19 @@ PRUNING = (
     ),
     Flag(
         "rewind_epoch", "epoch of state 0 that rewind_lt returns to; epochs // 5", kind=int, check=at_least(0),
-        follows=lambda args: args.epochs // 5, idle=effect.rewind_epoch,
+        follows=lambda args: (args.epochs if args.dense_epochs is None else args.dense_epochs) // 5,
+        idle=effect.rewind_epoch,
+    ),
+    Flag(
+        "repair",
+        "at every cut the weights that stay take over, in closed form, what the removed ones did, by unlabelled "
+        "training images: ls by least squares, mean by biases alone. Needs --prune_type finetune, where ls is the "
+        "default; none otherwise",
+        choices=("none", "mean", "ls"), idle=effect.prunes, follows=_first_repair, common=True,
+    ),
+    Flag(
+        "repair_images", "the first N training images, without augmentation, which --repair goes by", 512, int,
+        metavar="N", check=at_least(1), idle=effect.repair_images,
     ),
     Flag(
         "ratio_schedule",
