@@ -39,9 +39,9 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
         RunError: naming the flag, the value and the way out.
     """
     check_arch(args.arch)
-    starts_trained = args.dense_epochs == 0 or args.epochs == 0
-    if starts_trained and "prune_type" not in given and not getattr(args, "resumed_from", None):
-        args.prune_type = "finetune"
+    tunes = 0 in (args.dense_epochs, args.epochs) and "prune_type" not in given
+    if tunes and not getattr(args, "resumed_from", None):
+        args.prune_type = "finetune"  # or states would train away from, or lose, what is trained already
     check_values(FLAGS.values(), args)
     _check_allocation(args, given)
     _check_combinations(args)

@@ -7,7 +7,7 @@ without augmentation, whose order holds the classes in their proportions; so a k
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,18 @@ log = logging.getLogger(__name__)
 _BATCH = 64  # images that each process shows the network at a time
 
 
+class _Images:
+    """A process's share of the first `--repair_images`, in batches that can be gone through again."""
+
+    def __init__(self, run: Run):
+        split, size = first_images(run.splits.train, run.args.repair_images), _BATCH * run.processes.size
+        share, workers = run.processes.share, run.args.workers
+        self.data = make_batches(split, run.facts, size, run.device, workers=workers, share=share)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.sequential(whole=False)
+
+
 def repairs(run: Run) -> bool:
     return run.args.repair in ("mean", "ls")
 
@@ -42,11 +54,7 @@ class Repairer:
     """
 
     def __init__(self, run: Run):
-        self.run = run
-        split = first_images(run.splits.train, run.args.repair_images)
-        size = _BATCH * run.processes.size
-        data = make_batches(split, run.facts, size, run.device, workers=run.args.workers, share=run.processes.share)
-        self.images = [images.to(run.dtype) for images, _ in data.sequential(whole=False)]
+        self.run, self.images = run, _Images(run)
         self.known: dict[str, Moments] = {}
 
     def repair(self, units: Mapping[str, Units], kept: Kept, masks: Masks) -> Repair:

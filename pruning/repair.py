@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -318,8 +318,11 @@ def collect(
     return moments
 
 
-def _batches(images: Tensor | Iterable) -> list:
-    return list(images.split(_BATCH)) if isinstance(images, Tensor) else list(images)
+def _batches(images: Tensor | Iterable) -> Iterable:
+    """What can be gone through once for each pass."""
+    if isinstance(images, Tensor):
+        return images.split(_BATCH)
+    return list(images) if isinstance(images, Iterator) else images
 
 
 def _passes(model: nn.Module, cuts: Mapping[str, _Cut]) -> list[list[str]]:

@@ -61,6 +61,8 @@ def _searched_rate(flags: Flags) -> Values:
 
 
 def _searched_starts(flags: Flags) -> Values:
+    if flags["epochs"] == 0:
+        return ["finetune"]
     return ["lt", "rewind_lt", "finetune", *(["pt"] if flags["pretrained"] else [])]
 
 

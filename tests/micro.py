@@ -58,10 +58,10 @@ RUNS = {
     "refill": "--struct refill --fillback_rate 0.4 --init {noisy} --rate 0.15 --pruning_times 4",
     "refill rewound": "--struct refill --prune_type rewind_lt --rewind_epoch 1 --fillback_rate 0.4 --opt adamw "
     "--lr 0.01 --weight_decay 0.01",
-    "refill finetuned": "--struct refill --prune_type finetune --fillback_rate 0.4 --init {noisy}",
+    "refill finetuned": "--struct refill --prune_type finetune --repair none --fillback_rate 0.4 --init {noisy}",
     "refill pretrained": "--struct refill --vit_structured --rate 0.5 --prune_type pt --pretrained {noisy} "
     "--ratio_schedule linear --sched cosine --warmup 1 --criteria remain",
-    "refill units": "--struct refill {both} --prune_type finetune --init {noisy} --no-compact_training",
+    "refill units": "--struct refill {both} --prune_type finetune --repair none --init {noisy} --no-compact_training",
     "imp": "--struct imp --prune_type rewind_lt --rewind_epoch 0 --fc --init {noisy} --decreasing_lr 1,80,120",
     "imp units": "--struct imp --vit_structured --vit_prune_target mlp --ratio_schedule constant",
     "oneshot": "--struct oneshot {both} --rate 0.5 --mlp_prune_ratio 0.3 --no-compact_training",

@@ -97,7 +97,8 @@ def test_elementwise_densities_are_exact(name, rate, returned, done):
         assert sum(int(row["kept"]) for row in rows) == trained
     assert f"Remaining weights: {100 * trained / total:.2f}%" in seen.out
     for weights in (seen.ends[state], load(seen.dir / "best.pt")["weights"]):
-        assert trained - surviving(weights, names) in ([0] if name != "refill finetuned" else range(200))
+        # what is returned starts at zero there, and the start may be selected
+        assert trained - surviving(weights, names) in ([0] if name != "refill finetuned" else range(trained - left + 1))
         assert (weights["patch_embed.proj.weight"] == 0).any() == patches
 
 

@@ -178,6 +178,8 @@ CASES = {
     "shown to a teacher": (*RSST, *words("--teacher self --batch_size 6 --accum_steps 2 --kd_features 1")),
     "finish": (*RSST, *words("--finish_epochs 2 --finish_on_all --ema_decay 0.9")),
     "emptied": ("--struct", "refill", *BOTH, *words("--min_units 0 --sorting_mode global --rate 0.95")),
+    "repaired": ("--struct", "refill", *BOTH, *words("--prune_type finetune --repair_images 41")),
+    "cut and repaired": (*RSST, *words("--prune_type finetune --ema_decay 0.9")),
     "cnn": words("--struct rsst --arch res20s --img_size 8 --pruning_times 2"),
     **METHODS,
 }
@@ -186,7 +188,7 @@ CASES = {
 # an image whose two largest logits are next to equal may be right in one run and wrong in the other
 ACCURACIES = words(
     "train_accuracy val_accuracy accuracy_before_cut accuracy_after_cut accuracy_trained best_epoch best_accuracy "
-    "test_accuracy accuracy_at_start"
+    "test_accuracy accuracy_at_start accuracy_after_repair"
 )
 
 
@@ -216,6 +218,7 @@ def assert_one_run(folder, one, size, tolerance):
 @pytest.mark.parametrize(("name", "size"), [
     ("recipe", 2), slow("recipe", 3), slow("few images", 2), ("few images", 3), slow("table", 2), slow("features", 3),
     slow("shown to a teacher", 2), slow("finish", 2), slow("emptied", 2),
+    slow("repaired", 2), slow("cut and repaired", 3),
     *(slow(name, size) for name in METHODS for size in (2, 3)),
 ])  # fmt: skip
 def test_several_processes_train_what_one_does(name, size, run_of):
