@@ -33,8 +33,12 @@ def identity(run: Run) -> dict:
         args["units"] = whole or ("filters" if has_filters(run) and run.method != "imp" else "weights")
     if args.get("mlp_prune_ratio") is None:
         args["mlp_prune_ratio"] = args.get("rate")
-    if args.get("dense_epochs") is None:
-        args["dense_epochs"] = args["epochs"]
+    own = args.pop("dense_epochs", None)
+    own = args["epochs"] if own is None else own
+    if run.method != "dense":
+        args["dense_epochs"] = own
+    elif args["struct"] != "dense":  # a single state
+        args["epochs"] = own
     if args.get("unit_counts") or args.get("ratio_allocation") in ("uniform", "global"):
         args.pop("ratio_allocation")  # what the file holds counts, and what --sorting_mode says
     if args["struct"] == "dense":  # one schedule over all epochs, milestones and all

@@ -131,7 +131,8 @@ def test_a_ready_configuration_has_its_values_and_plans(name, flags, capsys):
     dataset = ["--dataset", "cifar10"] if expected["dataset"] == "cifar10" else []
     plain, found = flags("--dataset", "cifar10"), flags(*dataset, "--config", CONFIGS / f"{name}.yaml")
     plan = capsys.readouterr().out.split("disk.")[1]
-    follows = {"config", "notes", "warmup", "decreasing_lr", "rewind_epoch", "finish_lr"}  # from epochs and rate
+    # from epochs, rate and start
+    follows = {"config", "notes", "warmup", "decreasing_lr", "rewind_epoch", "finish_lr", "repair"}
     assert {flag for flag in found.keys() - follows if found[flag] != plain[flag]} <= expected.keys()
     assert {flag: found[flag] for flag in expected} == expected
     told = [] if expected["pruning_times"] > 1 else ["nothing is pruned in this run: it trains dense"]

@@ -596,6 +596,7 @@ CIRCUMSTANCES = [
         ([2], [WEIGHTS, WEIGHTS | {"criteria": "l2"}]), ([1, 1], [{"pretrained_note": "random weights"}, {}]),
         ([2, 1], [{}, {"stem": "patch"}, {"stem": "conv"}]),  # before there was a choice it was the patch
         ([2], [{"struct": "dense", "rate": 0.9}, {"pruning_times": 1, "epochs": 12}]),
+            ([2, 1], [{}, {"dense_epochs": 4}, {"dense_epochs": 0}]),
         # a network for each seed; then two seeds that share one
         ([3], [{"seed": seed, "init": f"dense_0.5_s{seed}/m.pth"} for seed in (0, 12, 1)]),
         ([1, 2], [{"seed": seed, "init": f"dense_0.5_s{name}/m.pth"} for seed, name in ((0, 0), (12, 12), (1, 12))]),
