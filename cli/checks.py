@@ -39,14 +39,18 @@ def check_and_complete(args: argparse.Namespace, given: dict) -> list[str]:
         RunError: naming the flag, the value and the way out.
     """
     check_arch(args.arch)
-    tunes = 0 in (args.dense_epochs, args.epochs) and "prune_type" not in given
-    if tunes and not getattr(args, "resumed_from", None):
-        args.prune_type = "finetune"  # or states would train away from, or lose, what is trained already
+    resumes = bool(getattr(args, "resumed_from", None))
+    tunes = 0 in (args.dense_epochs, args.epochs) and "prune_type" not in given and not resumes
+    if tunes:
+        args.prune_type = "finetune"
     check_values(FLAGS.values(), args)
     _check_allocation(args, given)
     _check_combinations(args)
     _check_processes(args)
-    return _notes(args, given)
+    notes = _notes(args, given)
+    if tunes and not effect.prunes(vars(args)):
+        notes.append("states go on from what is trained already (--prune_type finetune), as no other start was given")
+    return notes
 
 
 def check_model_folder(args: argparse.Namespace) -> None:

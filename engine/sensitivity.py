@@ -97,12 +97,11 @@ def _measure(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tup
 @torch.no_grad()
 def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[str, int]]) -> Tensor:
     """float64 [probes, 3]: images, summed loss and images classified right, of all processes."""
-    sums = torch.zeros(len(probes), 3, dtype=torch.float64)
+    sums, tensors = torch.zeros(len(probes), 3, dtype=torch.float64), _probe_tensors(run, ranked, probes)
     total = len(probes) * min(run.args.score_batches, run.train_data.steps_per_epoch)
     begun, said = time.perf_counter(), False
     quiet = not sys.stdout.isatty()
     bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
-    tensors = _probe_tensors(run, ranked, probes)
     with evaluating(run.dense), autocast(run.device, run.precision), bar:
         for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()

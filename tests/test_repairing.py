@@ -115,6 +115,11 @@ def test_it_is_on_where_a_run_fine_tunes_and_off_where_it_rewinds(house):
     assert parse("--struct", "refill").repair is None
     assert parse("--struct", "dense", "--prune_type", "finetune").repair is None
     assert FLAGS["repair_images"].idle(vars(parse("--struct", "refill")))
+    note = "this run does not repair"
+    for flags, said in ((("--prune_type", "lt"), True), (("--prune_type", "finetune"), False)):
+        assert any(note in line for line in parse("--struct", "refill", "--criteria", "obs", *flags).notes) == said
+    assert parse("--struct", "refill", "--init", "a.pt", "--dense_epochs", "0").prune_type == "finetune"
+    assert parse("--struct", "refill", "--init", "a.pt", "--dense_epochs", "0", "--prune_type", "lt").repair is None
 
 
 def test_without_repair_nothing_is_collected(run, monkeypatch):
@@ -211,6 +216,29 @@ def test_one_command_cuts_repairs_and_exports_given_weights_without_an_optimizer
     assert exported["metrics"]["test_accuracy"] == float(small["test_accuracy"])
     assert "is complete" in run("--resume", "auto", name="run", base=[]).out
     assert export.main([str(done.dir), "--out", str(done.dir / "again")]) == 0
+
+
+@pytest.mark.parametrize("state", [0, 1])
+def test_a_run_that_does_not_train_goes_on_where_it_was_killed(state, run, trained, monkeypatch):
+    given = ["--pretrained", trained / "model" / "model.safetensors", "--dense_epochs", "0", "--epochs", "0"]
+    flags = [*given, "--struct", "refill", *UNITS, "--ema_decay", "0.9"]
+    whole = run(*flags, name="whole").dir
+    with monkeypatch.context() as patch:
+        original = entry.Run.end_state
+
+        def end_state(self):
+            if self.progress.state == state:
+                raise KeyboardInterrupt
+            original(self)
+
+        patch.setattr(entry.Run, "end_state", end_state)
+        run(*flags, name="killed", code=130)
+    killed = run("--resume", name="killed", base=[]).dir
+    assert_same_tensors(load(killed / "best.pt")["weights"], load(whole / "best.pt")["weights"])
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(d / "states.csv")] for d in (killed, whole)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_state_0_has_epochs_of_its_own_in_a_schedule_of_the_same_shape(tmp_path):
