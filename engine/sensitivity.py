@@ -102,7 +102,7 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
     begun, said = time.perf_counter(), False
     quiet = not sys.stdout.isatty()
     bar = tqdm(total=total, desc="sensitivity", unit=" probes", leave=False, disable=quiet)
-    with evaluating(run.dense), autocast(run.device, run.precision), bar:
+    with evaluating(run.dense), bar:
         for images, labels in run.train_data.sequential(run.args.score_batches, whole=False):
             images, labels = images.to(run.dtype), labels.cpu()
             whole = None  # with nothing removed all layers' probes are the same
@@ -112,7 +112,8 @@ def _sums(run: Run, ranked: Mapping[str, Sequence[int]], probes: Sequence[tuple[
                 if nothing_goes and whole is not None:
                     sums[index] += whole
                     continue
-                with _holding(run.dense, tensors(key, count)):
+                # autocast keeps its copies of the weights to its end, and these are others in every probe
+                with _holding(run.dense, tensors(key, count)), autocast(run.device, run.precision):
                     logits = run.dense(images).cpu().double()
                 loss, right = F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
                 seen = torch.stack([torch.tensor(float(len(labels))), loss, right.double()]).double()
