@@ -156,13 +156,12 @@ class Run:
         """
         with fitting("progress"):
             self.progress = RunState.unpack(content["run"], self.device)
+        self._enter_state()
         finish_before = content["args"].get("finish_epochs")
         if self.args.finish_epochs and finish_before and self.args.finish_epochs > finish_before:
             self._lengthen_finish(finish_before)
         elif self.finishing:
             self._enter_finish()
-        else:
-            self._enter_state()
         with fitting("progress"):
             unvalidated = self.finish_state if self.args.finish_on_all else None
             journal.check_rows(self.progress, self.steps_per_epoch, unvalidated)
