@@ -337,6 +337,7 @@ def _reload(model: Path, said: Path) -> None:
             expected = network(images)
             (code,) = re.findall(r"```python\n(.*?)```", (model / "README.md").read_text(), re.DOTALL)[:1]
             os.chdir(model.parent if "import export" in code else model)  # timm alone does not merge tokens
+            sys.path.insert(0, str(model))  # as for who starts Python there: load_model.py may lie beside the card
             space: dict = {}
             exec(code, space)
             difference = float((space["model"](images) - expected).abs().max())
