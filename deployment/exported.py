@@ -177,7 +177,8 @@ def _config_of_same(folder: Path, weights: Mapping[str, Tensor], config: Mapping
 
 def _sections(folder: Path) -> str:
     """What was appended to the present card: the table of its ONNX files."""
-    _, heading, text = (folder / "README.md").read_text(encoding="utf-8").partition(SECTION)
+    card = folder / "README.md"
+    _, heading, text = (card.read_text(encoding="utf-8") if card.exists() else "").partition(SECTION)
     return heading + text
 
 
